@@ -1,0 +1,30 @@
+"""Kernel-readout FFNs for pretrained transformers: convert, distil, evaluate and read."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Imported on first use: `import hf_kernel_ffn` costs nothing.
+_WHERE = {
+    "Architecture": "architectures",
+    "InputError": "errors",
+    "Kernel": "kernels",
+    "KernelFFN": "readout",
+    "KernelFFNConfig": "configuration",
+    "Readout": "readout",
+    "convert": "surgery",
+    "distill": "distillation",
+    "evaluate_student": "evaluation",
+    "register_architecture": "architectures",
+    "register_kernel": "kernels",
+    "register_simplex_map": "simplex",
+    "restore": "surgery",
+}
+
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -1,0 +1,245 @@
+"""The settings of a kernel-readout FFN, and the ``kernel_ffn`` entry of config.json.
+
+This file travels inside converted checkpoints: it imports nothing but torch and transformers.
+"""
+
+import difflib
+import shutil
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from .custom_kernel import __doc__ as _custom_kernel  # noqa: F401  (registers a user's own kernel)
+from .kernels import get_kernel
+from .simplex import SIMPLEX_MAPS
+
+FORMAT = 1
+"""Version of the ``kernel_ffn`` entry that this code writes and reads."""
+STOCK_GUARD = "kernel_ffn checkpoint: load it by an Auto class with trust_remote_code=True, or with hf_kernel_ffn installed"
+"""Stands in config.json where the teacher's activation name was, so that stock classes refuse the checkpoint."""
+
+INTENSITIES = ("none", "mass", "gate")
+INITIALISERS = ("single", "polarised", "data-scale")
+VALUES = ("fixed", "gated")
+
+
+@dataclass(frozen=True)
+class KernelFFNConfig:
+    """What is to replace an FFN. Validates itself; raises ValueError naming the field and the reason."""
+
+    kernel: str = "half-yat"
+    """Similarity between input and input prototypes: a registered kernel that is nowhere negative."""
+    simplex: str = "softmax"
+    """How log-kernels become shares: softmax, sparsemax, entmax-1.5 or top-k."""
+    intensity: str = "mass"
+    """How loudly the mixture is written: none (convex), mass (Σκ over the support, times a learned scale) or
+    gate (a learned softplus of the input)."""
+    init: str | None = None
+    """Input prototypes from the rows of W_in: single, polarised (gated FFNs, both signs of every output
+    prototype), or data-scale (those rows made as long as the inputs). None: the family's default."""
+    values: str = "fixed"
+    """fixed output prototypes, or gated: each multiplied by its unit's u·x (gated FFNs)."""
+    temperature: float | None = None
+    """τ, the shares being map(log κ / τ). None: 1 where the coefficients are the kernel itself (mass with softmax
+    or top-k), otherwise fitted per layer at conversion. Learned unless the coefficients are the kernel itself."""
+    top_k: int | None = None
+    """Prototypes kept per token by the simplex map top-k."""
+    expansion: float | None = None
+    """Prototypes per hidden unit with polarised rows, between 1 and 2: 2 keeps both signs of every unit, 1.5
+    gives the parameter count of a gated FFN, those with the largest output kept. None: 2."""
+
+    def __post_init__(self):
+        _one_of("simplex", self.simplex, SIMPLEX_MAPS)
+        _one_of("intensity", self.intensity, INTENSITIES)
+        _one_of("values", self.values, VALUES)
+        if self.init is not None:
+            _one_of("init", self.init, INITIALISERS)
+        if not get_kernel(self.kernel).nonnegative:
+            raise ValueError(f"kernel {self.kernel!r} can be negative: its readout is no mixture; choose a nonnegative kernel")
+        _number("temperature", self.temperature, lambda t: 0 < t < float("inf"), "a positive number")
+        _number("expansion", self.expansion, lambda e: 1 <= e <= 2, "a number from 1 to 2")
+        if self.simplex == "top-k" and (not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1):
+            raise ValueError(f"found top_k={self.top_k!r}, expected a positive integer: simplex 'top-k' needs to know how many")
+        if self.simplex != "top-k" and self.top_k is not None:
+            raise ValueError(f"found top_k={self.top_k} with simplex {self.simplex!r}: only 'top-k' keeps a given number")
+        if self.values == "gated" and self.init == "polarised":
+            raise ValueError("values 'gated' with init 'polarised': gated values carry the sign already; use init 'single'")
+        if self.expansion is not None and self.values == "gated":
+            raise ValueError("found expansion with values 'gated': it counts polarised prototypes; leave it out")
+        if self.expansion is not None and self.init == "single":
+            raise ValueError("found expansion with init 'single': it counts polarised prototypes; leave it out")
+
+    @property
+    def coefficients_are_kernel(self) -> bool:
+        """Coefficients are scale · κ on the support, no shares needed: mass over softmax or top-k at τ = 1."""
+        return self.intensity == "mass" and self.simplex in ("softmax", "top-k") and self.temperature in (None, 1.0)
+
+    @property
+    def regime(self) -> str:
+        """convex, conic or linear: what may be said about the coefficients."""
+        if self.values == "gated":
+            return "linear"
+        return "convex" if self.intensity == "none" else "conic"
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One converted FFN as config.json records it: everything needed to rebuild the module."""
+
+    settings: KernelFFNConfig
+    """What was asked for, with the initialiser resolved."""
+    hidden_size: int
+    """Width of the residual stream."""
+    prototypes: int
+    """Rows of the dictionary."""
+    reference: dict = field(default_factory=dict)
+    """What conversion found for this layer, exact: ``scale`` of the intensity, ``temperature``, and the kernel's
+    parameters. The weights hold learned log-ratios to these, zero at conversion, so that half precision loses nothing."""
+    dropout: float = 0.0
+    """The teacher FFN's dropout on its output."""
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: dict) -> "LayerConfig":
+        """ValueError if a key is unknown or missing, or a value out of range."""
+        entry = dict(_mapping("kernel_ffn layer", entry))
+        known(cls, entry, "kernel_ffn layer")
+        settings = _mapping("kernel_ffn settings", entry.pop("settings", None))
+        known(KernelFFNConfig, settings, "kernel_ffn settings")
+        for name in ("hidden_size", "prototypes"):
+            size = entry.get(name)
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**31:
+                raise ValueError(f"found {name}={size!r} in the kernel_ffn entry, expected a positive integer: config.json is damaged")
+        return cls(settings=KernelFFNConfig(**settings), **entry)
+
+
+def known(cls, entry: dict, what: str) -> None:
+    """ValueError, with the nearest right name, if ``entry`` has a key that is no field of dataclass ``cls``."""
+    names = [f.name for f in fields(cls)]
+    for key in entry:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(names)}"
+            raise ValueError(f"found unknown key {key!r} in the {what}: {hint}")
+
+
+def with_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConfig:
+    """``config`` with its initialiser and expansion resolved for a gated or plain teacher FFN.
+
+    Raises:
+        ValueError: the combination does not exist for such an FFN.
+    """
+    if not gated_teacher:
+        if config.values == "gated":
+            raise ValueError("found values 'gated' for an FFN without a gate: its units have one row each; use values 'fixed'")
+        if config.init == "polarised" or config.expansion is not None:
+            raise ValueError("found init 'polarised' for an FFN without a gate: it splits a unit's two rows; use init 'single'")
+    both_signs = gated_teacher and config.values == "fixed" and config.init != "single"
+    init = config.init or ("polarised" if both_signs else "single")
+    return replace(config, init=init, expansion=(config.expansion or 2.0) if both_signs else None)
+
+
+class KernelConfigMixin:
+    """What a family's config class adds to the stock one: it reads, guards and writes the ``kernel_ffn`` entry.
+
+    A subclass gives ``auto_classes``, the classes of its own file by Auto class name.
+    """
+
+    auto_classes = {}
+
+    def __post_init__(self, **kwargs):
+        entry = _mapping("kernel_ffn entry of config.json", self.kernel_ffn) if self.kernel_ffn is not None else None
+        if entry is not None:
+            if entry.get("format") != FORMAT:
+                raise ValueError(
+                    f"found kernel_ffn format {entry.get('format')!r}, expected {FORMAT}: install the hf_kernel_ffn that wrote it, "
+                    f"version {entry.get('package_version')!r}"
+                )
+            for name, value in _mapping("kernel_ffn activation", entry.get("activation")).items():
+                if getattr(self, name, kwargs.get(name)) == STOCK_GUARD:
+                    setattr(self, name, value)
+                    kwargs.pop(name, None)
+            self.kernel_ffn_layers()
+        super().__post_init__(**kwargs)
+
+    def kernel_ffn_layers(self) -> dict:
+        """LayerConfig of every converted FFN by its path under the base model, in layer order."""
+        layers = _mapping("kernel_ffn layers", (self.kernel_ffn or {}).get("layers"))
+        return {path: LayerConfig.from_dict(entry) for path, entry in layers.items()}
+
+    def to_dict(self):
+        output = super().to_dict()
+        if self.kernel_ffn is not None:
+            output.update(dict.fromkeys(self.kernel_ffn["activation"], STOCK_GUARD))
+        return output
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """As the stock method; also writes the code that loads the checkpoint, and an auto_map for every head."""
+        module = Path(__file__).with_name(f"{type(self).__module__.rsplit('.', 1)[-1]}.py")
+        self.auto_map = {auto: f"{module.stem}.{name}" for auto, name in self.auto_classes.items()}
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for file in (*TRAVELLING, module.name):
+            target = Path(save_directory, file)
+            if target.resolve() != Path(__file__).with_name(file).resolve():
+                shutil.copyfile(Path(__file__).with_name(file), target)
+        custom = get_custom_kernel_file(self)
+        if custom is not None:
+            Path(save_directory, "custom_kernel.py").write_text(custom, encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+TRAVELLING = ("kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "readout.py", "modeling.py")
+"""Files that every checkpoint carries, beside its family's own modelling file."""
+
+
+def get_custom_kernel_file(config) -> str | None:
+    """Source of the one file that registers the user's own kernels used by ``config``, as it must stand in a
+    checkpoint; None if every kernel is the package's.
+
+    Raises:
+        ValueError: the kernels stand in several files, or in none that could travel.
+    """
+    import inspect
+    import re
+
+    files = set()
+    for layer in config.kernel_ffn_layers().values():
+        kind = type(get_kernel(layer.settings.kernel))
+        if kind.__module__ == get_kernel.__module__:
+            continue
+        try:
+            file = inspect.getsourcefile(kind)
+        except TypeError:
+            file = None
+        if file is None or kind.__module__ == "__main__" or not Path(file).is_file():
+            raise ValueError(
+                f"kernel {layer.settings.kernel!r} stands in {kind.__module__!r}, which cannot travel with a checkpoint: "
+                "put its class and its registration into a .py file of their own and import that"
+            )
+        files.add(file)
+    if not files:
+        return None
+    if len(files) > 1:
+        raise ValueError(f"found kernels of your own in {len(files)} files, expected one: put {', '.join(sorted(files))} together")
+    source = Path(files.pop()).read_text(encoding="utf-8")
+    # Absolute imports of the package do not exist where the checkpoint is loaded without it.
+    return re.sub(r"^from hf_kernel_ffn(\.kernels)? import", "from .kernels import", source, flags=re.MULTILINE)
+
+
+def _one_of(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"found {name}={value!r}, expected one of {', '.join(choices)}")
+
+
+def _number(name, value, accept, expected):
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not accept(value):
+        raise ValueError(f"found {name}={value!r}, expected {expected}")
+
+
+def _mapping(what, value):
+    if not isinstance(value, dict):
+        raise ValueError(f"found {type(value).__name__} as the {what}, expected a mapping: config.json is damaged")
+    return value

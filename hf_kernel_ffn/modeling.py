@@ -1,0 +1,90 @@
+"""What a family's task classes add to the stock ones: kernel-readout FFNs in place of the teacher's.
+
+This file travels inside converted checkpoints: it imports nothing but torch and transformers.
+"""
+
+import functools
+from contextlib import contextmanager
+
+from .readout import KernelFFN
+
+
+class KernelModelMixin:
+    """Put before a stock class: swaps the FFNs that the config names, and refuses a load that would leave one random."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.forward = _with_readouts(cls.forward)
+
+    def post_init(self):
+        layers = self.config.kernel_ffn_layers()
+        if not layers:
+            raise ValueError(f"{type(self).__name__} needs a config with a kernel_ffn entry: make one by hf_kernel_ffn.convert()")
+        for path, layer in layers.items():
+            parent, _, name = path.rpartition(".")
+            try:
+                owner = self.base_model.get_submodule(parent)
+                getattr(owner, name)
+            except AttributeError:
+                raise ValueError(f"found no module {path!r} in {type(self).__name__}: the kernel_ffn entry is of another model") from None
+            setattr(owner, name, KernelFFN(layer))
+        super().post_init()
+
+    def kernel_ffns(self) -> dict:
+        """The converted FFNs by their path under the base model, in layer order."""
+        return {path: self.base_model.get_submodule(path) for path in self.config.kernel_ffn_layers()}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As the stock method; ValueError if a tensor of a converted FFN is missing from the checkpoint or has
+        another shape, since the stock method would only warn and leave it random."""
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        paths = tuple(f"{path}." for path in model.config.kernel_ffn_layers())
+        lost = sorted(
+            key
+            for found in (info["missing_keys"], [entry[0] for entry in info["mismatched_keys"]])
+            for key in found
+            if key.startswith(paths) or any(f".{path}" in key for path in paths)
+        )
+        if lost:
+            raise ValueError(
+                f"found {len(lost)} tensors of converted FFNs missing or misshapen in {pretrained_model_name_or_path}, "
+                f"the first {lost[0]!r}: the checkpoint is incomplete; copy or convert it again"
+            )
+        return (model, info) if output_loading_info else model
+
+
+@contextmanager
+def recorded_readouts(model):
+    """Collect the record of every converted FFN, in the order in which they run, while the context is open."""
+    records = []
+    hooks = [
+        ffn.register_forward_hook(lambda module, args, output: records.append(module.readout(args[0])))
+        for ffn in model.kernel_ffns().values()
+    ]
+    try:
+        yield records
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _with_readouts(forward):
+    """``forward`` with one more argument, ``output_readouts``: whether the output gets ``readouts``, a tuple with one
+    record per converted layer. Its signature stays the stock one, which generation and trainers inspect."""
+    if getattr(forward, "_gives_readouts", False):
+        return forward
+
+    @functools.wraps(forward)
+    def wrapped(self, *args, output_readouts=False, **kwargs):
+        if not output_readouts:
+            return forward(self, *args, **kwargs)
+        with recorded_readouts(self) as records:
+            output = forward(self, *args, **kwargs)
+        if isinstance(output, tuple):
+            return (*output, tuple(records))
+        output["readouts"] = tuple(records)
+        return output
+
+    wrapped._gives_readouts = True
+    return wrapped

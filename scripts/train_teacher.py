@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""Train one of the small teachers that the project ships, from plain text, on a CPU.
+
+    python scripts/train_teacher.py llama books.txt teachers/llama --tokens 12000000
+
+The first run makes a byte-level BPE tokenizer; give the folder of a finished teacher as
+``--tokenizer`` to share it. The weights are trained in float32 and saved in bfloat16.
+"""
+
+from __future__ import annotations
+
+import lzma
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import typer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCAB_SIZE = 4096
+SEQUENCE_LENGTH = 256
+BATCH_SIZE = 32
+END = "<|endoftext|>"
+
+# Small, and unlike each other: grouped and single key-value heads, a sliding window, tied or not.
+SHAPES: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB_SIZE, n_embd=192, n_layer=4, n_head=6, n_positions=SEQUENCE_LENGTH,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    ),
+    "mistral": lambda: MistralConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=160, intermediate_size=448, num_hidden_layers=5,
+        num_attention_heads=5, num_key_value_heads=1, head_dim=32, sliding_window=64,
+        max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+    ),
+}  # fmt: skip
+
+
+def read_text(path: Path) -> str:
+    opener = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        return file.read()
+
+
+def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text[:12_000_000].splitlines(keepends=True), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END
+    )
+
+
+def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
+    """Muon on the blocks' matrices, AdamW on embeddings, head and vectors."""
+    embeddings = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings())
+                  for p in m.parameters()}  # fmt: skip
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
+    rest = [p for p in model.parameters() if p.ndim != 2 or id(p) in embeddings]
+    return [
+        torch.optim.Muon(matrices, lr=6e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
+
+
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
+    prompt = tokenizer("The old man looked at", return_tensors="pt")
+    output = model.generate(
+        **prompt, max_new_tokens=60, do_sample=True, top_p=0.9, temperature=0.8,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return tokenizer.decode(output[0])
+
+
+def main(
+    family: Annotated[str, typer.Argument(help="llama, gpt2 or mistral")],
+    text: Annotated[Path, typer.Argument(help="training text, .txt or .txt.xz")],
+    out: Path,
+    tokens: int = 12_000_000,
+    tokenizer: Annotated[Optional[Path], typer.Option(help="folder to take it from")] = None,
+    seed: int = 0,
+    threads: Annotated[Optional[int], typer.Option(help="CPU threads")] = None,
+) -> None:
+    if family not in SHAPES:
+        raise typer.BadParameter(f"found {family!r}, expected one of {', '.join(SHAPES)}")
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    document = read_text(text)
+    tok = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else train_tokenizer(document)
+    lines = document.splitlines(keepends=True)
+    ids = torch.tensor([i for ids in tok(lines).input_ids for i in ids], dtype=torch.long)
+    typer.echo(f"{len(ids):,} tokens of text")
+
+    model = AutoModelForCausalLM.from_config(SHAPES[family](), dtype=torch.float32)
+    typer.echo(f"{model.num_parameters():,} parameters")
+    compiled = torch.compile(model)
+    opts = optimizers(model)
+    peaks = [[group["lr"] for group in opt.param_groups] for opt in opts]
+    steps = max(1, tokens // (BATCH_SIZE * SEQUENCE_LENGTH))
+    blocks = len(ids) // SEQUENCE_LENGTH - 1
+    order = torch.cat([torch.randperm(blocks) for _ in range(steps * BATCH_SIZE // blocks + 1)])
+    start, average = time.time(), None
+    for step in range(steps):
+        rows = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
+        offset = int(torch.randint(SEQUENCE_LENGTH, ()))
+        batch = torch.stack([ids[i : i + SEQUENCE_LENGTH] for i in (rows * SEQUENCE_LENGTH + offset)])
+        batch[: BATCH_SIZE // 4, 0] = tok.bos_token_id  # so that it can start from nothing
+        progress = step / steps
+        scale = min(1.0, (step + 1) / 50) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * progress)))
+        for opt, lrs in zip(opts, peaks):
+            for group, lr in zip(opt.param_groups, lrs):
+                group["lr"] = lr * scale
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = compiled(input_ids=batch, use_cache=False).logits
+        targets = batch[:, 1:].clone()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        if step % 25 == 0 or step == steps - 1:
+            speed = (step + 1) * BATCH_SIZE * SEQUENCE_LENGTH / (time.time() - start)
+            typer.echo(f"step {step}/{steps} loss {average:.3f} {speed:,.0f} tokens/s")
+    model.to(torch.bfloat16).save_pretrained(out)
+    tok.save_pretrained(out)
+    typer.echo(sample(model.float(), tok))
+
+
+if __name__ == "__main__":
+    typer.run(main)
