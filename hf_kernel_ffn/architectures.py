@@ -44,9 +44,9 @@ ARCHITECTURES: dict[str, Architecture] = {}
 
 
 def register_architecture(architecture: Architecture) -> Architecture:
-    """Add a family to the table; ValueError if its model_type is taken."""
+    """Add a family to the table; InputError if its model_type is taken."""
     if architecture.model_type in ARCHITECTURES:
-        raise ValueError(f"an architecture for {architecture.model_type!r} is already registered")
+        raise InputError(f"an architecture for {architecture.model_type!r} is already registered")
     ARCHITECTURES[architecture.model_type] = architecture
     return architecture
 
@@ -66,12 +66,16 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     """The table's entry for ``model``; InputError if it is converted already or of no known family."""
     model_type = model.config.model_type
     if getattr(model.config, "kernel_ffn", None) is not None:
-        raise InputError(f"found a model that is converted already ({model_type}), expected a stock one: convert its teacher instead")
+        raise InputError(
+            f"found a model that is converted already ({model_type}), expected a stock one: convert its teacher instead"
+        )
     if model_type not in ARCHITECTURES:
         raise InputError(
             f"found model type {model_type!r}, expected one of {', '.join(ARCHITECTURES)}: "
             "describe yours by hf_kernel_ffn.register_architecture(Architecture(...))"
         )
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
+        raise InputError(f"found a quantised model ({model_type}), expected floating-point weights: load the model unquantised")
     return ARCHITECTURES[model_type]
 
 
@@ -90,9 +94,14 @@ def parse_layers(layers: str, count: int) -> list[int]:
             raise InputError(f"found layers {layers!r}, expected numbers and ranges such as 0-5,7")
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last or last >= count:
-            raise InputError(f"found layers {part.strip()!r}, expected numbers from 0 to {count - 1}: the model has {count} layers")
+            raise InputError(
+                f"found layers {part.strip()!r}, expected numbers from 0 to {count - 1}: the model has {count} layers"
+            )
         chosen.update(range(first, last + 1))
     return sorted(chosen)
+
+
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class FFNWeights(NamedTuple):
@@ -133,16 +142,25 @@ def ffn_weights(ffn: nn.Module, architecture: Architecture, config, path: str) -
             found[role] = (None, None)
             continue
         module = getattr(ffn, name, None)
-        if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point():
-            kind = "nothing" if module is None else f"{type(module).__name__} of {getattr(getattr(module, 'weight', None), 'dtype', '?')}"
+        if not isinstance(module, (nn.Linear, Conv1D)) or module.weight.dtype not in WEIGHT_DTYPES:
+            kind = (
+                "nothing"
+                if module is None
+                else f"{type(module).__name__} of {getattr(getattr(module, 'weight', None), 'dtype', '?')}"
+            )
             raise InputError(
                 f"found {kind} at {path}.{name}, expected a floating-point Linear or Conv1D: load the model unquantised"
             )
         weight = module.weight.detach()
-        found[role] = (weight.T if isinstance(module, Conv1D) else weight, None if module.bias is None else module.bias.detach())
+        found[role] = (
+            weight.T if isinstance(module, Conv1D) else weight,
+            None if module.bias is None else module.bias.detach(),
+        )
         for part, tensor in module.named_parameters(recurse=False):
             if not torch.isfinite(tensor).all():
-                raise InputError(f"found NaN or infinite values in {path}.{name}.{part}, expected finite weights: repair the teacher")
+                raise InputError(
+                    f"found NaN or infinite values in {path}.{name}.{part}, expected finite weights: repair the teacher"
+                )
     return FFNWeights(
         up=found["up"][0], up_bias=found["up"][1], gate=found["gate"][0], gate_bias=found["gate"][1],
         down=found["down"][0].T, down_bias=found["down"][1], activation=ACT2FN[getattr(config, architecture.activation)],

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from .custom_kernel import __doc__ as _custom_kernel  # noqa: F401  (registers a user's own kernel)
+from .errors import InputError
 from .kernels import get_kernel
 from .simplex import SIMPLEX_MAPS
 
@@ -24,7 +25,7 @@ VALUES = ("fixed", "gated")
 
 @dataclass(frozen=True)
 class KernelFFNConfig:
-    """What is to replace an FFN. Validates itself; raises ValueError naming the field and the reason."""
+    """What is to replace an FFN. Validates itself; raises InputError naming the field and the reason."""
 
     kernel: str = "half-yat"
     """Similarity between input and input prototypes: a registered kernel that is nowhere negative."""
@@ -54,19 +55,19 @@ class KernelFFNConfig:
         if self.init is not None:
             _one_of("init", self.init, INITIALISERS)
         if not get_kernel(self.kernel).nonnegative:
-            raise ValueError(f"kernel {self.kernel!r} can be negative: its readout is no mixture; choose a nonnegative kernel")
+            raise InputError(f"kernel {self.kernel!r} can be negative: its readout is no mixture; choose a nonnegative kernel")
         _number("temperature", self.temperature, lambda t: 0 < t < float("inf"), "a positive number")
         _number("expansion", self.expansion, lambda e: 1 <= e <= 2, "a number from 1 to 2")
         if self.simplex == "top-k" and (not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1):
-            raise ValueError(f"found top_k={self.top_k!r}, expected a positive integer: simplex 'top-k' needs to know how many")
+            raise InputError(f"found top_k={self.top_k!r}, expected a positive integer: simplex 'top-k' needs to know how many")
         if self.simplex != "top-k" and self.top_k is not None:
-            raise ValueError(f"found top_k={self.top_k} with simplex {self.simplex!r}: only 'top-k' keeps a given number")
+            raise InputError(f"found top_k={self.top_k} with simplex {self.simplex!r}: only 'top-k' keeps a given number")
         if self.values == "gated" and self.init == "polarised":
-            raise ValueError("values 'gated' with init 'polarised': gated values carry the sign already; use init 'single'")
+            raise InputError("values 'gated' with init 'polarised': gated values carry the sign already; use init 'single'")
         if self.expansion is not None and self.values == "gated":
-            raise ValueError("found expansion with values 'gated': it counts polarised prototypes; leave it out")
+            raise InputError("found expansion with values 'gated': it counts polarised prototypes; leave it out")
         if self.expansion is not None and self.init == "single":
-            raise ValueError("found expansion with init 'single': it counts polarised prototypes; leave it out")
+            raise InputError("found expansion with init 'single': it counts polarised prototypes; leave it out")
 
     @property
     def coefficients_are_kernel(self) -> bool:
@@ -102,7 +103,7 @@ class LayerConfig:
 
     @classmethod
     def from_dict(cls, entry: dict) -> "LayerConfig":
-        """ValueError if a key is unknown or missing, or a value out of range."""
+        """InputError if a key is unknown or missing, or a value out of range."""
         entry = dict(_mapping("kernel_ffn layer", entry))
         known(cls, entry, "kernel_ffn layer")
         settings = _mapping("kernel_ffn settings", entry.pop("settings", None))
@@ -110,31 +111,48 @@ class LayerConfig:
         for name in ("hidden_size", "prototypes"):
             size = entry.get(name)
             if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**31:
-                raise ValueError(f"found {name}={size!r} in the kernel_ffn entry, expected a positive integer: config.json is damaged")
-        return cls(settings=KernelFFNConfig(**settings), **entry)
+                raise InputError(
+                    f"found {name}={size!r} in the kernel_ffn entry, expected a positive integer: config.json is damaged"
+                )
+        settings = KernelFFNConfig(**settings)
+        reference = _mapping("kernel_ffn reference", entry.get("reference"))
+        needed = [*get_kernel(settings.kernel).parameters]
+        needed += ["scale"] * (settings.intensity != "none") + ["temperature"] * (not settings.coefficients_are_kernel)
+        for name in needed:
+            if reference.get(name) is None:
+                raise InputError(
+                    f"found no reference value {name!r} in the kernel_ffn entry, expected one: config.json is damaged"
+                )
+            _number(
+                f"reference {name}",
+                reference[name],
+                lambda v: 0 < v < float("inf"),
+                "a positive number: config.json is damaged",
+            )
+        return cls(settings=settings, **entry)
 
 
 def known(cls, entry: dict, what: str) -> None:
-    """ValueError, with the nearest right name, if ``entry`` has a key that is no field of dataclass ``cls``."""
+    """InputError, with the nearest right name, if ``entry`` has a key that is no field of dataclass ``cls``."""
     names = [f.name for f in fields(cls)]
     for key in entry:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(names)}"
-            raise ValueError(f"found unknown key {key!r} in the {what}: {hint}")
+            raise InputError(f"found unknown key {key!r} in the {what}: {hint}")
 
 
 def with_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConfig:
     """``config`` with its initialiser and expansion resolved for a gated or plain teacher FFN.
 
     Raises:
-        ValueError: the combination does not exist for such an FFN.
+        InputError: the combination does not exist for such an FFN.
     """
     if not gated_teacher:
         if config.values == "gated":
-            raise ValueError("found values 'gated' for an FFN without a gate: its units have one row each; use values 'fixed'")
+            raise InputError("found values 'gated' for an FFN without a gate: its units have one row each; use values 'fixed'")
         if config.init == "polarised" or config.expansion is not None:
-            raise ValueError("found init 'polarised' for an FFN without a gate: it splits a unit's two rows; use init 'single'")
+            raise InputError("found init 'polarised' for an FFN without a gate: it splits a unit's two rows; use init 'single'")
     both_signs = gated_teacher and config.values == "fixed" and config.init != "single"
     init = config.init or ("polarised" if both_signs else "single")
     return replace(config, init=init, expansion=(config.expansion or 2.0) if both_signs else None)
@@ -152,7 +170,7 @@ class KernelConfigMixin:
         entry = _mapping("kernel_ffn entry of config.json", self.kernel_ffn) if self.kernel_ffn is not None else None
         if entry is not None:
             if entry.get("format") != FORMAT:
-                raise ValueError(
+                raise InputError(
                     f"found kernel_ffn format {entry.get('format')!r}, expected {FORMAT}: install the hf_kernel_ffn that wrote it, "
                     f"version {entry.get('package_version')!r}"
                 )
@@ -176,6 +194,7 @@ class KernelConfigMixin:
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """As the stock method; also writes the code that loads the checkpoint, and an auto_map for every head."""
+        custom = get_custom_kernel_file(self)  # before anything is written: it may refuse
         module = Path(__file__).with_name(f"{type(self).__module__.rsplit('.', 1)[-1]}.py")
         self.auto_map = {auto: f"{module.stem}.{name}" for auto, name in self.auto_classes.items()}
         Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -183,13 +202,12 @@ class KernelConfigMixin:
             target = Path(save_directory, file)
             if target.resolve() != Path(__file__).with_name(file).resolve():
                 shutil.copyfile(Path(__file__).with_name(file), target)
-        custom = get_custom_kernel_file(self)
         if custom is not None:
             Path(save_directory, "custom_kernel.py").write_text(custom, encoding="utf-8")
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-TRAVELLING = ("kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "readout.py", "modeling.py")
+TRAVELLING = ("errors.py", "kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "readout.py", "modeling.py")
 """Files that every checkpoint carries, beside its family's own modelling file."""
 
 
@@ -198,8 +216,9 @@ def get_custom_kernel_file(config) -> str | None:
     checkpoint; None if every kernel is the package's.
 
     Raises:
-        ValueError: the kernels stand in several files, or in none that could travel.
+        InputError: the kernels stand in several files, or in none that could travel.
     """
+    import ast
     import inspect
     import re
 
@@ -213,7 +232,7 @@ def get_custom_kernel_file(config) -> str | None:
         except TypeError:
             file = None
         if file is None or kind.__module__ == "__main__" or not Path(file).is_file():
-            raise ValueError(
+            raise InputError(
                 f"kernel {layer.settings.kernel!r} stands in {kind.__module__!r}, which cannot travel with a checkpoint: "
                 "put its class and its registration into a .py file of their own and import that"
             )
@@ -221,25 +240,45 @@ def get_custom_kernel_file(config) -> str | None:
     if not files:
         return None
     if len(files) > 1:
-        raise ValueError(f"found kernels of your own in {len(files)} files, expected one: put {', '.join(sorted(files))} together")
+        raise InputError(
+            f"found kernels of your own in {len(files)} files, expected one: put {', '.join(sorted(files))} together"
+        )
     source = Path(files.pop()).read_text(encoding="utf-8")
     # Absolute imports of the package do not exist where the checkpoint is loaded without it.
-    return re.sub(r"^from hf_kernel_ffn(\.kernels)? import", "from .kernels import", source, flags=re.MULTILINE)
+    source = re.sub(r"^from hf_kernel_ffn(\.kernels)? import", "from .kernels import", source, flags=re.MULTILINE)
+    for node in ast.walk(ast.parse(source)):
+        wanted = []
+        if isinstance(node, ast.Import):
+            wanted = [alias.name for alias in node.names if alias.name.split(".")[0] == "hf_kernel_ffn"]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] == "hf_kernel_ffn":
+            wanted = [node.module]
+        elif isinstance(node, ast.ImportFrom) and node.level == 1 and node.module == "kernels":
+            wanted = [
+                f"hf_kernel_ffn.{a.name}"
+                for a in node.names
+                if a.name not in ("Kernel", "register_kernel", "KERNELS", "get_kernel")
+            ]
+        if wanted:
+            raise InputError(
+                f"found {wanted[0]} imported in a kernel's file, which a checkpoint does not carry: "
+                "write 'from hf_kernel_ffn import Kernel, register_kernel' and import nothing else of the package"
+            )
+    return source
 
 
 def _one_of(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"found {name}={value!r}, expected one of {', '.join(choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"found {name}={value!r}, expected one of {', '.join(choices)}")
 
 
 def _number(name, value, accept, expected):
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not accept(value):
-        raise ValueError(f"found {name}={value!r}, expected {expected}")
+        raise InputError(f"found {name}={value!r}, expected {expected}")
 
 
 def _mapping(what, value):
     if not isinstance(value, dict):
-        raise ValueError(f"found {type(value).__name__} as the {what}, expected a mapping: config.json is damaged")
+        raise InputError(f"found {type(value).__name__} as the {what}, expected a mapping: config.json is damaged")
     return value

@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right."""
+"""The one exception for what a user can put right. Travels inside converted checkpoints."""
 
 
 class InputError(ValueError):

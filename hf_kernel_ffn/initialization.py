@@ -24,6 +24,10 @@ DISTANCE_SHARE = 0.01
 """ε and c² start at this share of the mean squared distance between inputs and prototypes."""
 
 
+UNITS_AT_ONCE = 1024
+"""Units that are fitted together."""
+
+
 class Prototypes(NamedTuple):
     """Starting weights of one kernel readout; P prototypes, hidden_size d, all float32."""
 
@@ -42,101 +46,93 @@ class Prototypes(NamedTuple):
 
 
 def prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -> Prototypes:
-    """Prototypes for the FFN ``weights`` under ``settings`` (resolved by ``with_defaults``).
+    """Prototypes for the FFN ``weights`` (float32) under ``settings`` (resolved by ``with_defaults``).
 
     Args:
         inputs: (tokens, d) float32 sample of the layer's inputs, on which the per-unit fits are made.
     """
     kernel = get_kernel(settings.kernel)
-    up, gate = weights.pre_activations(inputs)
-    target = weights.coefficients(inputs)
-    importance = None
+    length = inputs.square().sum(-1).mean().sqrt() if settings.init == "data-scale" else None
     polarised = settings.expansion is not None
-    if settings.values == "gated":  # y = Σ κ_i (u_i·x) v_i: κ stands in for the activation, weighted by (u·x)²
-        assert gate is not None
-        target, importance = weights.activation(gate), up.square()
-    candidates = []
-    for ratio in RATIOS if polarised else (1.0,):
-        signs = (1.0, -1.0) if polarised else (None,)
-        for shift in SHIFTS if kernel.uses_bias else (0.0,):
-            candidates.append([_rows(weights, ratio, sign, shift, up, gate) for sign in signs])
-    length = inputs.square().sum(-1).mean().sqrt()
-    input2 = inputs.square().sum(-1, keepdim=True)
-    stretch = None
-    if settings.init == "data-scale":
-        stretch = [[length / rows.norm(dim=-1).clamp_min(1e-12) for rows, _, _ in signed] for signed in candidates]
-    parameters = _parameters(kernel, candidates[0][0][0], stretch and stretch[0][0], length)
+    signs = (1.0, -1.0) if polarised else (0.0,)
+    first = [_rows(weights, weights.up.new_ones(len(weights.up)), sign, length) for sign in signs]
+    parameters = _parameters(kernel, *first[0], inputs)
+    amount, ratio, shift = _fit_units(weights, settings, kernel, parameters, inputs, signs, length)
 
-    fits = []
-    for index, signed in enumerate(candidates):
-        stretches = stretch[index] if stretch else [None] * len(signed)
-        columns = [
-            _kernel_columns(kernel, rows, bias, score, lam, input2, parameters)
-            for (rows, bias, score), lam in zip(signed, stretches)
-        ]
-        fits.append(_least_squares(columns[0] - columns[1] if polarised else columns[0], target, importance))
-    errors = torch.stack([error for error, _ in fits])
-    best = errors.argmin(0)
-    amount = torch.stack([a for _, a in fits]).gather(0, best[None])[0]  # (m,)
-
-    picked_rows, picked_bias, picked_sign = [], [], []
-    for position in range(len(candidates[0])):
-        rows = torch.stack([signed[position][0] for signed in candidates])[best, torch.arange(len(best))]
-        bias = torch.stack([signed[position][1] for signed in candidates])[best, torch.arange(len(best))]
-        if stretch:
-            lam = torch.stack([s[position] for s in stretch])[best, torch.arange(len(best))]
-            rows, bias = rows * lam[:, None], bias * lam
-        picked_rows.append(rows)
-        picked_bias.append(bias)
-        picked_sign.append(torch.full((len(best),), -1.0 if position else 1.0, device=rows.device))
-    rows, bias, sign = torch.cat(picked_rows), torch.cat(picked_bias), torch.cat(picked_sign)
-    amount = amount.repeat(len(picked_rows))
+    parts = []
+    for sign in signs:
+        rows, bias, stretch = _rows(weights, ratio, sign, length)
+        if kernel.uses_bias:
+            bias = bias + shift * (inputs @ rows.T).std(0)
+        parts.append((rows, bias, torch.full_like(amount, -1.0 if sign < 0 else 1.0)))
+    rows, bias, sign = (torch.cat(part) for part in zip(*parts))
+    amount = amount.repeat(len(signs))
     scale = amount.abs().median().clamp_min(torch.finfo(torch.float32).tiny).item()
-    dictionary = weights.down.float().repeat(len(picked_rows), 1) * (sign * amount / scale)[:, None]
-    units = torch.arange(1, len(best) + 1, device=rows.device).repeat(len(picked_rows)) * sign * amount.sign()
+    dictionary = weights.down.repeat(len(signs), 1) * (sign * amount / scale)[:, None]
+    units = torch.arange(1, len(weights.up) + 1, device=rows.device).repeat(len(signs)) * torch.where(sign * amount < 0, -1, 1)
     result = Prototypes(rows, bias, dictionary, units.to(torch.int32), parameters, scale)
     if polarised and settings.expansion != 2:
-        result = _loudest(result, kernel, inputs, round(settings.expansion * len(best)))
+        result = _loudest(result, kernel, inputs, round(settings.expansion * len(weights.up)))
     return result
 
 
-def _rows(weights, ratio, sign, shift, up, gate):
-    """Rows (m, d), biases (m,) and scores (tokens, m) of one candidate; ``sign`` None: the unit's own row."""
+def _rows(weights: FFNWeights, ratio: Tensor, sign: float, length: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (m, d), their biases (m,) and how far they were stretched (m,): polarised by ``ratio`` (m,) if ``sign`` is not
+    zero, else the units' own; as long as ``length`` if that is given."""
     zero = weights.up.new_zeros(len(weights.up))
-    if sign is None:
-        own_rows, own_bias, score = (
-            (weights.up, weights.up_bias, up) if gate is None else (weights.gate, weights.gate_bias, gate)
-        )
-        rows, bias = own_rows.float(), (zero if own_bias is None else own_bias).float()
+    up_bias = zero if weights.up_bias is None else weights.up_bias
+    gate_bias = zero if weights.gate_bias is None else weights.gate_bias
+    if weights.gate is None:
+        rows, bias = weights.up, up_bias
+    elif sign == 0:
+        rows, bias = weights.gate, gate_bias
     else:
-        mix = sign * ratio
-        rows = (weights.gate.float() + mix * weights.up.float()) / 2
-        up_bias = zero if weights.up_bias is None else weights.up_bias
-        gate_bias = zero if weights.gate_bias is None else weights.gate_bias
-        bias, score = (gate_bias + mix * up_bias).float() / 2, (gate + mix * up) / 2
-    extra = shift * score.std(0)
-    return rows, bias + extra, score + extra
+        rows = (weights.gate + sign * ratio[:, None] * weights.up) / 2
+        bias = (gate_bias + sign * ratio * up_bias) / 2
+    stretch = torch.ones_like(zero) if length is None else length / rows.norm(dim=-1).clamp_min(1e-12)
+    return rows * stretch[:, None], bias * stretch, stretch
 
 
-def _parameters(kernel: Kernel, rows: Tensor, stretch: Tensor | None, length: Tensor) -> dict[str, float]:
-    norm2 = length.square() if stretch is not None else rows.square().sum(-1).mean()
-    starts = {
-        "distance": DISTANCE_SHARE * (length.square() + norm2).item(),
-        "bandwidth": 1.0 if stretch is None else stretch.mean().item(),
-    }
+def _parameters(kernel: Kernel, rows: Tensor, bias: Tensor, stretch: Tensor, inputs: Tensor) -> dict[str, float]:
+    square = inputs.square().sum(-1).mean() + rows.square().sum(-1).mean()
+    starts = {"distance": DISTANCE_SHARE * square.item(), "bandwidth": stretch.mean().item()}
     return {name: starts.get(start, start) for name, start in kernel.parameters.items()}
 
 
-def _kernel_columns(kernel, rows, bias, score, stretch, input2, parameters):
-    """κ (tokens, m) between every input and these rows, each row stretched by its own factor first."""
-    row2, dot = rows.square().sum(-1), score - bias
-    if stretch is not None:
-        row2, dot, score = row2 * stretch.square(), dot * stretch, score * stretch
-    distance2 = (input2 + row2 - 2 * dot).clamp_min(0) if kernel.uses_distance else None
-    if not kernel.uses_bias:
-        score = dot
+def _fit_units(weights, settings, kernel, parameters, inputs, signs, length) -> tuple[Tensor, Tensor, Tensor]:
+    """For every unit (m,), the amount of kernel that stands in for its coefficient, and the ratio and shift at which
+    the least error is left; units are taken in slices, so that memory stays bounded."""
+    input2 = inputs.square().sum(-1, keepdim=True)
     tensors = {name: torch.as_tensor(value) for name, value in parameters.items()}
-    return kernel.value(score, distance2, **tensors)
+    found = []
+    for low in range(0, len(weights.up), UNITS_AT_ONCE):
+        part = slice(low, low + UNITS_AT_ONCE)
+        some = FFNWeights(
+            *(w[part] if isinstance(w, Tensor) and len(w) == len(weights.up) else w for w in weights[:5]), *weights[5:]
+        )
+        up, gate = some.pre_activations(inputs)
+        target, importance = some.coefficients(inputs), None
+        if settings.values == "gated":  # y = Σ κ_i (u_i·x) v_i: κ stands in for the activation, weighted by (u·x)²
+            target, importance = weights.activation(gate), up.square()
+        best = torch.full((up.shape[1],), torch.inf, device=up.device)
+        amount, ratio, shift = torch.zeros_like(best), torch.ones_like(best), torch.zeros_like(best)
+        for r in RATIOS if signs != (0.0,) else (1.0,):
+            sides = []
+            for sign in signs:
+                rows, bias, _ = _rows(some, torch.full_like(best, r), sign, length)
+                dot = inputs @ rows.T
+                distance2 = (input2 + rows.square().sum(-1) - 2 * dot).clamp_min(0) if kernel.uses_distance else None
+                sides.append((dot + bias if kernel.uses_bias else dot, distance2, dot.std(0)))
+            for extra in SHIFTS if kernel.uses_bias else (0.0,):
+                columns = [kernel.value(score + extra * std, distance2, **tensors) for score, distance2, std in sides]
+                column = columns[0] - columns[1] if len(columns) == 2 else columns[0]
+                error, a = _least_squares(column, target, importance)
+                better = error < best
+                best, amount = torch.where(better, error, best), torch.where(better, a, amount)
+                ratio, shift = ratio.masked_fill(better, r), shift.masked_fill(better, extra)
+        found.append((amount, ratio, shift))
+    amount, ratio, shift = (torch.cat(part) for part in zip(*found))
+    return amount, ratio, shift
 
 
 def _least_squares(column, target, importance):
@@ -151,12 +147,11 @@ def _least_squares(column, target, importance):
 
 def _loudest(found: Prototypes, kernel: Kernel, inputs: Tensor, keep: int) -> Prototypes:
     """The ``keep`` prototypes that write most over the sample: root mean square coefficient times row norm."""
-    input2 = inputs.square().sum(-1, keepdim=True)
-    columns = _kernel_columns(
-        kernel, found.rows, found.bias, inputs @ found.rows.T + found.bias, None, input2, found.parameters
-    )
-    loudness = columns.square().mean(0).sqrt() * found.dictionary.norm(dim=-1)
-    kept = loudness.topk(keep).indices.sort().values
+    dot = inputs @ found.rows.T
+    distance2 = (inputs.square().sum(-1, keepdim=True) + found.rows.square().sum(-1) - 2 * dot).clamp_min(0)
+    tensors = {name: torch.as_tensor(value) for name, value in found.parameters.items()}
+    column = kernel.value(dot + found.bias if kernel.uses_bias else dot, distance2 if kernel.uses_distance else None, **tensors)
+    kept = (column.square().mean(0).sqrt() * found.dictionary.norm(dim=-1)).topk(keep).indices.sort().values
     return found._replace(
         rows=found.rows[kept], bias=found.bias[kept], dictionary=found.dictionary[kept], units=found.units[kept]
     )

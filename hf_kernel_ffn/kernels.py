@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .errors import InputError
+
 KERNELS = {}
 """Every registered kernel by name."""
 
@@ -57,21 +59,25 @@ def register_kernel(kernel: Kernel) -> Kernel:
 
     Raises:
         TypeError: it is not an instance of :class:`Kernel`.
-        ValueError: another kernel already has the name.
+        InputError: another kernel already has the name.
     """
     if not isinstance(kernel, Kernel):
         raise TypeError(f"found {kernel!r}, expected an instance of Kernel: register MyKernel(name=…), not the class")
     known = KERNELS.get(kernel.name)
-    if known is not None and type(known).__qualname__ != type(kernel).__qualname__:
-        raise ValueError(f"a kernel named {kernel.name!r} is already registered: choose another name")
+    if known is not None and _identity(known) != _identity(kernel):
+        raise InputError(f"a kernel named {kernel.name!r} is already registered: choose another name")
     KERNELS[kernel.name] = kernel
     return kernel
 
 
+def _identity(kernel):
+    return type(kernel).__module__, type(kernel).__qualname__
+
+
 def get_kernel(name: str) -> Kernel:
-    """The kernel called ``name``; ValueError, with the names there are, if there is none."""
-    if name not in KERNELS:
-        raise ValueError(f"found kernel {name!r}, expected one of {', '.join(KERNELS)}: register your own by register_kernel")
+    """The kernel called ``name``; InputError, with the names there are, if there is none."""
+    if not isinstance(name, str) or name not in KERNELS:
+        raise InputError(f"found kernel {name!r}, expected one of {', '.join(KERNELS)}: register your own by register_kernel")
     return KERNELS[name]
 
 

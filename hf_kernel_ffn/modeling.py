@@ -6,6 +6,9 @@ This file travels inside converted checkpoints: it imports nothing but torch and
 import functools
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
+from .errors import InputError
 from .readout import KernelFFN
 
 
@@ -19,14 +22,18 @@ class KernelModelMixin:
     def post_init(self):
         layers = self.config.kernel_ffn_layers()
         if not layers:
-            raise ValueError(f"{type(self).__name__} needs a config with a kernel_ffn entry: make one by hf_kernel_ffn.convert()")
+            raise InputError(
+                f"{type(self).__name__} needs a config with a kernel_ffn entry: make one by hf_kernel_ffn.convert()"
+            )
         for path, layer in layers.items():
             parent, _, name = path.rpartition(".")
             try:
                 owner = self.base_model.get_submodule(parent)
                 getattr(owner, name)
             except AttributeError:
-                raise ValueError(f"found no module {path!r} in {type(self).__name__}: the kernel_ffn entry is of another model") from None
+                raise InputError(
+                    f"found no module {path!r} in {type(self).__name__}: the kernel_ffn entry is of another model"
+                ) from None
             setattr(owner, name, KernelFFN(layer))
         super().post_init()
 
@@ -36,9 +43,15 @@ class KernelModelMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As the stock method; ValueError if a tensor of a converted FFN is missing from the checkpoint or has
+        """As the stock method; InputError if a tensor of a converted FFN is missing from the checkpoint or has
         another shape, since the stock method would only warn and leave it random."""
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise InputError(
+                f"found a damaged weight file in {pretrained_model_name_or_path} ({error}): the checkpoint is incomplete; "
+                "copy or convert it again"
+            ) from error
         paths = tuple(f"{path}." for path in model.config.kernel_ffn_layers())
         lost = sorted(
             key
@@ -47,7 +60,7 @@ class KernelModelMixin:
             if key.startswith(paths) or any(f".{path}" in key for path in paths)
         )
         if lost:
-            raise ValueError(
+            raise InputError(
                 f"found {len(lost)} tensors of converted FFNs missing or misshapen in {pretrained_model_name_or_path}, "
                 f"the first {lost[0]!r}: the checkpoint is incomplete; copy or convert it again"
             )

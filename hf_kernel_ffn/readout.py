@@ -15,6 +15,9 @@ from .configuration import LayerConfig
 from .kernels import get_kernel
 from .simplex import shares, top_k_mask
 
+LOG_RATIO_BOUND = 20.0
+"""Learned log-ratios act as if no further from zero than this: no step, however wild, makes a constrained value 0 or ∞."""
+
 
 class Readout(NamedTuple):
     """What one FFN (or attention head) wrote: ``output() = coefficients @ dictionary + bias``."""
@@ -94,10 +97,11 @@ class KernelFFN(nn.Module):
             if intensity is None:
                 intensity = (pi.sum(-1, keepdim=True) > 0).to(pi.dtype)
             choice = pi * intensity
+        dictionary, bias = effective(self.output_prototypes, hidden_states)
         return Readout(
             coefficients=self._values(hidden_states, choice).to(hidden_states.dtype),
-            dictionary=effective_weight(self.output_prototypes).T,
-            bias=self.output_prototypes.bias,
+            dictionary=dictionary.T,
+            bias=bias,
             shares=pi,
             intensity=intensity.squeeze(-1),
             names=tuple(f"{abs(u) - 1}{'+' if u > 0 else '-'}" for u in self.units.tolist()),
@@ -105,20 +109,25 @@ class KernelFFN(nn.Module):
 
     def positive(self, name: str) -> Tensor:
         """A constrained value, ``reference · exp(learned log-ratio)`` > 0, shape (1,), at least float32."""
-        ratio = self.log_ratio[name]
-        return self.reference[name] * (ratio if ratio.dtype == torch.float64 else ratio.float()).exp()
+        return self.reference[name] * _at_least_float32(self.log_ratio[name]).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
     def scores(self, hidden_states):
-        """s = x·w + b and, if the kernel asks for it, ‖x − w‖²."""
-        score = _at_least_float32(self.input_prototypes(hidden_states))
+        """s = x·w + b and, if the kernel asks for it, ‖x − w‖², in float32 at least."""
         if not self.kernel.uses_distance:
-            return score, None
-        weight, bias = effective_weight(self.input_prototypes), self.input_prototypes.bias
+            return _at_least_float32(self.input_prototypes(hidden_states)), None
         # From the weight in use at every call: a norm kept from earlier would be wrong after a step or an adapter.
-        row2 = torch.linalg.vector_norm(weight, dim=-1, dtype=score.dtype).square()
-        input2 = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=score.dtype).square()
-        dot = score if bias is None else score - bias
-        return score, (input2 + row2 - 2 * dot).clamp_min(0)
+        weight, bias = effective(self.input_prototypes, hidden_states)
+        device = hidden_states.device.type
+        rounded = hidden_states.dtype.itemsize < 4 or weight.dtype.itemsize < 4 or torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False):
+            x, weight = _at_least_float32(hidden_states), _at_least_float32(weight)
+            if rounded:  # a product rounded to half precision would leave noise of a small distance
+                dot = nn.functional.linear(x, weight)
+                score = dot if bias is None else dot + bias
+            else:
+                score = self.input_prototypes(x)
+                dot = score if bias is None else score - bias
+            return score, (x.square().sum(-1, keepdim=True) + weight.square().sum(-1) - 2 * dot).clamp_min(0)
 
     def kernel_parameters(self):
         return {name: self.positive(name) for name in self.kernel.parameters}
@@ -150,25 +159,24 @@ class KernelFFN(nn.Module):
         return choice * _at_least_float32(self.value_proj(hidden_states))
 
 
-def effective_weight(linear: nn.Module) -> Tensor:
-    """(out_features, in_features): the weight that ``linear`` multiplies by, adapters and quantisation included."""
+def effective(linear: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(out_features, in_features) and (out_features,): what ``linear`` multiplies by and adds, adapters and
+    quantisation included; ``like`` is an input of it."""
     weight = linear.weight
-    if type(linear) is nn.Linear and type(weight) in (nn.Parameter, Tensor):
-        return weight
-    if hasattr(linear, "get_delta_weight"):  # a peft adapter around the weight
+    if type(linear) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and not weight.is_meta:
+        return weight, linear.bias
+    if hasattr(linear, "lora_A"):  # a peft adapter around the weight
         if linear.disable_adapters or linear.merged:
-            return effective_weight(linear.get_base_layer())
+            return effective(linear.get_base_layer(), like)
         active = [name for name in linear.active_adapters if name in linear.lora_A]
-        return effective_weight(linear.get_base_layer()) + sum(linear.get_delta_weight(name) for name in active)
-    # Whatever else stands there (a quantised layer, a sharded weight): ask it what it does to the unit vectors.
+        if not any(name in linear.lora_variant or linear.lora_bias.get(name) for name in active):
+            weight, bias = effective(linear.get_base_layer(), like)
+            return weight + sum(linear.get_delta_weight(name) for name in active), bias
+    # Whatever else stands there (DoRA, a quantised layer, an offloaded weight): ask it what it does to zero and the unit vectors.
     features = linear.in_features
-    unit = torch.eye(features, device=weight.device, dtype=_compute_dtype(linear))
-    rows = linear(unit)
-    return (rows if linear.bias is None else rows - linear.bias).T
-
-
-def _compute_dtype(linear):
-    return linear.bias.dtype if linear.bias is not None and linear.bias.is_floating_point() else torch.get_default_dtype()
+    unit = torch.eye(features, device=like.device, dtype=like.dtype)
+    rows = linear(torch.cat([torch.zeros_like(unit[:1]), unit]))
+    return (rows[1:] - rows[0]).T, rows[0]
 
 
 def _at_least_float32(tensor):

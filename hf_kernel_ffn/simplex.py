@@ -40,7 +40,8 @@ def shares(name: str, log_kernel: Tensor, temperature: Tensor | float, top_k: in
     finite = log_kernel.where(fires, torch.zeros_like(log_kernel))
     best = log_kernel.detach().amax(-1, keepdim=True)
     best = best.where(best != -torch.inf, torch.zeros_like(best))
-    scores = ((finite - best) / temperature).where(fires, torch.full_like(finite, FLOOR))
+    counted = fires | ~fires.any(-1, keepdim=True)  # a row where nothing fires: equal scores, zeroed below
+    scores = ((finite - best) / temperature).where(counted, torch.full_like(finite, FLOOR))
     return SIMPLEX_MAPS[name](scores.clamp_min(FLOOR), top_k) * fires
 
 

@@ -27,13 +27,17 @@ from .architectures import (
     parse_layers,
 )
 from .calibration import calibrate, ffn_inputs, own_text
-from .configuration import FORMAT, STOCK_GUARD, KernelFFNConfig, LayerConfig, with_defaults
+from .configuration import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
 from .errors import InputError
 from .initialization import gate_bias, prototypes
 from .readout import KernelFFN
 
 CALIBRATION_TOKENS = 16_384
 """Tokens that a conversion reads, of the user's text or of the model's own making."""
+
+
+FIT_TOKENS = 2048
+"""Tokens, evenly spaced among those, on which the rows of single units are fitted."""
 
 
 @dataclass
@@ -132,7 +136,7 @@ def _dropout(architecture: Architecture, teacher: PreTrainedModel) -> float:
 def _convert_ffn(teacher_ffn, weights, settings, inputs, dropout) -> tuple[KernelFFN, dict]:
     """One calibrated kernel readout, in float32, and its figures."""
     weights32 = weights._replace(**{k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)})
-    start = prototypes(weights32, settings, inputs[:4096].float())
+    start = prototypes(weights32, settings, inputs[:: max(1, len(inputs) // FIT_TOKENS)].float())
     reference = dict(start.parameters)
     reference["scale"] = start.scale if settings.intensity == "mass" else 1.0
     if not settings.coefficients_are_kernel:
@@ -160,8 +164,7 @@ def _convert_ffn(teacher_ffn, weights, settings, inputs, dropout) -> tuple[Kerne
 
 
 def _assemble(teacher, architecture, ffns: dict[str, KernelFFN], copy: bool) -> PreTrainedModel:
-    """A student of the family's own class around the teacher's other parameters and the new FFNs."""
-    student_class = _student_class(teacher, architecture)
+    """A student around the teacher's other parameters and the new FFNs."""
     entry = {
         "format": FORMAT,
         "package_version": __version__,
@@ -170,22 +173,50 @@ def _assemble(teacher, architecture, ffns: dict[str, KernelFFN], copy: bool) -> 
         "activation": {architecture.activation: getattr(teacher.config, architecture.activation)},
         "layers": {path: ffn.config.to_dict() for path, ffn in ffns.items()},
     }
-    settings = {k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "auto_map", "transformers_version")}
+    student = student_from_entry(teacher, entry, copy)
+    dtype = next(teacher.parameters()).dtype
+    for path, ffn in ffns.items():
+        student.base_model.get_submodule(path).load_state_dict(ffn.to(dtype).state_dict(), assign=True)
+    return student.requires_grad_(True)
+
+
+def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False) -> PreTrainedModel:
+    """A model of the family's own class with the FFNs that ``entry`` (of config.json) describes, zero until they are loaded,
+    around the teacher's other parameters."""
+    student_class = _student_class(teacher, ARCHITECTURES[entry["family"]])
+    settings = {
+        k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "auto_map", "transformers_version")
+    }
     config = student_class.config_class(**settings, kernel_ffn=entry)
     config._attn_implementation = teacher.config._attn_implementation
     config.name_or_path = teacher.config.name_or_path
     with torch.device("meta"):
         student = student_class(config)
-    dtype = next(teacher.parameters()).dtype
-    for path, ffn in ffns.items():
-        target = student.base_model.get_submodule(path)
-        target.load_state_dict(ffn.to(dtype).state_dict(), assign=True)
-    inside = tuple(_prefix(student) + path + "." for path in ffns)
-    _share(teacher, student, inside, copy)
+    weight = next(teacher.parameters())
+    for path in entry["layers"]:
+        ffn = student.base_model.get_submodule(path).to(weight.dtype).to_empty(device=weight.device)
+        for tensor in ffn.state_dict().values():
+            tensor.zero_()
+    _share(teacher, student, _inside(student, entry), copy)
     student.tie_weights()
     if teacher.can_generate():
         student.generation_config = copying.deepcopy(teacher.generation_config)
-    return student.requires_grad_(True).eval()
+    return student.eval()
+
+
+def share_equal(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Let ``student`` use the teacher's memory for every parameter outside its FFNs that is equal to the teacher's."""
+    theirs = dict(teacher.named_parameters())
+    inside = _inside(student, student.config.kernel_ffn)
+    for name, parameter in student.named_parameters():
+        other = theirs.get(name)
+        if not name.startswith(inside) and other is not None and torch.equal(parameter, other):
+            parameter.data = other.data
+
+
+def _inside(student: PreTrainedModel, entry: dict) -> tuple[str, ...]:
+    """What the names of all parameters of converted FFNs start with."""
+    return tuple(f"{_prefix(student)}{path}." for path in entry["layers"])
 
 
 def _prefix(model: PreTrainedModel) -> str:
@@ -196,7 +227,9 @@ def _student_class(teacher, architecture):
     name = f"Kernel{type(teacher).__name__}"
     module = importlib.import_module(architecture.modeling)
     if not hasattr(module, name):
-        heads = ", ".join(n.removeprefix("Kernel") for n in vars(module) if n.startswith("Kernel") and "Mixin" not in n and "Config" not in n)
+        heads = ", ".join(
+            n.removeprefix("Kernel") for n in vars(module) if n.startswith("Kernel") and "Mixin" not in n and "Config" not in n
+        )
         raise InputError(f"found a {type(teacher).__name__}, expected one of {heads}: load the teacher by one of these classes")
     return getattr(module, name)
 
@@ -225,12 +258,16 @@ def restore(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedMod
     if entry is None:
         raise InputError("found a student that is not converted, expected one with a kernel_ffn entry: nothing to restore")
     if teacher.config.model_type != entry["family"]:
-        raise InputError(f"found a teacher of type {teacher.config.model_type!r}, expected {entry['family']!r}: give the student's own")
-    inside = tuple(_prefix(student) + path + "." for path in entry["layers"])
+        raise InputError(
+            f"found a teacher of type {teacher.config.model_type!r}, expected {entry['family']!r}: give the student's own"
+        )
+    inside = _inside(student, entry)
     mine = {n: p.shape for n, p in student.named_parameters() if not n.startswith(inside)}
     other = {n: p.shape for n, p in teacher.named_parameters() if not n.startswith(inside)}
     if mine != other:
-        raise InputError("found a teacher whose parameters differ in name or shape from the student's: give the student's own teacher")
+        raise InputError(
+            "found a teacher whose parameters differ in name or shape from the student's: give the student's own teacher"
+        )
     with torch.device("meta"):
         stock = type(teacher)(teacher.config)
     _share(teacher, stock, (), copy=False)
@@ -239,6 +276,25 @@ def restore(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedMod
     if teacher.can_generate():
         stock.generation_config = copying.deepcopy(student.generation_config)
     return stock.eval()
+
+
+def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """InputError unless ``student`` is converted and ``teacher`` is a stock model of its family, vocabulary and shape."""
+    entry = getattr(student.config, "kernel_ffn", None)
+    if entry is None:
+        raise InputError(
+            "found a student that is not converted, expected one with a kernel_ffn entry: run hf-kernel-ffn convert"
+        )
+    if getattr(teacher.config, "kernel_ffn", None) is not None or teacher.config.model_type != entry["family"]:
+        raise InputError(
+            f"found a teacher of type {teacher.config.model_type!r}, expected a stock {entry['family']!r}: give the student's own"
+        )
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        mine, other = getattr(student.config, name), getattr(teacher.config, name)
+        if mine != other:
+            raise InputError(
+                f"found {name} {mine} in the student and {other} in the teacher, expected equal: give the student's own teacher"
+            )
 
 
 @contextmanager
@@ -294,6 +350,3 @@ def _with_progress(items, label, show):
     from rich.progress import track
 
     return track(list(items), description=label)
-
-
-__all__ = ["ARCHITECTURES", "STOCK_GUARD", "ConversionReport", "convert", "new_folder", "require_empty", "restore", "save_converted"]

@@ -69,9 +69,7 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(text[:12_000_000].splitlines(keepends=True), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END)
 
 
 def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:

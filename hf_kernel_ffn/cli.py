@@ -1,0 +1,170 @@
+"""The command line: convert, distill, evaluate, families. Bad input is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the weights while they are computed with")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="local folder or hub id of a stock model")],
+    out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
+    kernel: Annotated[str, typer.Option(help="registered kernel, or FILE.py:NAME for one of your own")] = "half-yat",
+    simplex: Annotated[str, typer.Option(help="softmax, sparsemax, entmax-1.5 or top-k")] = "softmax",
+    top_k: Annotated[Optional[int], typer.Option(help="prototypes kept by top-k")] = None,
+    intensity: Annotated[str, typer.Option(help="none, mass or gate")] = "mass",
+    init: Annotated[Optional[str], typer.Option(help="single, polarised or data-scale  [default: the family's]")] = None,
+    values: Annotated[str, typer.Option(help="fixed or gated")] = "fixed",
+    expansion: Annotated[Optional[float], typer.Option(help="polarised prototypes per hidden unit, 1 to 2")] = None,
+    temperature: Annotated[Optional[float], typer.Option(help="[default: 1, or fitted where it is free]")] = None,
+    layers: Annotated[Optional[str], typer.Option(help="such as 0-5,7  [default: all]")] = None,
+    calibration_text: Annotated[Optional[str], typer.Option(help=".txt, .jsonl, .parquet or a datasets name")] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=256, help="tokens to calibrate on")] = 16_384,
+    seed: Annotated[int, typer.Option(help="of the tokens the model makes itself when there is no text")] = 0,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Replace the FFNs of MODEL by kernel readouts and save the student in OUT_DIR, in the dtype MODEL is stored in."""
+    from . import surgery
+    from .configuration import KernelFFNConfig
+    from .data import token_ids
+    from .loading import import_kernel, load_teacher, load_tokenizer, stored_dtype
+
+    surgery.require_empty(out_dir)
+    settings = KernelFFNConfig(import_kernel(kernel), simplex, intensity, init, values, temperature, top_k, expansion)
+    teacher = load_teacher(model, dtype, device)
+    ids = None
+    if calibration_text is not None:
+        length = min(256, getattr(teacher.config, "max_position_embeddings", None) or 256)
+        ids = token_ids(load_tokenizer(model), [calibration_text], length, calibration_tokens, spread=True)
+    student, report = surgery.convert(
+        teacher, settings, layers, calibration_ids=ids, calibration_tokens=calibration_tokens, seed=seed, progress=True
+    )
+    with surgery.new_folder(out_dir) as made:
+        surgery.save_converted(student.to(stored_dtype(model)), model, made, conversion=report.to_dict())
+    _table(
+        ["layer", "prototypes", "parameters", "FVU held out", "dictionary growth"],
+        [
+            [path, f"{f['prototypes']}", f"{f['parameters']:,}", f"{f['fvu']:.4f}", f"{f['dictionary_growth']:.2f}"]
+            for path, f in report.layers.items()
+        ],
+    )
+    typer.echo(f"calibrated on {report.calibration_tokens:,} tokens ({report.calibration}); saved in {out_dir}")
+
+
+@app.command()
+def distill(
+    recipe: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="dotted.key=value …, such as stages.0.tokens=600000")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the state an interrupted run left")] = False,
+) -> None:
+    """Distil a converted model back to its teacher by RECIPE. Also: accelerate launch scripts/distill.py RECIPE …"""
+    from .distillation import distill, load_recipe
+
+    out = distill(load_recipe(recipe, overrides), resume=resume)
+    typer.echo(f"saved in {out}")
+
+
+@app.command()
+def evaluate(
+    student: Annotated[str, typer.Argument(help="local folder or hub id of a converted model")],
+    teacher: Annotated[str, typer.Option(help="local folder or hub id of its stock model")],
+    text: Annotated[str, typer.Option(help="text that neither was trained on")],
+    max_tokens: Annotated[int, typer.Option(min=2, help="tokens of the text to read")] = 65_536,
+    sequence_length: Annotated[int, typer.Option(min=2, help="tokens per sequence")] = 256,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write the report")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")
+    ] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of every layer."""
+    from .data import token_ids
+    from .errors import InputError
+    from .loading import load_student, load_teacher, load_tokenizer
+
+    try:
+        from .evaluation import evaluate_student
+    except ImportError as error:
+        raise InputError("evaluate needs the evaluate package: pip install 'hf-kernel-ffn[evaluate]'") from error
+    converted, stock = load_student(student, dtype, device, trust_remote_code), load_teacher(teacher, dtype, device)
+    limit = getattr(stock.config, "max_position_embeddings", None)
+    if limit is not None and sequence_length > limit:
+        raise InputError(f"found sequence length {sequence_length}, expected at most the teacher's {limit}")
+    ids = token_ids(load_tokenizer(teacher), [text], sequence_length, max_tokens)
+    report = evaluate_student(converted, stock, ids, progress=True)
+    report = {"student_path": student, "teacher_path": teacher, "text": text, "sequence_length": sequence_length, **report}
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
+    _print_report(report)
+
+
+@app.command()
+def families() -> None:
+    """List the architectures that can be converted."""
+    from .architectures import ARCHITECTURES
+
+    _table(
+        ["model_type", "FFN", "W_in", "gate", "W_out", "default"],
+        [
+            [a.model_type, f"{a.layers}.*.{a.ffn}", a.up, a.gate or "–", a.down, "polarised" if a.gate else "single"]
+            for a in ARCHITECTURES.values()
+        ],
+    )
+
+
+def _print_report(report: dict) -> None:
+    names = ("student.cross_entropy", "teacher.cross_entropy", "delta_cross_entropy", "kl", "top1_agreement", "loss_recovered")
+    rows = []
+    for name in names:
+        value = report
+        for key in name.split("."):
+            value = value[key]
+        rows.append([name, f"{value:.4f}"])
+    _table(["figure", f"over {report['tokens']:,} predicted tokens"], rows)
+    columns = {
+        "fvu": "FVU", "fvu_student_inputs": "FVU own inputs", "active_prototypes": "active", "effective_prototypes": "effective",
+        "coherence": "coherence", "opposed_share": "opposed", "write_mass_ratio": "write mass",
+    }  # fmt: skip
+    rows = []
+    for layer in report["layers"]:
+        for who, figures in ((layer["path"], layer), ("  teacher", layer["teacher"])):
+            rows.append([who, *(f"{figures[name]:.{1 if 'prototypes' in name else 4}f}" for name in columns)])
+    _table(["layer", *columns.values()], rows)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def main() -> None:
+    """Entry point of ``hf-kernel-ffn``."""
+    from .errors import InputError
+
+    try:
+        app()
+    except (InputError, FloatingPointError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Text to blocks of token ids: local .txt, .jsonl and .parquet files or `datasets` names, streamed and packed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .errors import InputError
+
+SPREAD = 32
+"""How much more text than it uses a spread sample reads."""
+LOCAL = (".txt", ".jsonl", ".parquet")
+
+
+def documents(source: str, text_field: str = "text") -> Iterator[tuple[str, bool]]:
+    """Pieces of text of one source in order, each with whether a document ends there.
+
+    Args:
+        source: a local .txt (one document, streamed by line), .jsonl or .parquet file (one document a row), or a
+            `datasets` name, as ``name``, ``name:split`` or ``name:config:split``.
+        text_field: which field of a row is the text.
+
+    Raises:
+        InputError: the source cannot be read, or a row has no such field.
+    """
+    path = Path(source)
+    try:
+        if path.suffix == ".txt":
+            with path.open(encoding="utf-8") as file:
+                for line in file:
+                    yield line, False
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield _field(json.loads(line), text_field, f"{source}, line {number}"), True
+        else:
+            for number, row in enumerate(_dataset(source), 1):
+                yield _field(row, text_field, f"{source}, row {number}"), True
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"found {source} unreadable as text ({error}), expected UTF-8 {', '.join(LOCAL)}") from error
+
+
+def _dataset(source: str) -> Iterable[dict]:
+    path = Path(source)
+    if path.exists() and path.suffix != ".parquet":
+        raise InputError(f"found {source}, expected a {', '.join(LOCAL)} file or the name of a dataset: convert the text")
+    if not path.exists() and path.suffix in LOCAL:
+        raise InputError(f"found no file {source}: check the path")
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"reading {source} needs the datasets package: pip install 'hf-kernel-ffn[distill]'") from error
+    try:
+        if path.exists():
+            return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        name, *rest = source.split(":")
+        split = rest[-1] if rest else "train"
+        return datasets.load_dataset(name, *rest[:-1], split=split, streaming=True)
+    except Exception as error:  # the library raises many kinds; whichever, the text could not be had
+        raise InputError(
+            f"found no readable text at {source!r} ({error}): give a local file or the name of a dataset"
+        ) from error
+
+
+def _field(row, text_field: str, where: str) -> str:
+    text = row.get(text_field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise InputError(f"found no text field {text_field!r} in {where}: name the right one as text_field")
+    return text
+
+
+def token_stream(tokenizer: PreTrainedTokenizerBase, sources: list[str], text_field: str = "text") -> Iterator[int]:
+    """Token ids of all sources in order, with the tokenizer's end token (if it has one) after every document."""
+    for source in sources:
+        pieces = documents(source, text_field)
+        while batch := list(islice(pieces, 1000)):
+            encoded = tokenizer([text for text, _ in batch], add_special_tokens=False)["input_ids"]
+            for ids, (_, ends) in zip(encoded, batch):
+                yield from ids
+                if ends and tokenizer.eos_token_id is not None:
+                    yield tokenizer.eos_token_id
+
+
+def blocks(tokenizer: PreTrainedTokenizerBase, sources: list[str], length: int, text_field: str = "text") -> Iterator[Tensor]:
+    """Consecutive blocks of ``length`` token ids, int64; what is left at the end is dropped.
+
+    Raises:
+        InputError: the text is shorter than one block.
+    """
+    stream = token_stream(tokenizer, sources, text_field)
+    empty = True
+    while len(block := list(islice(stream, length))) == length:
+        empty = False
+        yield torch.tensor(block)
+    if empty:
+        raise InputError(f"found {len(block)} tokens in {', '.join(sources)}, expected at least {length}: give a longer text")
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[str],
+    length: int,
+    max_tokens: int,
+    text_field: str = "text",
+    spread: bool = False,
+) -> Tensor:
+    """(rows, length) token ids, at most ``max_tokens`` of them (at least one block): the first blocks of the text or, with
+    ``spread``, blocks evenly spaced over its first ``SPREAD`` times as many tokens."""
+    rows = max(1, max_tokens // length)
+    read = list(islice(blocks(tokenizer, sources, length, text_field), rows * (SPREAD if spread else 1)))
+    return torch.stack([read[i * len(read) // min(rows, len(read))] for i in range(min(rows, len(read)))])

@@ -1,0 +1,68 @@
+"""What a stage minimises: one function per stage name, which runs a batch forward and backward and returns its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .recipe import Stage
+
+Backward = Callable[[Tensor], None]
+
+
+def layer_wise(
+    stage: Stage, teacher: PreTrainedModel, student: nn.Module, ffns: dict[str, nn.Module], ids: Tensor, backward: Backward
+) -> Tensor:
+    """Each FFN of ``ffns`` (by path) regresses the teacher's output on the teacher's own inputs, all in one forward pass of
+    the teacher. One layer's graph lives at a time: its backward pass runs before the next layer's forward.
+
+    Returns:
+        the mean over layers of the fraction of variance unexplained, detached.
+    """
+    losses: list[Tensor] = []
+
+    def regress(path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            with torch.enable_grad():
+                target = output.detach().float()
+                error = (ffns[path](args[0].detach()).float() - target).square().mean()
+                loss = error / target.var(dim=tuple(range(target.ndim - 1)), correction=0).mean().clamp_min(1e-12)
+                backward(loss)
+            losses.append(loss.detach())
+
+        return hook
+
+    hooks = [teacher.base_model.get_submodule(path).register_forward_hook(regress(path)) for path in ffns]
+    try:
+        with torch.no_grad():
+            teacher.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(losses).mean()
+
+
+def logits(
+    stage: Stage, teacher: PreTrainedModel, student: nn.Module, ffns: dict[str, nn.Module], ids: Tensor, backward: Backward
+) -> Tensor:
+    """T² · KL(teacher ‖ student) at temperature T (Hinton et al. 2015, arXiv:1503.02531, §2), plus the weighted cross-entropy on
+    the text, in nats per predicted token.
+
+    Returns:
+        the loss, detached.
+    """
+    with torch.no_grad():
+        wanted = (teacher(input_ids=ids, use_cache=False).logits.float() / stage.temperature).log_softmax(-1)
+    output = student(input_ids=ids, use_cache=False).logits.float()
+    predicted = (output / stage.temperature).log_softmax(-1)
+    loss = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1).mean() * stage.temperature**2
+    if stage.cross_entropy:
+        loss = loss + stage.cross_entropy * nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    backward(loss)
+    return loss.detach()
+
+
+OBJECTIVES = {"layer-wise": layer_wise, "logits": logits}

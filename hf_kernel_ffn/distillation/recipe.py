@@ -1,0 +1,175 @@
+"""What a recipe may say, validated before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..configuration import KernelFFNConfig
+from ..errors import InputError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_nearest_key(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in values:
+                if key not in cls.model_fields:
+                    raise ValueError(_unknown(key, list(cls.model_fields)))
+        return values
+
+
+class Data(_Section):
+    train: str | list[str]
+    """.txt, .jsonl or .parquet files, or `datasets` names (name, name:split or name:config:split)."""
+    sequence_length: int = Field(256, ge=2)
+    """Tokens per packed sequence."""
+    text_field: str = "text"
+    """Field of a row that holds the text."""
+    shuffle_buffer: int = Field(2048, ge=1)
+    """Sequences among which the next one is drawn; 1 keeps the text's order."""
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.train] if isinstance(self.train, str) else self.train
+
+
+class Stage(_Section):
+    name: Literal["layer-wise", "logits"]
+    """layer-wise: every FFN regresses its teacher's output on the teacher's own inputs; logits: KL between the models' predictions."""
+    tokens: int = Field(ge=1)
+    """Budget, over all processes; rounded up to whole steps."""
+    learning_rate: float = Field(gt=0)
+    """Peak step of Adam as a share of each tensor's own root mean square at the start of the stage (so that longer
+    prototypes take longer steps)."""
+    batch_size: int = Field(8, ge=1)
+    """Sequences per process and step."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises; it falls to zero along a cosine after."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, on matrices."""
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm (logits)."""
+    temperature: float = Field(1.0, gt=0)
+    """Of both models' predictions inside the KL (logits)."""
+    cross_entropy: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy on the text's own next token, added to the KL (logits)."""
+    layers_at_once: int | None = Field(None, ge=1)
+    """Converted layers trained together, one group after the other, each with the whole budget (layer-wise): fewer need
+    less memory for gradients and optimiser state. None: all."""
+
+
+class Lora(_Section):
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class Recipe(_Section):
+    """A distillation. Paths are relative to the current directory."""
+
+    teacher: str
+    """Local folder or hub id of the stock model."""
+    student: str | None = None
+    """Local folder of a converted model; None: the teacher is converted by ``kernel_ffn``."""
+    kernel_ffn: dict[str, Any] = Field(default_factory=dict)
+    """Settings of KernelFFNConfig, and ``layers`` (such as 0-5,7) if not all."""
+    data: Data
+    stages: list[Stage] = Field(min_length=1)
+    lora: Lora | None = None
+    """Train the rest of the student too, by low-rank adapters (peft) that are merged at the end (logits)."""
+    seed: int = 0
+    output_dir: str
+    """Where the finished student is written; new or empty."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen weights and of the computation; the trained weights are float32 all the same."""
+    calibration_tokens: int = Field(16_384, ge=256)
+    """Tokens of the training text that the conversion reads."""
+    save_every_tokens: int = Field(500_000, ge=1)
+    """How often the state to resume from is written."""
+    trackers: list[str] = Field(default_factory=list)
+    """accelerate's trackers: tensorboard, wandb, …"""
+    gradient_checkpointing: bool = False
+    """Recompute activations of the student in the backward pass (logits)."""
+
+    @field_validator("kernel_ffn")
+    @classmethod
+    def _settings_exist(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        allowed = ["layers", *(f.name for f in fields(KernelFFNConfig))]
+        for key in settings:
+            if key not in allowed:
+                raise ValueError(_unknown(key, allowed))
+        return settings
+
+    def kernel_settings(self) -> KernelFFNConfig:
+        """``kernel_ffn`` without ``layers``; ValueError if the combination is refused."""
+        return KernelFFNConfig(**{key: value for key, value in self.kernel_ffn.items() if key != "layers"})
+
+
+def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in a YAML ``file`` with ``dotted.key=value`` overrides, values read as YAML.
+
+    Raises:
+        InputError: the file or an override cannot be read, or a key or type is wrong; it is named.
+    """
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"found {file} unreadable as YAML ({' '.join(str(error).split())}), expected a recipe") from error
+    if not isinstance(content, dict):
+        raise InputError(f"found {type(content).__name__} in {file}, expected a mapping of recipe keys")
+    for override in overrides or []:
+        _apply(content, override)
+    try:
+        recipe = Recipe(**content)
+        recipe.kernel_settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the recipe"
+        message = first["msg"].removeprefix("Value error, ")
+        given = f", found {first['input']!r}" if first["type"] not in ("missing", "value_error") else ""
+        raise InputError(f"{file}: {where}: {message}{given}") from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file}: kernel_ffn: {error}") from error
+    return recipe
+
+
+def _apply(content: dict, override: str) -> None:
+    dotted, equals, value = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise InputError(f"found {override!r}, expected dotted.key=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"found {value!r} for {dotted}, expected a YAML value") from error
+    target: Any = content
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(target, list):
+            if not key.isdigit() or int(key) >= len(target):
+                raise InputError(f"found {dotted!r}, expected a number below {len(target)} after {'.'.join(keys[:depth])!r}")
+            index: Any = int(key)
+        elif isinstance(target, dict):
+            index = key
+            if not last and not isinstance(target.get(key), (dict, list)):
+                target[key] = {}
+        else:
+            raise InputError(f"found {dotted!r}, but {'.'.join(keys[:depth])!r} holds no keys")
+        if last:
+            target[index] = parsed
+        else:
+            target = target[index]
+
+
+def _unknown(key: Any, names: list[str]) -> str:
+    near = difflib.get_close_matches(str(key), names, 1)
+    return f"unknown key {key!r}, {f'did you mean {near[0]!r}?' if near else 'expected one of ' + ', '.join(names)}"

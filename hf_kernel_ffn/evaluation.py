@@ -1,0 +1,260 @@
+"""Fidelity and readability of a converted model, as `evaluate` metrics and as one report.
+
+The definitions are built so that a reparametrisation which leaves the function alone cannot improve them: contributions
+are taken after the layer's mean write has been removed from them in proportion to their share. Fidelity figures
+are in nats or shares per predicted token, readability figures are means over tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import datasets
+import evaluate
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .architectures import ARCHITECTURES, FFNWeights, ffn_weights, teacher_readout
+from .readout import KernelFFN, Readout
+from .surgery import check_pair
+
+
+class Fidelity(evaluate.Metric):
+    """How close a student's predictions are to its teacher's. One entry per predicted token."""
+
+    def _info(self):
+        number = datasets.Value("float64")
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description="Negative log-likelihoods (nats), KL(teacher ‖ student) (nats), and whether the most likely tokens agree.",
+            features=datasets.Features(
+                teacher_nll=number, student_nll=number, ablated_nll=number, kl=number, agrees=datasets.Value("bool")
+            ),
+        )
+
+    def _compute(self, teacher_nll, student_nll, ablated_nll, kl, agrees):
+        teacher, student, ablated = (_mean(x) for x in (teacher_nll, student_nll, ablated_nll))
+        return {
+            "tokens": len(kl),
+            "teacher": {"cross_entropy": teacher},
+            "student": {"cross_entropy": student},
+            "ablated": {"cross_entropy": ablated},
+            "delta_cross_entropy": student - teacher,
+            "kl": _mean(kl),
+            "top1_agreement": _mean(agrees),
+            "loss_recovered": 1 - (student - teacher) / (ablated - teacher),
+        }
+
+
+class Readability(evaluate.Metric):
+    """How readable one FFN's write is. One entry per token, from :func:`readability`."""
+
+    FIGURES = ("active_prototypes", "effective_prototypes", "coherence", "orthogonal_coherence", "opposed_share", "write_mass")
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description="The figures that readability() returns, and the teacher's own write mass at the same input.",
+            features=datasets.Features({name: datasets.Value("float64") for name in (*self.FIGURES, "teacher_write_mass")}),
+        )
+
+    def _compute(self, teacher_write_mass, write_mass, **figures):
+        means = {name: _mean(values) for name, values in figures.items()}
+        return {**means, "write_mass_ratio": _mean(write_mass) / _mean(teacher_write_mass)}
+
+
+def readability(readout: Readout, mean_write: Tensor) -> dict[str, Tensor]:
+    """Per token, (tokens,) float32 each, from a record with coefficients (tokens, prototypes):
+
+    * ``active_prototypes``: coefficients that are not exactly zero;
+    * ``effective_prototypes``: 1/Σp², p the normalised |c_i|‖v_i‖;
+    * ``coherence``: ‖Σ t‖ / Σ‖t‖ of the contributions t_i = c_i v_i − s_i μ, where μ is ``mean_write`` (hidden_size,), the
+      mean of Σ c_i v_i over the text, and s the normalised |c|; ``orthogonal_coherence``: 1/√effective, what
+      mutually orthogonal contributions would give;
+    * ``opposed_share``: share of Σ|t_i·ŷ| that points against ŷ, the direction of Σ t;
+    * ``write_mass``: Σ|c_i|‖v_i‖.
+    """
+    c, v = readout.coefficients.float(), readout.dictionary.float()
+    tiny = torch.finfo(torch.float32).tiny
+    size, total = c.abs(), c.abs().sum(-1, keepdim=True)
+    share = size / total.clamp_min(tiny)
+    mass = size * v.norm(dim=-1)
+    p = mass / mass.sum(-1, keepdim=True).clamp_min(tiny)
+    effective = 1 / p.square().sum(-1).clamp_min(tiny)
+    length2 = c.square() * v.square().sum(-1) - 2 * c * share * (v @ mean_write) + share.square() * mean_write.square().sum()
+    written = c @ v - mean_write * (total > 0)
+    direction = nn.functional.normalize(written, dim=-1)
+    along = c * (direction @ v.T) - share * (direction @ mean_write)[:, None]
+    fires = (total[:, 0] > 0).float()
+    return {
+        "active_prototypes": (c != 0).sum(-1).float(),
+        "effective_prototypes": effective * fires,
+        "coherence": written.norm(dim=-1) / length2.clamp_min(0).sqrt().sum(-1).clamp_min(tiny),
+        "orthogonal_coherence": effective.rsqrt() * fires,
+        "opposed_share": (-along).relu().sum(-1) / along.abs().sum(-1).clamp_min(tiny),
+        "write_mass": mass.sum(-1),
+    }
+
+
+@torch.no_grad()
+def evaluate_student(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    ids: Tensor,
+    *,
+    batch_tokens: int = 2048,
+    progress: bool = False,
+) -> dict:
+    """The report on ``student`` against ``teacher`` over ``ids`` (rows, length), token ids of text trained on by neither.
+
+    Keys: those of :class:`Fidelity`, and ``layers``, one entry per converted FFN: ``path``, ``fvu`` (on the teacher's inputs),
+    ``fvu_student_inputs``, the means of :func:`readability` (on the teacher's inputs), ``write_mass_ratio``, and under
+    ``teacher`` the same for the teacher's own FFN.
+
+    Raises:
+        InputError: ``student`` is not converted, or the two have different vocabularies or layers.
+    """
+    check_pair(student, teacher)
+    architecture = ARCHITECTURES[student.config.kernel_ffn["family"]]
+    student.eval(), teacher.eval()
+    kernels = student.kernel_ffns()
+    stock = {path: teacher.base_model.get_submodule(path) for path in kernels}
+    weights = {path: ffn_weights(ffn, architecture, teacher.config, path) for path, ffn in stock.items()}
+    device = student.get_input_embeddings().weight.device
+    batches = [rows.to(device) for rows in ids.split(max(1, batch_tokens // ids.shape[1]))]
+    sums: dict[str, dict[str, Tensor]] = {path: defaultdict(lambda: torch.zeros((), dtype=torch.float64)) for path in kernels}
+
+    fidelity: dict[str, list[Tensor]] = defaultdict(list)
+    for batch in _progress(batches, "fidelity", progress):
+        with _recorded(stock) as seen:
+            teacher_logits = teacher(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        with _recorded(kernels) as seen_by_student:
+            student_logits = student(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        for name, values in _predictions(teacher_logits, student_logits, batch[:, 1:]).items():
+            fidelity[name].append(values.cpu())
+        for path, ffn in kernels.items():
+            (x, y), (x_student, y_student) = seen[path], seen_by_student[path]
+            _add_errors(sums[path], "", ffn(x), y)
+            _add_errors(sums[path], "student_inputs_", y_student, stock[path](x_student))
+    count = ids.numel()
+    mean_output = {path: (sums[path]["y"] / count) for path in kernels}
+
+    figures: dict[tuple[str, str], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for batch in _progress(batches, "readability", progress):
+        with _recorded(stock) as seen:
+            teacher.base_model(input_ids=batch, use_cache=False)
+        with _replaced(stock, mean_output):
+            logits = teacher(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        fidelity["ablated_nll"].append(_nll(logits, batch[:, 1:]).cpu())
+        for path, ffn in kernels.items():
+            x = seen[path][0]
+            for who, (record, mean) in _records(ffn, weights[path], x, sums[path], count).items():
+                for name, values in readability(record, mean).items():
+                    figures[path, who][name].append(values.cpu())
+
+    metric = Fidelity(keep_in_memory=True)
+    report = metric.compute(**{name: torch.cat(parts).tolist() for name, parts in fidelity.items()})
+    report["layers"] = []
+    for path in kernels:
+        entry: dict = {
+            "path": path,
+            "fvu": _fvu(sums[path], "", count),
+            "fvu_student_inputs": _fvu(sums[path], "student_inputs_", count),
+        }
+        entry.update(_readable(figures[path, "student"], figures[path, "teacher"]))
+        entry["teacher"] = {
+            "fvu": 0.0,
+            "fvu_student_inputs": 0.0,
+            **_readable(figures[path, "teacher"], figures[path, "teacher"]),
+        }
+        report["layers"].append(entry)
+    return report
+
+
+def _predictions(teacher_logits: Tensor, student_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    teacher, student = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
+    return {
+        "teacher_nll": _pick(teacher, targets),
+        "student_nll": _pick(student, targets),
+        "kl": (teacher.exp() * (teacher - student)).sum(-1).flatten(),
+        "agrees": (teacher.argmax(-1) == student.argmax(-1)).flatten(),
+    }
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    return _pick(logits.log_softmax(-1), targets)
+
+
+def _pick(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    return -log_probabilities.gather(-1, targets[..., None]).flatten()
+
+
+def _records(
+    ffn: KernelFFN, weights: FFNWeights, x: Tensor, sums: dict[str, Tensor], count: int
+) -> dict[str, tuple[Readout, Tensor]]:
+    """Student's and teacher's records at the teacher's inputs, each with its mean write (bias left out)."""
+    x = x.flatten(0, -2)
+    student, teacher = ffn.readout(x), teacher_readout(weights, x)
+    pairs = {}
+    for who, record, mean in (("student", student, sums["ŷ"]), ("teacher", teacher, sums["y"])):
+        mean = mean.float() / count
+        pairs[who] = (record, mean if record.bias is None else mean - record.bias.float())
+    return pairs
+
+
+def _add_errors(sums: dict[str, Tensor], prefix: str, estimate: Tensor, truth: Tensor) -> None:
+    estimate, truth = estimate.double().flatten(0, -2), truth.double().flatten(0, -2)
+    sums[f"{prefix}error"] = sums[f"{prefix}error"] + (estimate - truth).square().sum()
+    sums[f"{prefix}square"] = sums[f"{prefix}square"] + truth.square().sum()
+    sums[f"{prefix}y"] = sums[f"{prefix}y"] + truth.sum(0)
+    sums[f"{prefix}ŷ"] = sums[f"{prefix}ŷ"] + estimate.sum(0)
+
+
+def _fvu(sums: dict[str, Tensor], prefix: str, count: int) -> float:
+    variance = sums[f"{prefix}square"] - sums[f"{prefix}y"].square().sum() / count
+    return (sums[f"{prefix}error"] / variance).item()
+
+
+def _readable(own: dict[str, list[Tensor]], teacher: dict[str, list[Tensor]]) -> dict[str, float]:
+    columns = {name: torch.cat(parts).tolist() for name, parts in own.items()}
+    return Readability(keep_in_memory=True).compute(**columns, teacher_write_mass=torch.cat(teacher["write_mass"]).tolist())
+
+
+def _mean(values) -> float:
+    return float(torch.as_tensor(values, dtype=torch.float64).mean())
+
+
+@contextmanager
+def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Input and output of each module at its next call, by its name."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    with _hooked(modules, lambda path: lambda module, args, output: seen.update({path: (args[0], output)})):
+        yield seen
+
+
+def _replaced(modules: dict[str, nn.Module], outputs: dict[str, Tensor]):
+    """Each module's output replaced by one constant (hidden_size,) for every token."""
+    return _hooked(modules, lambda path: lambda module, args, output: outputs[path].to(output.dtype).expand_as(output))
+
+
+@contextmanager
+def _hooked(modules: dict[str, nn.Module], make: Callable[[str], Callable]) -> Iterator[None]:
+    hooks = [module.register_forward_hook(make(path)) for path, module in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _progress(items, label, show):
+    if not show:
+        return items
+    from rich.progress import track
+
+    return track(items, description=label)

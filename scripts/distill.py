@@ -1,0 +1,10 @@
+#!/usr/bin/env python3
+"""The same as `hf-kernel-ffn distill`."""
+
+import sys
+
+from hf_kernel_ffn.cli import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "distill")
+    main()

@@ -1,0 +1,118 @@
+"""Tiny random teachers and switches shared by all tests."""
+
+import os
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(
+    prefix="hf_modules_"
+)  # code of checkpoints; read when transformers is imported
+
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("tests", max_examples=60, deadline=None, derandomize=True, database=None)
+settings.load_profile("tests")
+
+FAMILIES = ("llama", "gpt2", "mistral")
+_CLASSES = {
+    "llama": (
+        "LlamaConfig",
+        {"base": "LlamaModel", "causal": "LlamaForCausalLM", "classify": "LlamaForSequenceClassification"},
+    ),
+    "gpt2": ("GPT2Config", {"base": "GPT2Model", "causal": "GPT2LMHeadModel", "classify": "GPT2ForSequenceClassification"}),
+    "mistral": (
+        "MistralConfig",
+        {"base": "MistralModel", "causal": "MistralForCausalLM", "classify": "MistralForSequenceClassification"},
+    ),
+}
+_GATED = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_SETTINGS = {
+    "llama": dict(_GATED, tie_word_embeddings=True),
+    "gpt2": {"n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "mistral": dict(_GATED, tie_word_embeddings=False, sliding_window=8),
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+def tiny_teacher(family, head="causal", seed=0):
+    """A random teacher whose FFNs matter to its logits: weights wider than the stock initialisation, biases not zero."""
+    config_name, heads = _CLASSES[family]
+    config = getattr(transformers, config_name)(
+        vocab_size=300, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0, **_SETTINGS[family]
+    )
+    torch.manual_seed(seed)
+    model = getattr(transformers, heads[head])(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_teacher():
+    return tiny_teacher
+
+
+@pytest.fixture(scope="session")
+def llama():
+    """GQA, tied embeddings."""
+    return tiny_teacher("llama")
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """Conv1D, biases, learned positions."""
+    return tiny_teacher("gpt2")
+
+
+@pytest.fixture(scope="session")
+def mistral():
+    """Sliding window, untied embeddings."""
+    return tiny_teacher("mistral")
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def teacher(request):
+    """Each of the three."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def ids():
+    """(8, 32) token ids."""
+    return torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The kernel registry, put back as it was after the test."""
+    from hf_kernel_ffn.kernels import KERNELS
+
+    for name, kernel in list(KERNELS.items()):
+        monkeypatch.setitem(KERNELS, name, kernel)
+    before = set(KERNELS)
+    yield KERNELS
+    for name in set(KERNELS) - before:
+        del KERNELS[name]
