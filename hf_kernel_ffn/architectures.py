@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-def ffn_paths(model: PreTrainedModel, architecture: Architecture) -> list[str]:
+def ffn_paths(model: Any, architecture: Architecture) -> list[str]:
     """Path of every FFN under the base model, in layer order."""
     count = len(model.base_model.get_submodule(architecture.layers))
     return [f"{architecture.layers}.{index}.{architecture.ffn}" for index in range(count)]
@@ -135,7 +135,7 @@ def ffn_weights(ffn: nn.Module, architecture: Architecture, config, path: str) -
     Raises:
         InputError: a part is missing, quantised, or holds NaN or infinite values; the tensor is named.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for role in ("up", "gate", "down"):
         name = getattr(architecture, role)
         if name is None:

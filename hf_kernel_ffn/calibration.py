@@ -6,9 +6,10 @@ the strength of the pull chosen on tokens that the solution has not seen.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .readout import KernelFFN
 
@@ -20,7 +21,7 @@ CHUNK = 2048
 """Tokens whose coefficients are held at once."""
 
 
-def own_text(model: PreTrainedModel, tokens: int, seed: int, length: int = 128) -> Tensor:
+def own_text(model: Any, tokens: int, seed: int, length: int = 128) -> Tensor:
     """Token ids (rows, length) of the model's own making, for a calibration without any text.
 
     A language model samples from itself at temperature 1, from its start token in one half of the rows and from a random token
@@ -51,7 +52,7 @@ def own_text(model: PreTrainedModel, tokens: int, seed: int, length: int = 128) 
 
 
 @torch.no_grad()
-def ffn_inputs(model: PreTrainedModel, paths: list[str], ids: Tensor, batch_tokens: int = 4096) -> dict[str, Tensor]:
+def ffn_inputs(model: Any, paths: list[str], ids: Tensor, batch_tokens: int = 4096) -> dict[str, Tensor]:
     """Inputs (tokens, hidden_size) of the FFNs at ``paths`` (under the base model) when the model reads ``ids`` (rows, length)."""
     kept: dict[str, list[Tensor]] = {path: [] for path in paths}
     hooks = []

@@ -38,7 +38,7 @@ def convert(
     from . import surgery
     from .configuration import KernelFFNConfig
     from .data import token_ids
-    from .loading import import_kernel, load_teacher, load_tokenizer, stored_dtype
+    from .loading import import_kernel, load_teacher, load_tokenizer
 
     surgery.require_empty(out_dir)
     settings = KernelFFNConfig(import_kernel(kernel), simplex, intensity, init, values, temperature, top_k, expansion)
@@ -51,7 +51,7 @@ def convert(
         teacher, settings, layers, calibration_ids=ids, calibration_tokens=calibration_tokens, seed=seed, progress=True
     )
     with surgery.new_folder(out_dir) as made:
-        surgery.save_converted(student.to(stored_dtype(model)), model, made, conversion=report.to_dict())
+        surgery.save_converted(student, model, made, conversion=report.to_dict())
     _table(
         ["layer", "prototypes", "parameters", "FVU held out", "dictionary growth"],
         [

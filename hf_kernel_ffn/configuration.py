@@ -7,6 +7,7 @@ import difflib
 import shutil
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from .custom_kernel import __doc__ as _custom_kernel  # noqa: F401  (registers a user's own kernel)
 from .errors import InputError
@@ -164,7 +165,8 @@ class KernelConfigMixin:
     A subclass gives ``auto_classes``, the classes of its own file by Auto class name.
     """
 
-    auto_classes = {}
+    auto_classes: dict = {}
+    kernel_ffn: Any
 
     def __post_init__(self, **kwargs):
         entry = _mapping("kernel_ffn entry of config.json", self.kernel_ffn) if self.kernel_ffn is not None else None
@@ -250,8 +252,8 @@ def get_custom_kernel_file(config) -> str | None:
         wanted = []
         if isinstance(node, ast.Import):
             wanted = [alias.name for alias in node.names if alias.name.split(".")[0] == "hf_kernel_ffn"]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] == "hf_kernel_ffn":
-            wanted = [node.module]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "hf_kernel_ffn":
+            wanted = [str(node.module)]
         elif isinstance(node, ast.ImportFrom) and node.level == 1 and node.module == "kernels":
             wanted = [
                 f"hf_kernel_ffn.{a.name}"

@@ -65,13 +65,15 @@ def prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
         if kernel.uses_bias:
             bias = bias + shift * (inputs @ rows.T).std(0)
         parts.append((rows, bias, torch.full_like(amount, -1.0 if sign < 0 else 1.0)))
-    rows, bias, sign = (torch.cat(part) for part in zip(*parts))
+    rows, bias, signed = (torch.cat(part) for part in zip(*parts))
     amount = amount.repeat(len(signs))
     scale = amount.abs().median().clamp_min(torch.finfo(torch.float32).tiny).item()
-    dictionary = weights.down.repeat(len(signs), 1) * (sign * amount / scale)[:, None]
-    units = torch.arange(1, len(weights.up) + 1, device=rows.device).repeat(len(signs)) * torch.where(sign * amount < 0, -1, 1)
+    dictionary = weights.down.repeat(len(signs), 1) * (signed * amount / scale)[:, None]
+    units = torch.arange(1, len(weights.up) + 1, device=rows.device).repeat(len(signs)) * torch.where(
+        signed * amount < 0, -1, 1
+    )
     result = Prototypes(rows, bias, dictionary, units.to(torch.int32), parameters, scale)
-    if polarised and settings.expansion != 2:
+    if settings.expansion not in (None, 2):
         result = _loudest(result, kernel, inputs, round(settings.expansion * len(weights.up)))
     return result
 
@@ -107,8 +109,8 @@ def _fit_units(weights, settings, kernel, parameters, inputs, signs, length) -> 
     found = []
     for low in range(0, len(weights.up), UNITS_AT_ONCE):
         part = slice(low, low + UNITS_AT_ONCE)
-        some = FFNWeights(
-            *(w[part] if isinstance(w, Tensor) and len(w) == len(weights.up) else w for w in weights[:5]), *weights[5:]
+        some = weights._replace(
+            **{k: w[part] for k, w in weights._asdict().items() if isinstance(w, Tensor) and k != "down_bias"}
         )
         up, gate = some.pre_activations(inputs)
         target, importance = some.coefficients(inputs), None

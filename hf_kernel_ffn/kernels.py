@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import InputError
 
-KERNELS = {}
+KERNELS: dict = {}
 """Every registered kernel by name."""
 
 

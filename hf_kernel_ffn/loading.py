@@ -7,9 +7,10 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from .architectures import ARCHITECTURES
@@ -25,7 +26,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_teacher(name: str, dtype: str = "float32", device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_teacher(name: str, dtype: str = "float32", device: str | torch.device = "cpu") -> Any:
     """The stock causal language model at ``name``, in eval mode. Its config remembers the dtype it is stored in."""
     entry = read_config(name)
     if entry.get("kernel_ffn") is not None:
@@ -40,9 +41,7 @@ def load_teacher(name: str, dtype: str = "float32", device: str | torch.device =
     return _loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype)).to(device).eval()
 
 
-def load_student(
-    name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load_student(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:
     """The converted model at ``name``, by this package's own classes: no code of the checkpoint runs unless its kernel is a
     user's own, which needs ``trust_remote_code``."""
     entry = read_config(name)
@@ -81,7 +80,7 @@ def read_config(name: str) -> dict:
         raise InputError(f"found no config.json in {name}, expected the folder of a saved model: check the path")
     try:
         file = cached_file(name, "config.json")
-        entry = json.loads(Path(file).read_text(encoding="utf-8"))
+        entry = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"found no readable model at {name!r} ({_first_line(error)}): give a local folder or a hub id"
@@ -123,7 +122,7 @@ def import_kernel(kernel: str) -> str:
     return name
 
 
-def _loaded(auto_class, name: str, **kwargs):
+def _loaded(auto_class, name: str, **kwargs) -> Any:
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except InputError:

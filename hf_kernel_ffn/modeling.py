@@ -5,6 +5,7 @@ This file travels inside converted checkpoints: it imports nothing but torch and
 
 import functools
 from contextlib import contextmanager
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -14,6 +15,9 @@ from .readout import KernelFFN
 
 class KernelModelMixin:
     """Put before a stock class: swaps the FFNs that the config names, and refuses a load that would leave one random."""
+
+    config: Any
+    base_model: Any
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -6,7 +6,7 @@
 u_i·x. This file travels inside converted checkpoints: it imports nothing but torch.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class KernelFFN(nn.Module):
     prototypes) with b_out as its bias, ``value_proj`` (gated values), ``gate`` (intensity gate), and one-element
     log-ratios to the layer's reference values. ``units`` holds, for each prototype, ±(1 + the teacher's unit).
     """
+
+    units: Tensor
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -159,7 +161,7 @@ class KernelFFN(nn.Module):
         return choice * _at_least_float32(self.value_proj(hidden_states))
 
 
-def effective(linear: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
+def effective(linear: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """(out_features, in_features) and (out_features,): what ``linear`` multiplies by and adds, adapters and
     quantisation included; ``like`` is an input of it."""
     weight = linear.weight

@@ -10,7 +10,7 @@ This file travels inside converted checkpoints: it imports nothing but torch.
 import torch
 from torch import Tensor
 
-SIMPLEX_MAPS = {}
+SIMPLEX_MAPS: dict = {}
 """Every registered map by name: ``f(scores, top_k) -> shares``."""
 
 FLOOR = -1e4

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from .calibration import calibrate, ffn_inputs, own_text
 from .configuration import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
 from .errors import InputError
 from .initialization import gate_bias, prototypes
+from .loading import load_tokenizer, stored_dtype
 from .readout import KernelFFN
 
 CALIBRATION_TOKENS = 16_384
@@ -180,7 +182,7 @@ def _assemble(teacher, architecture, ffns: dict[str, KernelFFN], copy: bool) -> 
     return student.requires_grad_(True)
 
 
-def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False) -> PreTrainedModel:
+def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False) -> Any:
     """A model of the family's own class with the FFNs that ``entry`` (of config.json) describes, zero until they are loaded,
     around the teacher's other parameters."""
     student_class = _student_class(teacher, ARCHITECTURES[entry["family"]])
@@ -223,7 +225,7 @@ def _prefix(model: PreTrainedModel) -> str:
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
-def _student_class(teacher, architecture):
+def _student_class(teacher, architecture) -> Any:
     name = f"Kernel{type(teacher).__name__}"
     module = importlib.import_module(architecture.modeling)
     if not hasattr(module, name):
@@ -323,18 +325,17 @@ def require_empty(out: str | os.PathLike) -> None:
         raise InputError(f"found {out} not empty, expected a new or empty folder: choose another or remove it")
 
 
-def save_converted(student: PreTrainedModel, source: str | None, out: Path, **extra) -> None:
-    """Save ``student`` in ``out`` with the tokenizer files of ``source`` and, as JSON, whatever reports are given by name."""
-    student.save_pretrained(out)
-    if source is not None and Path(source).is_dir():
+def save_converted(student: Any, source: str, out: Path, **reports: dict) -> None:
+    """Save ``student`` in ``out``, in the dtype in which its teacher at ``source`` is stored, with that one's tokenizer and, as
+    JSON, whatever reports are given by name."""
+    student.to(dtype=stored_dtype(source)).save_pretrained(out)
+    if Path(source).is_dir():
         for file in Path(source).iterdir():
-            if file.is_file() and file.name in TOKENIZER_FILES and not (out / file.name).exists():
+            if file.is_file() and file.name in TOKENIZER_FILES:
                 shutil.copyfile(file, out / file.name)
-    elif source is not None:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(source).save_pretrained(out)
-    for name, report in extra.items():
+    else:
+        load_tokenizer(source).save_pretrained(out)
+    for name, report in reports.items():
         (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -1,7 +1,11 @@
 """Tiny random teachers and switches shared by all tests."""
 
+import json
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -13,11 +17,14 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 torch.set_num_threads(1)
 settings.register_profile("tests", max_examples=60, deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 FAMILIES = ("llama", "gpt2", "mistral")
 _CLASSES = {
     "llama": (
@@ -55,12 +62,11 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
-def tiny_teacher(family, head="causal", seed=0):
+def tiny_teacher(family, head="causal", seed=0, **changes):
     """A random teacher whose FFNs matter to its logits: weights wider than the stock initialisation, biases not zero."""
     config_name, heads = _CLASSES[family]
-    config = getattr(transformers, config_name)(
-        vocab_size=300, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0, **_SETTINGS[family]
-    )
+    common = {"vocab_size": 300, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = getattr(transformers, config_name)(**{**common, **_SETTINGS[family], **changes})
     torch.manual_seed(seed)
     model = getattr(transformers, heads[head])(config).eval()
     with torch.no_grad():
@@ -103,6 +109,55 @@ def teacher(request):
 def ids():
     """(8, 32) token ids."""
     return torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The shipped teachers' own: 4096 tokens, lossless, 0 ends a document."""
+    return AutoTokenizer.from_pretrained(RECIPES / "teachers" / "llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """20 kB of English, about 6,000 tokens."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text((RECIPES / "text" / "books-test.txt").read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory, tokenizer):
+    """Saves a tiny random teacher with the shipped tokenizer; the same arguments give the same folder."""
+    made = {}
+
+    def save(family, **changes):
+        key = (family, *sorted(changes.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("teachers") / family
+            vocabulary = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+            tiny_teacher(family, **{**vocabulary, **changes}).save_pretrained(made[key])
+            tokenizer.save_pretrained(made[key])
+        return made[key]
+
+    return save
+
+
+def _run_elsewhere(jobs, ids, scratch):
+    """Outputs and errors by job name, from an interpreter without the package."""
+    save_file({"ids": ids.contiguous()}, scratch / "ids.safetensors")
+    (scratch / "jobs.json").write_text(json.dumps({"ids": str(scratch / "ids.safetensors"), "jobs": jobs}))
+    script, results = Path(__file__).with_name("other_interpreter.py"), scratch / "results"
+    environment = dict(os.environ, HF_MODULES_CACHE=str(scratch / "modules"))
+    command = [sys.executable, "-I", script, scratch / "jobs.json", results]
+    done = subprocess.run(command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(results), json.loads(Path(f"{results}.errors.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def run_elsewhere():
+    """Run jobs of other_interpreter.py."""
+    return _run_elsewhere
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Run by test_checkpoints in a separate interpreter: load checkpoints where hf_kernel_ffn does not exist.
+"""Run by conftest.run_elsewhere in a separate interpreter: load checkpoints where hf_kernel_ffn does not exist.
 
 Reads jobs from the JSON file argv[1]; writes tensors to argv[2] (safetensors) and, beside it, errors by job (JSON).
 """

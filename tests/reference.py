@@ -1,4 +1,4 @@
-"""Plain float64 loops for what the package computes: kernels, simplex maps and a whole kernel-readout layer."""
+"""Plain float64 loops for what the package computes: kernels, simplex maps, a whole kernel-readout layer, readability."""
 
 import math
 
@@ -79,3 +79,32 @@ def layer(ffn, x):
     for c, v in zip(coefficients, dictionary.T):
         y += c * v
     return coefficients, y
+
+
+def readability(coefficients, dictionary, mean_write):
+    """The figures of one token, unit by unit, from float64 vectors: DESIGN's "Metrics that cannot be gamed"."""
+    total = sum(abs(c) for c in coefficients)
+    mass = [abs(c) * math.sqrt(v @ v) for c, v in zip(coefficients, dictionary)]
+    if total == 0:
+        names = (
+            "active_prototypes",
+            "effective_prototypes",
+            "coherence",
+            "orthogonal_coherence",
+            "opposed_share",
+            "write_mass",
+        )
+        return dict.fromkeys(names, 0.0)
+    contributions = [c * v - abs(c) / total * mean_write for c, v in zip(coefficients, dictionary)]
+    written = sum(contributions)
+    direction = written / math.sqrt(written @ written)
+    along = [t @ direction for t in contributions]
+    effective = 1 / sum((m / sum(mass)) ** 2 for m in mass)
+    return {
+        "active_prototypes": sum(c != 0 for c in coefficients),
+        "effective_prototypes": effective,
+        "coherence": math.sqrt(written @ written) / sum(math.sqrt(t @ t) for t in contributions),
+        "orthogonal_coherence": 1 / math.sqrt(effective),
+        "opposed_share": sum(-a for a in along if a < 0) / sum(abs(a) for a in along),
+        "write_mass": sum(mass),
+    }

@@ -2,9 +2,7 @@
 
 import importlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -113,20 +111,8 @@ def rewrite_config(folder, change):
     file.write_text(json.dumps(config))
 
 
-def run_elsewhere(jobs, ids, scratch):
-    """Outputs and errors by job name, from an interpreter without the package."""
-    save_file({"ids": ids.contiguous()}, scratch / "ids.safetensors")
-    (scratch / "jobs.json").write_text(json.dumps({"ids": str(scratch / "ids.safetensors"), "jobs": jobs}))
-    script, results = Path(__file__).with_name("other_interpreter.py"), scratch / "results"
-    environment = dict(os.environ, HF_MODULES_CACHE=str(scratch / "modules"))
-    command = [sys.executable, "-I", script, scratch / "jobs.json", results]
-    done = subprocess.run(command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return load_file(results), json.loads(Path(f"{results}.errors.json").read_text())
-
-
 @pytest.fixture(scope="module")
-def elsewhere(students, folders, make_teacher, ids, tmp_path_factory):
+def elsewhere(students, folders, make_teacher, ids, run_elsewhere, tmp_path_factory):
     """What one interpreter without the package computes from many checkpoints, and what it should have."""
     scratch, jobs, expected = tmp_path_factory.mktemp("elsewhere"), [], {}
 
@@ -365,7 +351,7 @@ def test_one_record_per_converted_layer(folder, ids, auto):
     assert torch.equal(plain[0], out[0])
 
 
-def test_a_users_own_kernel_travels_as_its_own_file(own_kernel, llama, students, folders, ids, tmp_path):
+def test_a_users_own_kernel_travels_as_its_own_file(own_kernel, llama, students, folders, ids, run_elsewhere, tmp_path):
     student, _ = convert(llama, own_kernel(), calibration_ids=ids, calibration_tokens=256)
     folder = tmp_path / "mine" / "student"
     student.save_pretrained(folder)

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,11 +20,11 @@ from transformers import PreTrainedModel
 
 from ..data import blocks, token_ids
 from ..errors import InputError
-from ..loading import load_student, load_teacher, load_tokenizer, stored_dtype, torch_dtype
+from ..loading import load_student, load_teacher, load_tokenizer, torch_dtype
 from ..surgery import check_pair, convert, require_empty, save_converted, share_equal, student_from_entry
 from .objectives import OBJECTIVES
 from .recipe import Data, Recipe, Stage
-from .state import FOLDER, find_state, load_facts, load_optimizer, load_trained, save_state
+from .state import FOLDER, find_state, load_facts, load_optimizers, load_trained, save_state
 
 
 class PackedText(IterableDataset):
@@ -92,7 +93,7 @@ def distill(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> P
     limit = getattr(teacher.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.sequence_length > limit:
         raise InputError(f"found sequence_length {recipe.data.sequence_length}, expected at most the teacher's {limit}")
-    student = _student(recipe, teacher, tokenizer, state)
+    student: Any = _student(recipe, teacher, tokenizer, state)
     teacher.requires_grad_(False)
     student.requires_grad_(False)
     for ffn in student.kernel_ffns().values():
@@ -133,13 +134,13 @@ class _Run:
             here = state if number == done["part"] and done["step"] else None
             step = done["step"] if here else 0
 
-            def keep(step: int, sequences: int, optimizer=None, number: int = number) -> None:
+            def keep(step: int, sequences: int, optimizers=(), number: int = number) -> None:
                 position = {"part": number, "step": step, "sequences": sequences}
                 if self.accelerator.is_main_process:
-                    save_state(Path(self.recipe.output_dir), self.trained, optimizer, {**facts, "position": position})
+                    save_state(Path(self.recipe.output_dir), self.trained, optimizers, {**facts, "position": position})
 
             sequences = self._stage(stage, ffns, step, sequences, here, keep)
-            keep(0, sequences, None, number + 1)
+            keep(0, sequences, (), number + 1)
 
     def _parts(self) -> Iterator[tuple[Stage, dict[str, nn.Module]]]:
         """Stages, a layer-wise one cut into its groups of layers."""
@@ -158,9 +159,9 @@ class _Run:
             parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(_groups(self.trainee, parameters, stage), betas=(0.9, 0.95), lr=stage.learning_rate)
+        optimizers = _optimizers(self.trainee, parameters, stage)
         if state is not None:
-            load_optimizer(state, optimizer)
+            load_optimizers(state, optimizers)
         per_step = stage.batch_size * accelerator.num_processes
         steps = math.ceil(stage.tokens / (per_step * data.sequence_length))
         loader = DataLoader(
@@ -174,7 +175,7 @@ class _Run:
         batches = iter(loader)
         with _Bar(stage, steps, first, per_step * data.sequence_length, self.progress and accelerator.is_main_process) as bar:
             for step in range(first, steps):
-                for group in optimizer.param_groups:
+                for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                     group["lr"] = group["peak"] * _schedule(step, steps, stage.warmup)
                 ids = next(batches)
                 with self._autocast():
@@ -190,14 +191,15 @@ class _Run:
                         parameter.grad = accelerator.reduce(parameter.grad, "mean")
                 if not layer_wise:
                     accelerator.clip_grad_norm_(parameters, stage.clip)
-                optimizer.step()
-                optimizer.zero_grad()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
                 sequences += per_step
                 bar.advance(value)
                 if self.recipe.trackers:
                     accelerator.log({f"{stage.name}/loss": value, f"{stage.name}/step": step})
                 if (step + 1) % every == 0 and step + 1 < steps:
-                    keep(step + 1, sequences, optimizer)
+                    keep(step + 1, sequences, optimizers)
         return sequences
 
     def _autocast(self):
@@ -211,6 +213,24 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
     if step < rise:
         return (step + 1) / (rise + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
+
+
+MUON_STEP = 0.2
+"""Root mean square of Muon's update at learning rate 1 when it is matched to AdamW's (torch.optim.Muon)."""
+
+
+def _optimizers(model: nn.Module, parameters: list[nn.Parameter], stage: Stage) -> list[torch.optim.Optimizer]:
+    groups = _groups(model, parameters, stage)
+    if stage.optimizer == "adamw":
+        return [torch.optim.AdamW(groups, betas=(0.9, 0.95))]
+    matrices = [group for group in groups if min(group["params"][0].shape) > 1 and group["params"][0].ndim == 2]
+    vectors = [group for group in groups if not any(group is matrix for matrix in matrices)]
+    for group in matrices:
+        group["peak"] /= MUON_STEP
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(vectors, betas=(0.9, 0.95)),
+    ]
 
 
 def _groups(model: nn.Module, parameters: list[nn.Parameter], stage: Stage) -> list[dict]:
@@ -232,7 +252,7 @@ def _groups(model: nn.Module, parameters: list[nn.Parameter], stage: Stage) -> l
     return groups
 
 
-def _student(recipe: Recipe, teacher: PreTrainedModel, tokenizer, state: Path | None) -> PreTrainedModel:
+def _student(recipe: Recipe, teacher: PreTrainedModel, tokenizer, state: Path | None) -> Any:
     if recipe.student is not None:
         student = load_student(recipe.student, recipe.dtype, teacher.device)
         check_pair(student, teacher)
@@ -249,7 +269,7 @@ def _student(recipe: Recipe, teacher: PreTrainedModel, tokenizer, state: Path | 
     return student
 
 
-def _with_lora(student: PreTrainedModel, recipe: Recipe) -> nn.Module:
+def _with_lora(student: Any, recipe: Recipe) -> nn.Module:
     """The student inside peft, with adapters on every projection outside the converted FFNs and the head."""
     try:
         from peft import LoraConfig, get_peft_model
@@ -258,7 +278,7 @@ def _with_lora(student: PreTrainedModel, recipe: Recipe) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     assert recipe.lora is not None
-    inside = tuple(student.kernel_ffns().values())
+    inside: tuple[nn.Module, ...] = tuple(student.kernel_ffns().values())
     skipped = {id(module) for ffn in inside for module in ffn.modules()} | {id(student.get_output_embeddings())}
     targets = [
         name
@@ -285,7 +305,7 @@ def _same_recipe(before: dict, now: dict) -> None:
             )
 
 
-def _finish(out: Path, trainee: nn.Module, student: PreTrainedModel, recipe: Recipe) -> None:
+def _finish(out: Path, trainee: Any, student: Any, recipe: Recipe) -> None:
     """Write the student beside, then move it into ``out``, config.json last; remove the state to resume from."""
     if recipe.lora:
         student = trainee.merge_and_unload()
@@ -294,7 +314,6 @@ def _finish(out: Path, trainee: nn.Module, student: PreTrainedModel, recipe: Rec
     made = out / "finished.new"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
-    student = student.to(stored_dtype(recipe.teacher))
     save_converted(student, recipe.teacher, made, recipe=json.loads(recipe.model_dump_json()))
     for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, out / file.name)
@@ -309,7 +328,8 @@ class _Bar:
     def __init__(self, stage: Stage, steps: int, first: int, tokens_per_step: int, shown: bool):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.tokens, self.average, self.done = tokens_per_step, None, 0
+        self.tokens = tokens_per_step
+        self.average: float | None = None
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[speed]} tokens/s"), TimeRemainingColumn(), disable=not shown,

@@ -48,14 +48,16 @@ class Stage(_Section):
     tokens: int = Field(ge=1)
     """Budget, over all processes; rounded up to whole steps."""
     learning_rate: float = Field(gt=0)
-    """Peak step of Adam as a share of each tensor's own root mean square at the start of the stage (so that longer
-    prototypes take longer steps)."""
+    """Peak step as a share of each tensor's own root mean square at the start of the stage, so that longer prototypes take
+    longer steps."""
     batch_size: int = Field(8, ge=1)
     """Sequences per process and step."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: orthogonalised momentum on matrices (torch.optim.Muon), AdamW on the rest; adamw: AdamW on everything."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises; it falls to zero along a cosine after."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's, on matrices."""
+    """Decoupled, on matrices."""
     clip: float = Field(1.0, gt=0)
     """Largest gradient norm (logits)."""
     temperature: float = Field(1.0, gt=0)
@@ -69,7 +71,7 @@ class Stage(_Section):
 
 class Lora(_Section):
     rank: int = Field(8, ge=1)
-    alpha: float = Field(16, gt=0)
+    alpha: int = Field(16, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
@@ -110,8 +112,17 @@ class Recipe(_Section):
         return settings
 
     def kernel_settings(self) -> KernelFFNConfig:
-        """``kernel_ffn`` without ``layers``; ValueError if the combination is refused."""
-        return KernelFFNConfig(**{key: value for key, value in self.kernel_ffn.items() if key != "layers"})
+        """``kernel_ffn`` without ``layers``; a kernel given as FILE.py:NAME is registered.
+
+        Raises:
+            InputError: the combination is refused, or the kernel's file cannot be run.
+        """
+        from ..loading import import_kernel
+
+        settings = {key: value for key, value in self.kernel_ffn.items() if key != "layers"}
+        if isinstance(settings.get("kernel"), str):
+            settings["kernel"] = import_kernel(settings["kernel"])
+        return KernelFFNConfig(**settings)
 
 
 def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:

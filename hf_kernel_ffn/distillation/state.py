@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,20 +17,20 @@ FOLDER = "resume"
 
 
 def save_state(
-    output_dir: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None, facts: dict
+    output_dir: Path, trained: dict[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer], facts: dict
 ) -> None:
     """Replace the state in ``output_dir`` by this one; killed at any moment, either the old or the new one is there.
 
     Args:
         trained: every tensor that a stage may train, by name.
-        optimizer: of the running stage; None between stages.
+        optimizers: of the running stage; none between stages.
         facts: JSON: where the distillation stands, and what it needs to start again.
     """
     target, fresh, old = (output_dir / f"{FOLDER}{suffix}" for suffix in ("", ".new", ".old"))
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     save_file({name: tensor.detach().contiguous() for name, tensor in trained.items()}, fresh / "trained.safetensors")
-    tensors, groups = _flat(optimizer) if optimizer is not None else ({}, [])
+    tensors, groups = _flat(optimizers)
     tensors["rng"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -65,23 +66,28 @@ def load_trained(folder: Path, trained: dict[str, nn.Parameter]) -> None:
         trained[name].data.copy_(tensor)
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizers(folder: Path, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Put a state's optimiser tensors, group settings and random state back."""
     tensors = load_file(folder / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop("rng"))
     cuda = tensors.pop("rng.cuda", None)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": load_facts(folder)["groups"]})
+    for number, (optimizer, groups) in enumerate(zip(optimizers, load_facts(folder)["groups"], strict=True)):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            owner, index, name = key.split(".", 2)
+            if int(owner) == number:
+                state.setdefault(int(index), {})[name] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _flat(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list]:
-    packed = optimizer.state_dict()
+def _flat(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list]:
+    packed = [optimizer.state_dict() for optimizer in optimizers]
     tensors = {
-        f"{index}.{name}": value.contiguous() for index, entry in packed["state"].items() for name, value in entry.items()
+        f"{number}.{index}.{name}": value.contiguous()
+        for number, part in enumerate(packed)
+        for index, entry in part["state"].items()
+        for name, value in entry.items()
     }
-    return tensors, packed["param_groups"]
+    return tensors, [part["param_groups"] for part in packed]
