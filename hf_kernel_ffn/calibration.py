@@ -15,7 +15,7 @@ from .readout import KernelFFN
 
 PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for the pull toward the initial dictionary, in units of a prototype's mean squared coefficient."""
-TEMPERATURES = (0.1, 0.2, 0.4, 0.8, 1.6)
+TEMPERATURES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Candidates for τ, in standard deviations of the log kernel over prototypes."""
 CHUNK = 2048
 """Tokens whose coefficients are held at once."""
@@ -117,7 +117,7 @@ def calibrate(ffn: KernelFFN, teacher: nn.Module, inputs: Tensor, temperature: f
 
     Returns:
         ``fvu_start`` and ``fvu``: fraction of variance unexplained on the held-out quarter before and after;
-        ``pull``; ``dictionary_growth``: norm of the dictionary over its norm at the start.
+        ``pull``; ``dictionary_growth``: norm of the dictionary over that of the initial one at its best scale.
     """
     split = max(1, len(inputs) * 3 // 4)
     fitted, held = inputs[:split], inputs[split:] if split < len(inputs) else inputs
@@ -139,16 +139,16 @@ def calibrate(ffn: KernelFFN, teacher: nn.Module, inputs: Tensor, temperature: f
             solution = train.solve(origin, pull)
             error = test.error(solution) / variance
             if best is None or error < best[0]:
-                best = (error, tau, pull, solution, test.error(origin) / variance)
+                best = (error, tau, pull, solution, test.error(origin) / variance, origin)
     assert best is not None
-    error, tau, pull, solution, error_start = best
+    error, tau, pull, solution, error_start, origin = best
     if tau is not None:
         ffn.reference["temperature"] = tau
     weight.copy_(solution[:-1].T)
     bias.copy_(solution[-1])
     return {
         "fvu_start": error_start, "fvu": error, "pull": pull,
-        "dictionary_growth": (weight.norm() / start[:-1].norm()).item(),
+        "dictionary_growth": (weight.norm() / origin[:-1].norm()).item(),
     }  # fmt: skip
 
 

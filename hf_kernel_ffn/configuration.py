@@ -154,8 +154,17 @@ def with_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConf
             raise InputError("found values 'gated' for an FFN without a gate: its units have one row each; use values 'fixed'")
         if config.init == "polarised" or config.expansion is not None:
             raise InputError("found init 'polarised' for an FFN without a gate: it splits a unit's two rows; use init 'single'")
-    both_signs = gated_teacher and config.values == "fixed" and config.init != "single"
-    init = config.init or ("polarised" if both_signs else "single")
+    kernel = get_kernel(config.kernel)
+    init = config.init
+    if init is None and kernel.uses_distance and not kernel.uses_bias:
+        init = "data-scale"  # a kernel of distance alone sees nothing of rows much shorter than the inputs
+    both_signs = gated_teacher and config.values == "fixed" and init != "single"
+    init = init or ("polarised" if both_signs else "single")
+    if "bandwidth" in kernel.parameters.values() and config.intensity == "mass" and init != "data-scale":
+        raise InputError(
+            f"found intensity 'mass' with kernel {config.kernel!r} and init {init!r}: its mass vanishes on prototypes much shorter "
+            "than the inputs; use init 'data-scale' or another intensity"
+        )
     return replace(config, init=init, expansion=(config.expansion or 2.0) if both_signs else None)
 
 

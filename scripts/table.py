@@ -14,7 +14,7 @@ import typer
 
 RESULTS = Path("recipes/results")
 TEST_TEXT, TRAIN_TEXT = "recipes/text/books-test.txt", "recipes/text/books-distil.txt"
-MAX_TOKENS = 65_536
+MAX_TOKENS = 32_768
 
 GATED_FAMILY = {
     "polarised half-yat": {},
