@@ -115,20 +115,20 @@ class KernelFFN(nn.Module):
 
     def scores(self, hidden_states):
         """s = x·w + b and, if the kernel asks for it, ‖x − w‖², in float32 at least."""
-        if not self.kernel.uses_distance:
-            return _at_least_float32(self.input_prototypes(hidden_states)), None
         # From the weight in use at every call: a norm kept from earlier would be wrong after a step or an adapter.
         weight, bias = effective(self.input_prototypes, hidden_states)
         device = hidden_states.device.type
         rounded = hidden_states.dtype.itemsize < 4 or weight.dtype.itemsize < 4 or torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False):
             x, weight = _at_least_float32(hidden_states), _at_least_float32(weight)
-            if rounded:  # a product rounded to half precision would leave noise of a small distance
+            if rounded:  # a product rounded to half precision overflows, or leaves noise of a small distance
                 dot = nn.functional.linear(x, weight)
                 score = dot if bias is None else dot + bias
             else:
                 score = self.input_prototypes(x)
                 dot = score if bias is None else score - bias
+            if not self.kernel.uses_distance:
+                return score, None
             return score, (x.square().sum(-1, keepdim=True) + weight.square().sum(-1) - 2 * dot).clamp_min(0)
 
     def kernel_parameters(self):

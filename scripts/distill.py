@@ -3,7 +3,9 @@
 
 import sys
 
-from hf_kernel_ffn.cli import main
+del sys.path[0]  # this folder, whose evaluate.py would hide the evaluate package
+
+from hf_kernel_ffn.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.argv.insert(1, "distill")

@@ -6,11 +6,14 @@ python scripts/table.py show             # the table, in Markdown, from recipes/
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
-import typer
+del sys.path[0]  # this folder, whose evaluate.py would hide the evaluate package
+
+import typer  # noqa: E402
 
 RESULTS = Path("recipes/results")
 TEST_TEXT, TRAIN_TEXT = "recipes/text/books-test.txt", "recipes/text/books-distil.txt"
