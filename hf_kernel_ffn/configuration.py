@@ -3,7 +3,10 @@
 This file travels inside converted checkpoints: it imports nothing but torch and transformers.
 """
 
+import ast
 import difflib
+import inspect
+import re
 import shutil
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -229,10 +232,6 @@ def get_custom_kernel_file(config) -> str | None:
     Raises:
         InputError: the kernels stand in several files, or in none that could travel.
     """
-    import ast
-    import inspect
-    import re
-
     files = set()
     for layer in config.kernel_ffn_layers().values():
         kind = type(get_kernel(layer.settings.kernel))

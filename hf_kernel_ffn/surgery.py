@@ -85,8 +85,8 @@ def convert(
         the student, in the teacher's dtype, on its device, in eval mode; and a report.
 
     Raises:
-        InputError: the model is unsupported, converted already, quantised or not finite; or a layer does not exist.
-        ValueError: a combination of settings is refused.
+        InputError: the model is unsupported, converted already, quantised or not finite; a layer does not exist; or a
+            combination of settings is refused.
     """
     architecture = architecture_of(teacher)
     paths = ffn_paths(teacher, architecture)
@@ -110,7 +110,7 @@ def convert(
             ffn, figures = _convert_ffn(
                 base.get_submodule(paths[i]), weights[i], resolved[i], inputs.pop(paths[i]), _dropout(architecture, teacher)
             )
-            ffns[paths[i]] = ffn
+            ffns[paths[i]] = ffn.to(next(teacher.parameters()).dtype)
             report.layers[paths[i]] = figures
     finally:
         teacher.train(was_training)
@@ -176,9 +176,8 @@ def _assemble(teacher, architecture, ffns: dict[str, KernelFFN], copy: bool) -> 
         "layers": {path: ffn.config.to_dict() for path, ffn in ffns.items()},
     }
     student = student_from_entry(teacher, entry, copy)
-    dtype = next(teacher.parameters()).dtype
     for path, ffn in ffns.items():
-        student.base_model.get_submodule(path).load_state_dict(ffn.to(dtype).state_dict(), assign=True)
+        student.base_model.get_submodule(path).load_state_dict(ffn.state_dict(), assign=True)
     return student.requires_grad_(True)
 
 
