@@ -40,6 +40,7 @@ def convert(
     from .data import token_ids
     from .loading import import_kernel, load_teacher, load_tokenizer
 
+    _quieten()
     surgery.require_empty(out_dir)
     settings = KernelFFNConfig(import_kernel(kernel), simplex, intensity, init, values, temperature, top_k, expansion)
     teacher = load_teacher(model, dtype, device)
@@ -71,6 +72,7 @@ def distill(
     """Distil a converted model back to its teacher by RECIPE. Also: accelerate launch scripts/distill.py RECIPE …"""
     from .distillation import distill, load_recipe
 
+    _quieten()
     out = distill(load_recipe(recipe, overrides), resume=resume)
     typer.echo(f"saved in {out}")
 
@@ -98,6 +100,7 @@ def evaluate(
         from .evaluation import evaluate_student
     except ImportError as error:
         raise InputError("evaluate needs the evaluate package: pip install 'hf-kernel-ffn[evaluate]'") from error
+    _quieten()
     converted, stock = load_student(student, dtype, device, trust_remote_code), load_teacher(teacher, dtype, device)
     limit = getattr(stock.config, "max_position_embeddings", None)
     if limit is not None and sequence_length > limit:
@@ -123,6 +126,15 @@ def families() -> None:
             for a in ARCHITECTURES.values()
         ],
     )
+
+
+def _quieten() -> None:
+    """Keep transformers off a stderr that is a file or a pipe: it is for the one line that says what is wrong."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
 
 
 def _print_report(report: dict) -> None:

@@ -39,33 +39,52 @@ def documents(source: str, text_field: str = "text") -> Iterator[tuple[str, bool
             with path.open(encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield _field(json.loads(line), text_field, f"{source}, line {number}"), True
+                        where = f"{source}, line {number}"
+                        yield _field(_json(line, where), text_field, where), True
         else:
-            for number, row in enumerate(_dataset(source), 1):
+            rows = _parquet(path) if path.suffix == ".parquet" else _dataset(source)
+            for number, row in enumerate(rows, 1):
                 yield _field(row, text_field, f"{source}, row {number}"), True
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"found {source} unreadable as text ({error}), expected UTF-8 {', '.join(LOCAL)}") from error
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # not UTF-8, and whatever is wrong with a parquet file, are ValueErrors
+        reason = " ".join(str(error).split())
+        raise InputError(f"found {source} unreadable as text ({reason}), expected UTF-8 {', '.join(LOCAL)}") from error
+
+
+def _json(line: str, where: str):
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"found no JSON in {where} ({error.msg} at column {error.colno}): repair it") from error
+
+
+def _parquet(path: Path) -> Iterator[dict]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise InputError(f"reading {path} needs the datasets package: pip install 'hf-kernel-ffn[distill]'") from error
+    with ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
 
 
 def _dataset(source: str) -> Iterable[dict]:
     path = Path(source)
-    if path.exists() and path.suffix != ".parquet":
+    if path.exists():
         raise InputError(f"found {source}, expected a {', '.join(LOCAL)} file or the name of a dataset: convert the text")
-    if not path.exists() and path.suffix in LOCAL:
-        raise InputError(f"found no file {source}: check the path")
     try:
         import datasets
     except ImportError as error:
         raise InputError(f"reading {source} needs the datasets package: pip install 'hf-kernel-ffn[distill]'") from error
     try:
-        if path.exists():
-            return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         name, *rest = source.split(":")
         split = rest[-1] if rest else "train"
         return datasets.load_dataset(name, *rest[:-1], split=split, streaming=True)
     except Exception as error:  # the library raises many kinds; whichever, the text could not be had
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"found no readable text at {source!r} ({error}): give a local file or the name of a dataset"
+            f"found no readable text at {source!r} ({reason}): give a local file or the name of a dataset"
         ) from error
 
 

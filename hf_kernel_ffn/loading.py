@@ -38,7 +38,14 @@ def load_teacher(name: str, dtype: str = "float32", device: str | torch.device =
         )
     if entry.get("quantization_config") is not None:
         raise InputError(f"found quantised weights at {name}, expected floating-point ones: load the unquantised model")
-    return _loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype)).to(device).eval()
+    model, info = _loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), output_loading_info=True)
+    lost = sorted(info["missing_keys"])
+    if lost:
+        raise InputError(
+            f"found {len(lost)} tensors missing at {name}, the first {lost[0]!r}, expected a whole causal language model: "
+            "they would be random; copy it again"
+        )
+    return _placed(model, device)
 
 
 def load_student(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:
@@ -55,12 +62,12 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
             raise InputError(
                 f"found a kernel of its author's own at {name}: read {name}/custom_kernel.py, then allow it by --trust-remote-code"
             )
-        return _loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), trust_remote_code=True).to(device).eval()
+        return _placed(_loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), trust_remote_code=True), device)
     module = importlib.import_module(ARCHITECTURES[family].modeling)
     head = (entry.get("architectures") or [""])[0]
     if not hasattr(module, head):
         raise InputError(f"found class {head!r} at {name}, expected one of this package's: the checkpoint is damaged")
-    return _loaded(getattr(module, head), name, dtype=torch_dtype(dtype)).to(device).eval()
+    return _placed(_loaded(getattr(module, head), name, dtype=torch_dtype(dtype)), device)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -129,6 +136,13 @@ def _loaded(auto_class, name: str, **kwargs) -> Any:
         raise
     except Exception as error:  # the libraries raise many kinds for a damaged or absent checkpoint
         raise InputError(f"could not load {name} ({_first_line(error)}): check that it is complete") from error
+
+
+def _placed(model: Any, device: str | torch.device) -> Any:
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # torch built without that device raises an AssertionError
+        raise InputError(f"found device {str(device)!r} unusable ({_first_line(error)}): choose another") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data import blocks, token_ids
 from ..errors import InputError
@@ -24,7 +26,7 @@ from ..loading import load_student, load_teacher, load_tokenizer, torch_dtype
 from ..surgery import check_pair, convert, require_empty, save_converted, share_equal, student_from_entry
 from .objectives import OBJECTIVES
 from .recipe import Data, Recipe, Stage
-from .state import FOLDER, find_state, load_facts, load_optimizers, load_trained, save_state
+from .state import FOLDER, find_state, load_facts, load_optimizers, load_rng, load_trained, save_state
 
 
 class PackedText(IterableDataset):
@@ -86,6 +88,8 @@ def distill(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> P
         project_dir=str(out),
         gradient_accumulation_steps=1,
         step_scheduler_with_optimizer=False,
+        # A dispatching loader drops the generator it is given, and draws from the one that LoRA's dropout draws from.
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
     )
     torch.manual_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.teacher)
@@ -101,9 +105,13 @@ def distill(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> P
     trainee = _with_lora(student, recipe) if recipe.lora else student
     if recipe.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in student.modules():  # blocks recompute only in training mode; their dropout stays off
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
     run = _Run(recipe, accelerator, tokenizer, teacher, student, trainee, progress)
     if state is not None:
-        load_trained(state, run.trained)
+        load_trained(state, run.kept)
+        load_rng(state)
     if recipe.trackers:
         accelerator.init_trackers("hf_kernel_ffn", config={"recipe": json.dumps(recorded)})
     facts = {"recipe": recorded, "kernel_ffn": student.config.kernel_ffn}
@@ -123,6 +131,9 @@ class _Run:
         self.recipe, self.accelerator, self.tokenizer = recipe, accelerator, tokenizer
         self.teacher, self.student, self.trainee, self.progress = teacher, student, trainee, progress
         self.trained = {name: p for name, p in trainee.named_parameters() if p.requires_grad}
+        self.kept: dict[str, Tensor] = dict(self.trained)  # with what else a converted FFN holds: its units
+        for path, ffn in student.kernel_ffns().items():
+            self.kept.update((f"{path}.{name}", buffer) for name, buffer in ffn.named_buffers())
 
     def stages(self, facts: dict, state: Path | None) -> None:
         """Run every part of every stage, from the state on if there is one."""
@@ -137,7 +148,7 @@ class _Run:
             def keep(step: int, sequences: int, optimizers=(), number: int = number) -> None:
                 position = {"part": number, "step": step, "sequences": sequences}
                 if self.accelerator.is_main_process:
-                    save_state(Path(self.recipe.output_dir), self.trained, optimizers, {**facts, "position": position})
+                    save_state(Path(self.recipe.output_dir), self.kept, optimizers, {**facts, "position": position})
 
             sequences = self._stage(stage, ffns, step, sequences, here, keep)
             keep(0, sequences, (), number + 1)
@@ -182,10 +193,7 @@ class _Run:
                     loss = OBJECTIVES[stage.name](stage, self.teacher, student, ffns, ids, accelerator.backward)
                 value = accelerator.reduce(loss, "mean").item() if accelerator.num_processes > 1 else loss.item()
                 if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"found loss {value} at step {step} of stage {stage.name!r}: lower its learning_rate, "
-                        f"then go on by --resume from the last state in {self.recipe.output_dir}"
-                    )
+                    raise _diverged(f"loss {value}", stage, step)
                 if layer_wise and accelerator.num_processes > 1:
                     for parameter in parameters:
                         parameter.grad = accelerator.reduce(parameter.grad, "mean")
@@ -196,6 +204,9 @@ class _Run:
                     optimizer.zero_grad()
                 sequences += per_step
                 bar.advance(value)
+                saves = (step + 1) % every == 0 or step + 1 == steps
+                if saves and not all(torch.isfinite(parameter).all() for parameter in parameters):
+                    raise _diverged("weights that are not finite", stage, step)
                 if self.recipe.trackers:
                     accelerator.log({f"{stage.name}/loss": value, f"{stage.name}/step": step})
                 if (step + 1) % every == 0 and step + 1 < steps:
@@ -206,6 +217,13 @@ class _Run:
         if self.recipe.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, torch_dtype(self.recipe.dtype))
+
+
+def _diverged(what: str, stage: Stage, step: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"found {what} at step {step} of stage {stage.name!r}, expected finite ones: "
+        "lower its learning_rate and start again in another output_dir"
+    )
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:

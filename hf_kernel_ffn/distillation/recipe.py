@@ -109,7 +109,13 @@ class Recipe(_Section):
         for key in settings:
             if key not in allowed:
                 raise ValueError(_unknown(key, allowed))
-        return settings
+        layers = settings.get("layers")
+        if isinstance(layers, (str, type(None))):
+            return settings
+        numbers = layers if isinstance(layers, list) else [layers]
+        if not all(type(number) is int for number in numbers):
+            raise ValueError(f"found layers {layers!r}, expected numbers and ranges such as 0-5,7")
+        return {**settings, "layers": numbers}
 
     def kernel_settings(self) -> KernelFFNConfig:
         """``kernel_ffn`` without ``layers``; a kernel given as FILE.py:NAME is registered.
@@ -133,7 +139,7 @@ def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # PyYAML lets a ValueError through for a date that is none
         raise InputError(f"found {file} unreadable as YAML ({' '.join(str(error).split())}), expected a recipe") from error
     if not isinstance(content, dict):
         raise InputError(f"found {type(content).__name__} in {file}, expected a mapping of recipe keys")
@@ -160,7 +166,7 @@ def _apply(content: dict, override: str) -> None:
         raise InputError(f"found {override!r}, expected dotted.key=value")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"found {value!r} for {dotted}, expected a YAML value") from error
     target: Any = content
     for depth, key in enumerate(keys):

@@ -10,19 +10,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 FOLDER = "resume"
 """Folder of the state, inside output_dir while a distillation runs."""
 
 
-def save_state(
-    output_dir: Path, trained: dict[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer], facts: dict
-) -> None:
+def save_state(output_dir: Path, trained: dict[str, Tensor], optimizers: Sequence[torch.optim.Optimizer], facts: dict) -> None:
     """Replace the state in ``output_dir`` by this one; killed at any moment, either the old or the new one is there.
 
     Args:
-        trained: every tensor that a stage may train, by name.
+        trained: every tensor that a stage may train or that is not the teacher's, by name.
         optimizers: of the running stage; none between stages.
         facts: JSON: where the distillation stands, and what it needs to start again.
     """
@@ -60,19 +58,23 @@ def load_facts(folder: Path) -> dict:
     return json.loads((folder / "state.json").read_text())
 
 
-def load_trained(folder: Path, trained: dict[str, nn.Parameter]) -> None:
+def load_trained(folder: Path, trained: dict[str, Tensor]) -> None:
     """Put a state's tensors into ``trained``."""
     for name, tensor in load_file(folder / "trained.safetensors").items():
         trained[name].data.copy_(tensor)
 
 
-def load_optimizers(folder: Path, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Put a state's optimiser tensors, group settings and random state back."""
+def load_rng(folder: Path) -> None:
+    """Put a state's random state back."""
     tensors = load_file(folder / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("rng"))
-    cuda = tensors.pop("rng.cuda", None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+    torch.set_rng_state(tensors["rng"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+
+def load_optimizers(folder: Path, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Put a state's optimiser tensors and group settings back."""
+    tensors = {k: v for k, v in load_file(folder / "optimizer.safetensors").items() if not k.startswith("rng")}
     for number, (optimizer, groups) in enumerate(zip(optimizers, load_facts(folder)["groups"], strict=True)):
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
