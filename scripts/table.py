@@ -22,7 +22,7 @@ MAX_TOKENS = 32_768
 GATED_FAMILY = {
     "polarised half-yat": {},
     "polarised half-yat, 1.5m": {"expansion": 1.5},
-    "gated half-yat": {"init": "single", "values": "gated"},
+    "gated half-yat": {"values": "gated"},
     "polarised yat (PD)": {"kernel": "yat"},
     "polarised ReLU": {"kernel": "recipes/kernels/controls.py:relu"},
     "polarised ReLU²": {"kernel": "recipes/kernels/controls.py:relu2"},
@@ -60,7 +60,8 @@ def measure(family: str, settings: dict) -> dict:
     from hf_kernel_ffn.loading import load_student, load_teacher, load_tokenizer
     from hf_kernel_ffn.surgery import convert
 
-    recipe_file, teacher_path = f"recipes/{family}.yaml", f"recipes/teachers/{family}"
+    gated = "-gated" if settings.get("values") == "gated" else ""
+    recipe_file, teacher_path = f"recipes/{family}{gated}.yaml", f"recipes/teachers/{family}"
     teacher, tokenizer = load_teacher(teacher_path), load_tokenizer(teacher_path)
     test = token_ids(tokenizer, [TEST_TEXT], 256, MAX_TOKENS)
     with tempfile.TemporaryDirectory() as scratch:

@@ -342,6 +342,35 @@ def test_evaluate_refuses_what_does_not_belong_together(refused, student_folder,
     assert "'float8'" in refusal(student_folder, teacher, text_file, out, "--dtype", "float8")
 
 
+def other_tokens(folder, target):
+    """A copy of a model's folder in which two tokens have changed places: as many, but not the same."""
+    shutil.copytree(folder, target)
+    file = target / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["the"], vocabulary["and"] = vocabulary["and"], vocabulary["the"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return target
+
+
+def test_a_vocabulary_of_the_same_size_is_not_the_same(refused, recipe, student_folder, teacher_folder, text_file, tmp_path):
+    teacher = teacher_folder("llama")
+    other = other_tokens(teacher, tmp_path / "other")
+    for command in (
+        evaluate(student_folder, other, text_file, tmp_path / "report.json"),
+        ("distill", recipe(student=str(student_folder), teacher=str(other))),
+    ):
+        message = refused(*command)
+        assert "tokens" in message and str(student_folder) in message and str(other) in message
+
+
+def test_a_student_without_a_tokenizer_takes_its_teachers(cli, student_folder, teacher_folder, text_file, tmp_path):
+    bare = Path(shutil.copytree(student_folder, tmp_path / "bare"))
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    assert cli(*evaluate(bare, teacher_folder("llama"), text_file, tmp_path / "report.json"))[0] == 0
+
+
 @pytest.mark.parametrize("what", BAD_TEXTS)
 def test_evaluate_refuses_a_text_that_cannot_be_used(refused, student_folder, teacher_folder, tmp_path, texts, what):
     message = refused(*evaluate(student_folder, teacher_folder("llama"), texts[what], tmp_path / "report.json"))

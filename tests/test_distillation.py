@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 
@@ -21,12 +24,13 @@ from hf_kernel_ffn.distillation.loop import PackedText
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES, layer_wise, logits
 from hf_kernel_ffn.distillation.recipe import Data, Stage
 
-LAYER_WISE = {"name": "layer-wise", "tokens": 384, "learning_rate": 0.02, "batch_size": 2}  # six steps
-LOGITS = {"name": "logits", "tokens": 384, "learning_rate": 0.01, "batch_size": 2}
+LAYER_WISE = {"name": "layer-wise", "tokens": 384, "learning_rate": 0.002, "batch_size": 2}  # six steps
+LOGITS = {"name": "logits", "tokens": 384, "learning_rate": 0.002, "batch_size": 2}
 STEPS = 6
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.5}
 VARIANTS = {
     "plain": {},
+    "adamw": {"stages": [{**LAYER_WISE, "optimizer": "adamw"}, {**LOGITS, "optimizer": "adamw"}]},
     "groups": {"stages": [{**LAYER_WISE, "layers_at_once": 2}]},  # of three layers: two groups
     "lora": {"lora": LORA, "stages": [LOGITS, LOGITS]},
     "bfloat16": {"dtype": "bfloat16"},
@@ -234,7 +238,7 @@ def test_the_logits_loss_is_divergence_and_cross_entropy(pair, ids, temperature,
 # a run
 
 
-@pytest.mark.parametrize("variant", ["plain", "gated", "bfloat16"])
+@pytest.mark.parametrize("variant", ["plain", "adamw", "gated", "bfloat16"])
 def test_each_stage_lowers_its_loss(recipe, objectives, tmp_path, variant):
     losses = {"layer-wise": [], "logits": []}
 
@@ -243,8 +247,8 @@ def test_each_stage_lowers_its_loss(recipe, objectives, tmp_path, variant):
         return losses[stage.name][-1]
 
     objectives(note)
-    longer = [{**LAYER_WISE, "tokens": 2560}, {**LOGITS, "tokens": 2560}]
-    run(recipe(tmp_path / "out", variant, stages=longer, save_every_tokens=10**6))
+    stages = VARIANTS[variant].get("stages", [LAYER_WISE, LOGITS])
+    run(recipe(tmp_path / "out", variant, stages=[{**stage, "tokens": 2560} for stage in stages], save_every_tokens=10**6))
     for name, values in losses.items():
         assert len(values) == 40
         assert sum(values[-10:]) < 0.95 * sum(values[:10]), name
@@ -335,6 +339,35 @@ def test_the_teachers_memory_is_left_alone(recipe, monkeypatch, tmp_path, varian
     run(recipe(tmp_path / "out", variant, family))
     [(teacher, before)] = kept
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    """Run a recipe on two processes, as `accelerate launch` and torchrun do."""
+
+    def launch(recipe):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(recipe.model_dump_json())  # JSON is YAML
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        script = RECIPES.parent / "scripts" / "distill.py"
+        environment = dict(os.environ, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
+        done = subprocess.run(
+            [*launcher, script, file], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return loop_module.Path(recipe.output_dir)
+
+    return launch
+
+
+def test_two_processes_share_the_work_of_one(recipe, finished, two_processes, student_folder, tmp_path):
+    halves = [{**stage, "batch_size": 1} for stage in (LAYER_WISE, LOGITS)]
+    one, two = finished("student"), two_processes(recipe(tmp_path / "two", "student", stages=halves))
+    start, one, two = (load_file(folder / "model.safetensors") for folder in (student_folder, one, two))
+    for name in start:
+        if name.endswith("prototypes.weight"):
+            way = (one[name] - start[name]).norm()
+            assert 0 < (two[name] - one[name]).norm() < 0.3 * way  # the variance in a loss is that of one process's sequences
 
 
 def test_only_the_ffns_are_trained(finished, teacher_folder):
@@ -447,6 +480,8 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(recipe, objective
         ("plain", STEPS),  # between the stages
         ("plain", STEPS + 3),
         ("plain", 2 * STEPS - 1),
+        ("adamw", 3),
+        ("adamw", STEPS + 3),
         ("groups", 3),
         ("groups", STEPS),
         ("groups", STEPS + 5),

@@ -318,17 +318,19 @@ def test_a_write_that_never_varies_has_no_coherence():
     assert found["coherence"].max() < 1e-5
 
 
-def test_a_common_shift_of_the_dictionary_changes_nothing(sample):
+@pytest.mark.parametrize("size", [3.0, 3000.0])
+def test_a_common_shift_of_the_dictionary_changes_nothing(sample, size):
     c, v = sample
+    c[1] = torch.eye(9)[1]  # one prototype takes all
     c = c.abs()
     c = c / c.sum(-1, keepdim=True).clamp_min(1e-9)
-    fires, shift = c.sum(-1) > 0, torch.full((5,), 3.0)
+    fires, shift = c.sum(-1) > 0, torch.full((5,), size)
     c = c[fires]
     before, after = figures_of(c, v), figures_of(c, v + shift)
     for name in ("coherence", "opposed_share", "active_prototypes"):
-        torch.testing.assert_close(after[name], before[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(after[name], before[name], rtol=1e-2, atol=1e-3)
     raw = [(c @ d).norm(dim=-1) / (c * d.norm(dim=-1)).sum(-1) for d in (v, v + shift)]
-    assert (raw[1] - raw[0]).min() > 0.1  # the raw ratio is gamed
+    assert (raw[1] - raw[0]).mean() > 0.1  # the raw ratio is gamed
 
 
 def test_louder_rows_under_a_lower_intensity_change_nothing(sample):
