@@ -94,14 +94,19 @@ def evaluate(
     """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of every layer."""
     from .data import token_ids
     from .errors import InputError
-    from .loading import load_student, load_teacher, load_tokenizer
+    from .loading import check_vocabularies, load_student, load_teacher, load_tokenizer
+    from .surgery import check_pair, require_place
 
     try:
         from .evaluation import evaluate_student
     except ImportError as error:
         raise InputError("evaluate needs the evaluate package: pip install 'hf-kernel-ffn[evaluate]'") from error
+    if json_file is not None:
+        require_place(json_file)
     _quieten()
     converted, stock = load_student(student, dtype, device, trust_remote_code), load_teacher(teacher, dtype, device)
+    check_pair(converted, stock)
+    check_vocabularies(student, teacher)
     limit = getattr(stock.config, "max_position_embeddings", None)
     if limit is not None and sequence_length > limit:
         raise InputError(f"found sequence length {sequence_length}, expected at most the teacher's {limit}")

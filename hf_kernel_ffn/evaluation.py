@@ -69,7 +69,7 @@ class Readability(evaluate.Metric):
 
 
 def readability(readout: Readout, mean_write: Tensor) -> dict[str, Tensor]:
-    """Per token, (tokens,) float32 each, from a record with coefficients (tokens, prototypes):
+    """Per token, (tokens,) float64 each, from a record with coefficients (tokens, prototypes):
 
     * ``active_prototypes``: coefficients that are not exactly zero;
     * ``effective_prototypes``: 1/Σp², p the normalised |c_i|‖v_i‖;
@@ -79,8 +79,9 @@ def readability(readout: Readout, mean_write: Tensor) -> dict[str, Tensor]:
     * ``opposed_share``: share of Σ|t_i·ŷ| that points against ŷ, the direction of Σ t;
     * ``write_mass``: Σ|c_i|‖v_i‖.
     """
-    c, v = readout.coefficients.float(), readout.dictionary.float()
-    tiny = torch.finfo(torch.float32).tiny
+    # In float64: for rows that have much in common, what is left after the mean write is a small difference.
+    c, v, mean_write = readout.coefficients.double(), readout.dictionary.double(), mean_write.double()
+    tiny = torch.finfo(torch.float64).tiny
     size, total = c.abs(), c.abs().sum(-1, keepdim=True)
     share = size / total.clamp_min(tiny)
     mass = size * v.norm(dim=-1)
@@ -202,8 +203,8 @@ def _records(
     student, teacher = ffn.readout(x), teacher_readout(weights, x)
     pairs = {}
     for who, record, mean in (("student", student, sums["ŷ"]), ("teacher", teacher, sums["y"])):
-        mean = mean.float() / count
-        pairs[who] = (record, mean if record.bias is None else mean - record.bias.float())
+        mean = mean / count
+        pairs[who] = (record, mean if record.bias is None else mean - record.bias.double())
     return pairs
 
 

@@ -60,7 +60,7 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
     if has_custom_kernel(name):
         if not trust_remote_code:
             raise InputError(
-                f"found a kernel of its author's own at {name}: read {name}/custom_kernel.py, then allow it by --trust-remote-code"
+                f"found a kernel of its author's own at {name}: read {name}/custom_kernel.py, then allow it by --trust-remote-code (in a recipe: trust_remote_code)"
             )
         return _placed(_loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), trust_remote_code=True), device)
     module = importlib.import_module(ARCHITECTURES[family].modeling)
@@ -73,6 +73,16 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer at ``name``."""
     return _loaded(AutoTokenizer, name)
+
+
+def check_vocabularies(student: str, teacher: str) -> None:
+    """InputError if the tokenizers at ``student`` and ``teacher`` have different tokens; a student may have none of its own."""
+    try:
+        file = cached_file(student, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        file = None
+    if file is not None and load_tokenizer(student).get_vocab() != load_tokenizer(teacher).get_vocab():
+        raise InputError(f"found other tokens at {student} than at {teacher}, expected equal: give the student's own teacher")
 
 
 def stored_dtype(name: str) -> torch.dtype:

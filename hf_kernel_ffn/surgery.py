@@ -318,8 +318,9 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
 
 
 def require_empty(out: str | os.PathLike) -> None:
-    """InputError if ``out`` exists and is not an empty folder."""
+    """InputError if ``out`` exists and is not an empty folder, or cannot be made."""
     out = Path(out)
+    require_place(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"found {out} not empty, expected a new or empty folder: choose another or remove it")
 
@@ -336,6 +337,13 @@ def save_converted(student: Any, source: str, out: Path, **reports: dict) -> Non
         load_tokenizer(source).save_pretrained(out)
     for name, report in reports.items():
         (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def require_place(path: Path) -> None:
+    """InputError if nothing can be made at ``path``, because what lies above it is no folder or not writable."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"found {above} no writable folder, expected one to make {path} in: choose another place")
 
 
 TOKENIZER_FILES = (

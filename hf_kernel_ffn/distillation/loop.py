@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data import blocks, token_ids
 from ..errors import InputError
-from ..loading import load_student, load_teacher, load_tokenizer, torch_dtype
+from ..loading import check_vocabularies, load_student, load_teacher, load_tokenizer, torch_dtype
 from ..surgery import check_pair, convert, require_empty, save_converted, share_equal, student_from_entry
 from .objectives import OBJECTIVES
 from .recipe import Data, Recipe, Stage
@@ -116,11 +116,11 @@ def distill(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> P
         accelerator.init_trackers("hf_kernel_ffn", config={"recipe": json.dumps(recorded)})
     facts = {"recipe": recorded, "kernel_ffn": student.config.kernel_ffn}
     run.stages(facts, state)
-    accelerator.end_training()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _finish(out, trainee, student, recipe)
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # last: it ends the process group
     return out
 
 
@@ -272,8 +272,9 @@ def _groups(model: nn.Module, parameters: list[nn.Parameter], stage: Stage) -> l
 
 def _student(recipe: Recipe, teacher: PreTrainedModel, tokenizer, state: Path | None) -> Any:
     if recipe.student is not None:
-        student = load_student(recipe.student, recipe.dtype, teacher.device)
+        student = load_student(recipe.student, recipe.dtype, teacher.device, recipe.trust_remote_code)
         check_pair(student, teacher)
+        check_vocabularies(recipe.student, recipe.teacher)
         share_equal(student, teacher)
         return student
     if state is not None:

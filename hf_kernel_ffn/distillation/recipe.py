@@ -82,6 +82,8 @@ class Recipe(_Section):
     """Local folder or hub id of the stock model."""
     student: str | None = None
     """Local folder of a converted model; None: the teacher is converted by ``kernel_ffn``."""
+    trust_remote_code: bool = False
+    """Allow the student's own kernel file to run."""
     kernel_ffn: dict[str, Any] = Field(default_factory=dict)
     """Settings of KernelFFNConfig, and ``layers`` (such as 0-5,7) if not all."""
     data: Data
