@@ -71,8 +71,8 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer at ``name``."""
-    return _loaded(AutoTokenizer, name)
+    """The tokenizer at ``name``; no code of its author's runs."""
+    return _loaded(AutoTokenizer, name, trust_remote_code=False)  # None would ask at the terminal about the model's code
 
 
 def check_vocabularies(student: str, teacher: str) -> None:

@@ -11,7 +11,7 @@ def main(model: str, prompt: str, tokens: Annotated[int, typer.Option(help="to w
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     set_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
     loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True)
     output = loaded.generate(
         **tokenizer(prompt, return_tensors="pt"), max_new_tokens=tokens, do_sample=True, temperature=0.7, top_p=0.9,
