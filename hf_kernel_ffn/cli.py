@@ -83,7 +83,9 @@ def evaluate(
     teacher: Annotated[str, typer.Option(help="local folder or hub id of its stock model")],
     text: Annotated[str, typer.Option(help="text that neither was trained on")],
     max_tokens: Annotated[int, typer.Option(min=2, help="tokens of the text to read")] = 65_536,
-    sequence_length: Annotated[int, typer.Option(min=2, help="tokens per sequence")] = 256,
+    sequence_length: Annotated[
+        Optional[int], typer.Option(min=2, help="tokens per sequence  [default: 256, or the teacher's most if that is less]")
+    ] = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write the report")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")
@@ -108,6 +110,7 @@ def evaluate(
     check_pair(converted, stock)
     check_vocabularies(student, teacher)
     limit = getattr(stock.config, "max_position_embeddings", None)
+    sequence_length = sequence_length or min(256, limit or 256)
     if limit is not None and sequence_length > limit:
         raise InputError(f"found sequence length {sequence_length}, expected at most the teacher's {limit}")
     ids = token_ids(load_tokenizer(teacher), [text], sequence_length, max_tokens)
