@@ -198,7 +198,11 @@ class KernelConfigMixin:
     def kernel_ffn_layers(self) -> dict:
         """LayerConfig of every converted FFN by its path under the base model, in layer order."""
         layers = _mapping("kernel_ffn layers", (self.kernel_ffn or {}).get("layers"))
-        return {path: LayerConfig.from_dict(entry) for path, entry in layers.items()}
+        # By number, not as it stands: config.json is written with its keys in alphabetical order, 10 before 2.
+        order = sorted(
+            layers, key=lambda path: [(part.isdigit(), int(part) if part.isdigit() else part) for part in path.split(".")]
+        )
+        return {path: LayerConfig.from_dict(layers[path]) for path in order}
 
     def to_dict(self):
         output = super().to_dict()

@@ -2,7 +2,7 @@
 
 import builtins
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_kernel_ffn import convert
 from hf_kernel_ffn.loading import check_vocabularies, load_student
@@ -18,3 +18,11 @@ def test_no_question_is_asked_at_the_terminal(teacher_folder, ids, tmp_path, mon
     check_vocabularies(str(tmp_path), teacher)
     load_student(str(tmp_path))
     assert not asked
+
+
+def test_layers_keep_their_order_past_the_tenth(ids, tmp_path):
+    config = LlamaConfig(vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2)
+    student, _ = convert(LlamaForCausalLM(config), calibration_ids=ids, calibration_tokens=256)
+    student.save_pretrained(tmp_path)
+    expected = [f"layers.{number}.mlp" for number in range(12)]
+    assert list(type(student).from_pretrained(tmp_path).kernel_ffns()) == list(student.kernel_ffns()) == expected

@@ -46,9 +46,9 @@ def save_state(output_dir: Path, trained: dict[str, Tensor], optimizers: Sequenc
 
 def find_state(output_dir: Path) -> Path | None:
     """The folder of the last whole state in ``output_dir``, or None."""
-    for suffix in ("", ".new", ".old"):  # between the two renames, .new is whole and .old the one before
+    for suffix in ("", ".old"):  # between the two renames there is only the one before
         folder = output_dir / f"{FOLDER}{suffix}"
-        if suffix != ".new" and (folder / "state.json").is_file():
+        if (folder / "state.json").is_file():
             return folder
     return None
 
