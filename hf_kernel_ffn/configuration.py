@@ -34,7 +34,8 @@ class KernelFFNConfig:
     kernel: str = "half-yat"
     """Similarity between input and input prototypes: a registered kernel that is nowhere negative."""
     simplex: str = "softmax"
-    """How log-kernels become shares: softmax, sparsemax, entmax-1.5 or top-k."""
+    """How log-kernels become shares: softmax, sparsemax, entmax-1.5, top-k (as many prototypes for every token) or threshold
+    (those whose kernel passes one value per layer: more for a token that needs more)."""
     intensity: str = "mass"
     """How loudly the mixture is written: none (convex), mass (Σκ over the support, times a learned scale) or
     gate (a learned softplus of the input)."""
@@ -47,7 +48,7 @@ class KernelFFNConfig:
     """τ, the shares being map(log κ / τ). None: 1 where the coefficients are the kernel itself (mass with softmax
     or top-k), otherwise fitted per layer at conversion. Learned unless the coefficients are the kernel itself."""
     top_k: int | None = None
-    """Prototypes kept per token by the simplex map top-k."""
+    """Prototypes kept per token by the simplex map top-k; kept on average over the text by threshold."""
     expansion: float | None = None
     """Prototypes per hidden unit with polarised rows, between 1 and 2: 2 keeps both signs of every unit, 1.5
     gives the parameter count of a gated FFN, those with the largest output kept. None: 2."""
@@ -62,10 +63,14 @@ class KernelFFNConfig:
             raise InputError(f"kernel {self.kernel!r} can be negative: its readout is no mixture; choose a nonnegative kernel")
         _number("temperature", self.temperature, lambda t: 0 < t < float("inf"), "a positive number")
         _number("expansion", self.expansion, lambda e: 1 <= e <= 2, "a number from 1 to 2")
-        if self.simplex == "top-k" and (not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1):
-            raise InputError(f"found top_k={self.top_k!r}, expected a positive integer: simplex 'top-k' needs to know how many")
-        if self.simplex != "top-k" and self.top_k is not None:
-            raise InputError(f"found top_k={self.top_k} with simplex {self.simplex!r}: only 'top-k' keeps a given number")
+        if self.sparse and (not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1):
+            raise InputError(
+                f"found top_k={self.top_k!r}, expected a positive integer: simplex {self.simplex!r} needs to know how many"
+            )
+        if not self.sparse and self.top_k is not None:
+            raise InputError(
+                f"found top_k={self.top_k} with simplex {self.simplex!r}: only 'top-k' and 'threshold' keep a given number"
+            )
         if self.values == "gated" and self.init == "polarised":
             raise InputError("values 'gated' with init 'polarised': gated values carry the sign already; use init 'single'")
         if self.expansion is not None and self.values == "gated":
@@ -74,9 +79,14 @@ class KernelFFNConfig:
             raise InputError("found expansion with init 'single': it counts polarised prototypes; leave it out")
 
     @property
+    def sparse(self) -> bool:
+        """``top_k`` prototypes are kept, for every token or on average."""
+        return self.simplex in ("top-k", "threshold")
+
+    @property
     def coefficients_are_kernel(self) -> bool:
-        """Coefficients are scale · κ on the support, no shares needed: mass over softmax or top-k at τ = 1."""
-        return self.intensity == "mass" and self.simplex in ("softmax", "top-k") and self.temperature in (None, 1.0)
+        """Coefficients are scale · κ on the support, no shares needed: mass over softmax, top-k or threshold at τ = 1."""
+        return self.intensity == "mass" and (self.simplex == "softmax" or self.sparse) and self.temperature in (None, 1.0)
 
     @property
     def regime(self) -> str:
@@ -97,8 +107,8 @@ class LayerConfig:
     prototypes: int
     """Rows of the dictionary."""
     reference: dict = field(default_factory=dict)
-    """What conversion found for this layer, exact: ``scale`` of the intensity, ``temperature``, and the kernel's
-    parameters. The weights hold learned log-ratios to these, zero at conversion, so that half precision loses nothing."""
+    """What conversion found for this layer, exact: ``scale`` of the intensity, ``temperature``, ``threshold`` of κ, and the
+    kernel's parameters. The weights hold learned log-ratios to these, zero at conversion, so that half precision loses nothing."""
     dropout: float = 0.0
     """The teacher FFN's dropout on its output."""
 
@@ -122,6 +132,7 @@ class LayerConfig:
         reference = _mapping("kernel_ffn reference", entry.get("reference"))
         needed = [*get_kernel(settings.kernel).parameters]
         needed += ["scale"] * (settings.intensity != "none") + ["temperature"] * (not settings.coefficients_are_kernel)
+        needed += ["threshold"] * (settings.simplex == "threshold")
         for name in needed:
             if reference.get(name) is None:
                 raise InputError(

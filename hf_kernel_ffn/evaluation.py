@@ -114,8 +114,8 @@ def evaluate_student(
     """The report on ``student`` against ``teacher`` over ``ids`` (rows, length), token ids of text trained on by neither.
 
     Keys: those of :class:`Fidelity`, and ``layers``, one entry per converted FFN: ``path``, ``fvu`` (on the teacher's inputs),
-    ``fvu_student_inputs``, the means of :func:`readability` (on the teacher's inputs), ``write_mass_ratio``, and under
-    ``teacher`` the same for the teacher's own FFN.
+    ``fvu_student_inputs``, the means of :func:`readability` (on the teacher's inputs), ``write_mass_ratio``,
+    ``dead_prototypes`` (how many fire on no token of ``ids``), and under ``teacher`` the same for the teacher's own FFN.
 
     Raises:
         InputError: ``student`` is not converted, or the two have different vocabularies or layers.
@@ -142,6 +142,9 @@ def evaluate_student(
             (x, y), (x_student, y_student) = seen[path], seen_by_student[path]
             _add_errors(sums[path], "", ffn(x), y)
             _add_errors(sums[path], "student_inputs_", y_student, stock[path](x_student))
+            for who, record in _records(ffn, weights[path], x).items():
+                sums[path][f"{who} c"] = sums[path][f"{who} c"] + record.coefficients.double().sum(0)
+                sums[path][f"{who} fires"] = sums[path][f"{who} fires"] + (record.coefficients != 0).sum(0)
     count = ids.numel()
     mean_output = {path: (sums[path]["y"] / count) for path in kernels}
 
@@ -154,8 +157,9 @@ def evaluate_student(
         fidelity["ablated_nll"].append(_nll(logits, batch[:, 1:]).cpu())
         for path, ffn in kernels.items():
             x = seen[path][0]
-            for who, (record, mean) in _records(ffn, weights[path], x, sums[path], count).items():
-                for name, values in readability(record, mean).items():
+            for who, record in _records(ffn, weights[path], x).items():
+                mean_write = sums[path][f"{who} c"] / count @ record.dictionary.double()
+                for name, values in readability(record, mean_write).items():
                     figures[path, who][name].append(values.cpu())
 
     metric = Fidelity(keep_in_memory=True)
@@ -168,10 +172,12 @@ def evaluate_student(
             "fvu_student_inputs": _fvu(sums[path], "student_inputs_", count),
         }
         entry.update(_readable(figures[path, "student"], figures[path, "teacher"]))
+        entry["dead_prototypes"] = int((sums[path]["student fires"] == 0).sum())
         entry["teacher"] = {
             "fvu": 0.0,
             "fvu_student_inputs": 0.0,
             **_readable(figures[path, "teacher"], figures[path, "teacher"]),
+            "dead_prototypes": int((sums[path]["teacher fires"] == 0).sum()),
         }
         report["layers"].append(entry)
     return report
@@ -195,17 +201,10 @@ def _pick(log_probabilities: Tensor, targets: Tensor) -> Tensor:
     return -log_probabilities.gather(-1, targets[..., None]).flatten()
 
 
-def _records(
-    ffn: KernelFFN, weights: FFNWeights, x: Tensor, sums: dict[str, Tensor], count: int
-) -> dict[str, tuple[Readout, Tensor]]:
-    """Student's and teacher's records at the teacher's inputs, each with its mean write (bias left out)."""
+def _records(ffn: KernelFFN, weights: FFNWeights, x: Tensor) -> dict[str, Readout]:
+    """Student's and teacher's records at the teacher's inputs."""
     x = x.flatten(0, -2)
-    student, teacher = ffn.readout(x), teacher_readout(weights, x)
-    pairs = {}
-    for who, record, mean in (("student", student, sums["ŷ"]), ("teacher", teacher, sums["y"])):
-        mean = mean / count
-        pairs[who] = (record, mean if record.bias is None else mean - record.bias.double())
-    return pairs
+    return {"student": ffn.readout(x), "teacher": teacher_readout(weights, x)}
 
 
 def _add_errors(sums: dict[str, Tensor], prefix: str, estimate: Tensor, truth: Tensor) -> None:
@@ -213,7 +212,6 @@ def _add_errors(sums: dict[str, Tensor], prefix: str, estimate: Tensor, truth: T
     sums[f"{prefix}error"] = sums[f"{prefix}error"] + (estimate - truth).square().sum()
     sums[f"{prefix}square"] = sums[f"{prefix}square"] + truth.square().sum()
     sums[f"{prefix}y"] = sums[f"{prefix}y"] + truth.sum(0)
-    sums[f"{prefix}ŷ"] = sums[f"{prefix}ŷ"] + estimate.sum(0)
 
 
 def _fvu(sums: dict[str, Tensor], prefix: str, count: int) -> float:

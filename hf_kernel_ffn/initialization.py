@@ -23,7 +23,8 @@ RATIOS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 DISTANCE_SHARE = 0.01
 """ε and c² start at this share of the mean squared distance between inputs and prototypes."""
 
-
+QUIETEST = 1e-3
+"""Rows are shortened no further than for an output prototype this share of the mean length: a silent unit can wake again."""
 UNITS_AT_ONCE = 1024
 """Units that are fitted together."""
 
@@ -69,6 +70,13 @@ def prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
     amount = amount.repeat(len(signs))
     scale = amount.abs().median().clamp_min(torch.finfo(torch.float32).tiny).item()
     dictionary = weights.down.repeat(len(signs), 1) * (signed * amount / scale)[:, None]
+    if kernel.degree and length is None:
+        # One length for every output prototype: then κ alone tells the loud contributions, which sparse maps keep.
+        loudness = dictionary.norm(dim=-1, keepdim=True)
+        loudness = (loudness / loudness.mean()).clamp_min(QUIETEST)
+        dictionary = dictionary / loudness
+        stretch = loudness ** (1 / kernel.degree)
+        rows, bias = rows * stretch, bias * stretch[:, 0]
     units = torch.arange(1, len(weights.up) + 1, device=rows.device).repeat(len(signs)) * torch.where(
         signed * amount < 0, -1, 1
     )

@@ -38,6 +38,9 @@ class Kernel:
     """Each prototype has a learned b inside the score."""
     uses_distance: bool = False
     """``value`` reads ``distance2``."""
+    degree: int | None = None
+    """κ grows as a^degree when a prototype's row and b are multiplied by a, distance apart. Lets a conversion give all output
+    prototypes one length, so that the kernel alone tells how loud a contribution is. None: it does not grow so."""
     parameters: dict = field(default_factory=dict)
     """Positive parameters of one layer and what a conversion starts them from: ``"distance"`` (a hundredth
     of the mean squared distance between inputs and prototypes), ``"bandwidth"`` (the one at which the log
@@ -141,9 +144,10 @@ register_kernel(
     InverseMultiquadric("imq", nonnegative=True, positive_definite=True, uses_distance=True, parameters={"offset": "distance"})
 )
 register_kernel(
-    Yat("yat", nonnegative=True, positive_definite=True, uses_bias=True, uses_distance=True, parameters={"epsilon": "distance"})
-)
+    Yat("yat", nonnegative=True, positive_definite=True, uses_bias=True, uses_distance=True, degree=2,
+        parameters={"epsilon": "distance"})
+)  # fmt: skip
 register_kernel(
-    HalfYat("half-yat", nonnegative=True, positive_definite=False, uses_bias=True, uses_distance=True,
+    HalfYat("half-yat", nonnegative=True, positive_definite=False, uses_bias=True, uses_distance=True, degree=2,
             parameters={"epsilon": "distance"})
 )  # fmt: skip

@@ -47,10 +47,11 @@ class KernelFFN(nn.Module):
 
     Weights: ``input_prototypes`` (prototypes, hidden_size) with b as its bias, ``output_prototypes`` (hidden_size,
     prototypes) with b_out as its bias, ``value_proj`` (gated values), ``gate`` (intensity gate), and one-element
-    log-ratios to the layer's reference values. ``units`` holds, for each prototype, ±(1 + the teacher's unit).
+    log-ratios to the layer's reference values (a buffer, for the threshold). ``units`` holds, for each prototype, ±(1 + the teacher's unit).
     """
 
     units: Tensor
+    threshold_log_ratio: Tensor
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -58,6 +59,8 @@ class KernelFFN(nn.Module):
         self.config = config
         self.kernel = get_kernel(settings.kernel)
         self.reference = dict(config.reference)
+        self.top_k = settings.top_k
+        """Prototypes kept now; a distillation lets it fall to the setting."""
         size, prototypes = config.hidden_size, config.prototypes
         self.input_prototypes = nn.Linear(size, prototypes, bias=self.kernel.uses_bias)
         self.output_prototypes = nn.Linear(prototypes, size)
@@ -72,6 +75,8 @@ class KernelFFN(nn.Module):
             learned.append("temperature")
         self.log_ratio = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in learned})
         self.register_buffer("units", torch.zeros(prototypes, dtype=torch.int32))
+        if settings.simplex == "threshold":  # moved by fit_threshold(), not by gradients
+            self.register_buffer("threshold_log_ratio", torch.zeros(1))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -134,18 +139,37 @@ class KernelFFN(nn.Module):
     def kernel_parameters(self):
         return {name: self.positive(name) for name in self.kernel.parameters}
 
+    @torch.no_grad()
+    def fit_threshold(self, hidden_states: Tensor, rate: float = 1.0) -> None:
+        """Move the threshold of κ by the share ``rate`` of the way (of its logarithm) to where ``top_k`` prototypes pass on
+        average over the tokens of ``hidden_states`` (..., hidden_size)."""
+        kernel = self.kernel.value(*self.scores(hidden_states), **self.kernel_parameters()).flatten(0, -2)
+        passing = max(1, min((self.top_k or 0) * len(kernel), kernel.numel()))
+        # The one after the last that passes: a kernel that is zero there sets no limit.
+        value = kernel.flatten().kthvalue(kernel.numel() - passing + 1).values.clamp_min(torch.finfo(kernel.dtype).tiny)
+        ratio = self.threshold_log_ratio
+        ratio.add_(rate * ((value / self.reference["threshold"]).log().to(ratio.dtype) - ratio))
+
+    def threshold(self) -> Tensor:
+        """The value of κ from which on a prototype takes part, shape (1,), at least float32."""
+        return self.reference["threshold"] * _at_least_float32(self.threshold_log_ratio).exp()
+
     def _kernel(self, hidden_states):
         """κ over the support."""
         kernel = self.kernel.value(*self.scores(hidden_states), **self.kernel_parameters())
         if self.config.settings.simplex == "top-k":
-            kernel = kernel * top_k_mask(kernel.detach(), self.config.settings.top_k)
+            return kernel * top_k_mask(kernel.detach(), self.top_k)
+        if self.config.settings.simplex == "threshold":
+            return kernel * (kernel.detach() >= self.threshold())
         return kernel
 
     def _choice(self, hidden_states):
         """Shares π and the intensity g (..., 1), or None where g is one by definition."""
         settings = self.config.settings
         log_kernel = self.kernel.log(*self.scores(hidden_states), **self.kernel_parameters())
-        pi = shares(settings.simplex, log_kernel, self.positive("temperature"), settings.top_k)
+        if settings.simplex == "threshold":
+            log_kernel = log_kernel.masked_fill(log_kernel.detach() < self.threshold().log(), -torch.inf)
+        pi = shares(settings.simplex, log_kernel, self.positive("temperature"), self.top_k)
         if settings.intensity == "none":
             return pi, None
         if settings.intensity == "gate":

@@ -63,6 +63,12 @@ def top_k(scores, top_k):
     return scores.masked_fill(~top_k_mask(scores, top_k), -torch.inf).softmax(-1)
 
 
+@register_simplex_map("threshold")
+def threshold(scores, top_k=None):
+    """Softmax over the prototypes whose kernel passes the layer's threshold; the readout has struck out the others."""
+    return scores.softmax(-1)
+
+
 @register_simplex_map("sparsemax")
 def sparsemax(scores, top_k=None):
     """Euclidean projection onto the simplex (Martins & Astudillo 2016, arXiv:1602.02068, algorithm 1)."""

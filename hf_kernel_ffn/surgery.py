@@ -138,11 +138,14 @@ def _dropout(architecture: Architecture, teacher: PreTrainedModel) -> float:
 def _convert_ffn(teacher_ffn, weights, settings, inputs, dropout) -> tuple[KernelFFN, dict]:
     """One calibrated kernel readout, in float32, and its figures."""
     weights32 = weights._replace(**{k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)})
-    start = prototypes(weights32, settings, inputs[:: max(1, len(inputs) // FIT_TOKENS)].float())
+    sample = inputs[:: max(1, len(inputs) // FIT_TOKENS)].float()
+    start = prototypes(weights32, settings, sample)
     reference = dict(start.parameters)
     reference["scale"] = start.scale if settings.intensity == "mass" else 1.0
     if not settings.coefficients_are_kernel:
         reference["temperature"] = settings.temperature or 1.0
+    if settings.simplex == "threshold":
+        reference["threshold"] = 1.0  # found below
     layer = LayerConfig(settings, start.rows.shape[1], len(start.rows), reference, dropout)
     ffn = KernelFFN(layer).to(inputs.device).eval().requires_grad_(False)
     ffn.input_prototypes.weight.copy_(start.rows)
@@ -159,6 +162,10 @@ def _convert_ffn(teacher_ffn, weights, settings, inputs, dropout) -> tuple[Kerne
     if settings.intensity == "gate":
         ffn.gate.weight.zero_()
         ffn.gate.bias.fill_(gate_bias())
+    if settings.simplex == "threshold":
+        ffn.fit_threshold(sample)
+        ffn.reference["threshold"] = ffn.threshold().item()
+        ffn.threshold_log_ratio.zero_()
     figures = calibrate(ffn, teacher_ffn, inputs, settings.temperature)
     ffn.config = LayerConfig(settings, layer.hidden_size, layer.prototypes, dict(ffn.reference), dropout)
     parameters = sum(p.numel() for p in ffn.parameters())

@@ -20,9 +20,9 @@ from hf_kernel_ffn.data import blocks, token_ids
 from hf_kernel_ffn.distillation import Recipe, distill
 from hf_kernel_ffn.distillation import loop as loop_module
 from hf_kernel_ffn.distillation import state as state_module
-from hf_kernel_ffn.distillation.loop import PackedText
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES, layer_wise, logits
 from hf_kernel_ffn.distillation.recipe import Data, Stage
+from hf_kernel_ffn.distillation.training import PackedText
 
 LAYER_WISE = {"name": "layer-wise", "tokens": 384, "learning_rate": 0.002, "batch_size": 2}  # six steps
 LOGITS = {"name": "logits", "tokens": 384, "learning_rate": 0.002, "batch_size": 2}
@@ -292,9 +292,9 @@ def load(folder, dtype=torch.float32):
 def test_the_budget_is_rounded_up_to_whole_steps(recipe, objectives, tmp_path, tokens, steps):
     shapes = []
 
-    def note(number, objective, stage, teacher, student, ffns, ids, backward):
+    def note(number, objective, stage, teacher, student, ffns, ids, backward, price):
         shapes.append(tuple(ids.shape))
-        return objective(stage, teacher, student, ffns, ids, backward)
+        return objective(stage, teacher, student, ffns, ids, backward, price)
 
     objectives(note)
     run(recipe(tmp_path / "out", stages=[{**LOGITS, "tokens": tokens}]))
@@ -304,10 +304,10 @@ def test_the_budget_is_rounded_up_to_whole_steps(recipe, objectives, tmp_path, t
 def test_one_group_of_layers_after_the_other(recipe, objectives, tmp_path):
     seen, states = [], []
 
-    def note(number, objective, stage, teacher, student, ffns, ids, backward):
+    def note(number, objective, stage, teacher, student, ffns, ids, backward, price):
         seen.append(tuple(ffns))
         states.append({name: p.detach().clone() for name, p in student.named_parameters()})
-        return objective(stage, teacher, student, ffns, ids, backward)
+        return objective(stage, teacher, student, ffns, ids, backward, price)
 
     objectives(note)
     run(recipe(tmp_path / "out", "groups"))
@@ -377,14 +377,14 @@ def test_only_the_ffns_are_trained(finished, teacher_folder):
 
 
 def test_what_is_trained_shares_memory_and_is_float32(recipe, objectives, tmp_path):
-    def look(number, objective, stage, teacher, student, ffns, ids, backward):
+    def look(number, objective, stage, teacher, student, ffns, ids, backward, price):
         theirs = {p.data_ptr() for p in teacher.parameters()}
         for name, parameter in student.named_parameters():
             if ".mlp." in name:
                 assert parameter.dtype == torch.float32
             else:
                 assert parameter.dtype == torch.bfloat16 and parameter.data_ptr() in theirs
-        return objective(stage, teacher, student, ffns, ids, backward)
+        return objective(stage, teacher, student, ffns, ids, backward, price)
 
     objectives(look)
     run(recipe(tmp_path / "out", "bfloat16"))
@@ -450,13 +450,13 @@ def test_lora_trains_the_rest_and_is_merged(recipe, teacher_folder, tmp_path, fa
 def test_gradient_checkpointing_recomputes_and_changes_nothing(recipe, objectives, tmp_path):
     calls, outs = [], []
 
-    def count(number, objective, stage, teacher, student, ffns, ids, backward):
+    def count(number, objective, stage, teacher, student, ffns, ids, backward, price):
         def forward(module, arguments):
             calls[-1] += 1
 
         hooks = [ffn.register_forward_pre_hook(forward) for ffn in ffns.values()]
         calls.append(0)
-        loss = objective(stage, teacher, student, ffns, ids, backward)
+        loss = objective(stage, teacher, student, ffns, ids, backward, price)
         for hook in hooks:
             hook.remove()
         return loss
@@ -613,8 +613,8 @@ def test_what_the_message_advises_can_be_done(recipe, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(recipe, objectives, tmp_path):
-    def spoil(number, objective, stage, teacher, student, ffns, ids, backward):
-        loss = objective(stage, teacher, student, ffns, ids, backward)
+    def spoil(number, objective, stage, teacher, student, ffns, ids, backward, price):
+        loss = objective(stage, teacher, student, ffns, ids, backward, price)
         if number == STEPS - 1:  # a finite loss with a gradient that is not, at the last step of all
             next(iter(ffns.values())).output_prototypes.weight.grad.fill_(float("nan"))
         return loss

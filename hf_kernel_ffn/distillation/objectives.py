@@ -11,10 +11,22 @@ from transformers import PreTrainedModel
 from .recipe import Stage
 
 Backward = Callable[[Tensor], None]
+Price = Callable[[str], Tensor | float]
+"""What to add to the loss for the FFN at a path, once it has run."""
+
+
+def _free(path: str) -> float:
+    return 0.0
 
 
 def layer_wise(
-    stage: Stage, teacher: PreTrainedModel, student: nn.Module, ffns: dict[str, nn.Module], ids: Tensor, backward: Backward
+    stage: Stage,
+    teacher: PreTrainedModel,
+    student: nn.Module,
+    ffns: dict[str, nn.Module],
+    ids: Tensor,
+    backward: Backward,
+    price: Price = _free,
 ) -> Tensor:
     """Each FFN of ``ffns`` (by path) regresses the teacher's output on the teacher's own inputs, all in one forward pass of
     the teacher. One layer's graph lives at a time: its backward pass runs before the next layer's forward.
@@ -30,7 +42,7 @@ def layer_wise(
                 target = output.detach().float()
                 error = (ffns[path](args[0].detach()).float() - target).square().mean()
                 loss = error / target.var(dim=tuple(range(target.ndim - 1)), correction=0).mean().clamp_min(1e-12)
-                backward(loss)
+                backward(loss + price(path))
             losses.append(loss.detach())
 
         return hook
@@ -46,10 +58,16 @@ def layer_wise(
 
 
 def logits(
-    stage: Stage, teacher: PreTrainedModel, student: nn.Module, ffns: dict[str, nn.Module], ids: Tensor, backward: Backward
+    stage: Stage,
+    teacher: PreTrainedModel,
+    student: nn.Module,
+    ffns: dict[str, nn.Module],
+    ids: Tensor,
+    backward: Backward,
+    price: Price = _free,
 ) -> Tensor:
-    """T² · KL(teacher ‖ student) at temperature T (Hinton et al. 2015, arXiv:1503.02531, §2), plus the weighted cross-entropy on
-    the text, in nats per predicted token.
+    """T² · KL(teacher ‖ student) at temperature T (Hinton et al. 2015, arXiv:1503.02531, §2) and the cross-entropy on the text,
+    each with its weight, in nats per predicted token.
 
     Returns:
         the loss, detached.
@@ -59,9 +77,10 @@ def logits(
     output = student(input_ids=ids, use_cache=False).logits.float()
     predicted = (output / stage.temperature).log_softmax(-1)
     loss = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1).mean() * stage.temperature**2
+    loss = loss * stage.kl
     if stage.cross_entropy:
         loss = loss + stage.cross_entropy * nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    backward(loss)
+    backward(loss + sum(price(path) for path in ffns) / len(ffns))
     return loss.detach()
 
 

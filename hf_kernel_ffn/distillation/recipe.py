@@ -62,8 +62,17 @@ class Stage(_Section):
     """Largest gradient norm (logits)."""
     temperature: float = Field(1.0, gt=0)
     """Of both models' predictions inside the KL (logits)."""
+    kl: float = Field(1.0, ge=0)
+    """Weight of the KL (logits)."""
     cross_entropy: float = Field(0.0, ge=0)
     """Weight of the cross-entropy on the text's own next token, added to the KL (logits)."""
+    start_top_k: int | None = Field(None, ge=1)
+    """Prototypes kept at the start of the stage by a sparse map, from where they fall by equal ratios to the layer's own
+    ``top_k``. None: that from the start."""
+    anneal: float = Field(0.6, gt=0, le=1)
+    """Share of the stage after which they have fallen."""
+    write_mass: float = Field(0.0, ge=0)
+    """Weight of Σ|c_i|‖v_i‖ over the length of what is written, added to the loss: the price of contributions that cancel."""
     layers_at_once: int | None = Field(None, ge=1)
     """Converted layers trained together, one group after the other, each with the whole budget (layer-wise): fewer need
     less memory for gradients and optimiser state. None: all."""

@@ -22,5 +22,5 @@ class Relu2(Kernel):
         return score.relu().square()
 
 
-register_kernel(Relu("relu", nonnegative=True, positive_definite=False, uses_bias=True))
-register_kernel(Relu2("relu2", nonnegative=True, positive_definite=False, uses_bias=True))
+register_kernel(Relu("relu", nonnegative=True, positive_definite=False, uses_bias=True, degree=1))
+register_kernel(Relu2("relu2", nonnegative=True, positive_definite=False, uses_bias=True, degree=2))

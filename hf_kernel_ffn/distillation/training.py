@@ -1,0 +1,217 @@
+"""Running the stages of a recipe on a student in memory: batches, steps, states to resume from."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..data import blocks
+from ..loading import torch_dtype
+from .objectives import OBJECTIVES
+from .optimizers import optimizers, schedule
+from .recipe import Data, Recipe, Stage
+from .sparsity import Watch
+from .state import load_facts, load_optimizers, save_state
+
+
+class PackedText(IterableDataset):
+    """Packed sequences (sequence_length,) without end: the text, shuffled anew each time it is read, from sequence ``skip`` on."""
+
+    def __init__(self, tokenizer, data: Data, seed: int, skip: int = 0):
+        self.tokenizer, self.data, self.seed, self.skip = tokenizer, data, seed, skip
+
+    def __iter__(self) -> Iterator[Tensor]:
+        skip, epoch = self.skip, 0
+        while True:
+            read = blocks(self.tokenizer, self.data.sources, self.data.sequence_length, self.data.text_field)
+            for block in _shuffled(read, self.data.shuffle_buffer, random.Random(f"{self.seed} {epoch}")):
+                if skip:
+                    skip -= 1
+                else:
+                    yield block
+            epoch += 1
+
+
+def _shuffled(items: Iterator[Tensor], size: int, rng: random.Random) -> Iterator[Tensor]:
+    held: list[Tensor] = []
+    for item in items:
+        held.append(item)
+        if len(held) >= size:
+            index = rng.randrange(len(held))
+            held[index], held[-1] = held[-1], held[index]
+            yield held.pop()
+    rng.shuffle(held)
+    yield from held
+
+
+def train(recipe: Recipe, tokenizer, teacher, student, *, progress: bool = False) -> None:
+    """Run the stages of ``recipe`` on the FFNs of ``student``, in place and in float32; nothing is saved, and the rest of both
+    models is left frozen. What the recipe says of conversion, LoRA and output is not looked at.
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite; the stage and step are named.
+    """
+    torch.manual_seed(recipe.seed)
+    for model in (teacher, student):
+        model.requires_grad_(False)
+    for ffn in student.kernel_ffns().values():
+        ffn.float().requires_grad_(True)
+    Run(recipe, make_accelerator(recipe), tokenizer, teacher, student, student, progress).stages(None)
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """The accelerator that a recipe's stages run on."""
+    return Accelerator(
+        log_with=recipe.trackers or None,
+        project_dir=recipe.output_dir,
+        gradient_accumulation_steps=1,
+        step_scheduler_with_optimizer=False,
+        # A dispatching loader drops the generator it is given, and draws from the one that LoRA's dropout draws from.
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+    )
+
+
+class Run:
+    """One distillation on its way: what its stages share."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, tokenizer, teacher, student, trainee, progress: bool):
+        self.recipe, self.accelerator, self.tokenizer = recipe, accelerator, tokenizer
+        self.teacher, self.student, self.trainee, self.progress = teacher, student, trainee, progress
+        self.trained = {name: p for name, p in trainee.named_parameters() if p.requires_grad}
+        self.kept: dict[str, Tensor] = dict(self.trained)  # with what else a converted FFN holds: its units
+        for path, ffn in student.kernel_ffns().items():
+            self.kept.update((f"{path}.{name}", buffer) for name, buffer in ffn.named_buffers())
+
+    def stages(self, facts: dict | None, state: Path | None = None) -> None:
+        """Run every part of every stage, from ``state`` on if there is one. States are kept, with ``facts`` in them, unless
+        those are None."""
+        done = load_facts(state)["position"] if state is not None else {"part": 0, "step": 0, "sequences": 0}
+        sequences = done["sequences"]
+        parts = list(self._parts())
+        for number in range(done["part"], len(parts)):
+            stage, ffns = parts[number]
+            here = state if number == done["part"] and done["step"] else None
+            step = done["step"] if here else 0
+
+            def keep(step: int, sequences: int, optimizers=(), number: int = number) -> None:
+                position = {"part": number, "step": step, "sequences": sequences}
+                if facts is not None and self.accelerator.is_main_process:
+                    save_state(Path(self.recipe.output_dir), self.kept, optimizers, {**facts, "position": position})
+
+            sequences = self._stage(stage, ffns, step, sequences, here, keep)
+            keep(0, sequences, (), number + 1)
+
+    def _parts(self) -> Iterator[tuple[Stage, dict[str, nn.Module]]]:
+        """Stages, a layer-wise one cut into its groups of layers."""
+        ffns = self.student.kernel_ffns()
+        for stage in self.recipe.stages:
+            size = stage.layers_at_once if stage.name == "layer-wise" and stage.layers_at_once else len(ffns)
+            paths = list(ffns)
+            for low in range(0, len(paths), size):
+                yield stage, {path: ffns[path] for path in paths[low : low + size]}
+
+    def _stage(self, stage: Stage, ffns, first: int, sequences: int, state: Path | None, keep: Callable) -> int:
+        accelerator, data = self.accelerator, self.recipe.data
+        layer_wise = stage.name == "layer-wise"
+        parameters = [p for ffn in ffns.values() for p in ffn.parameters()] if layer_wise else list(self.trained.values())
+        for parameter in self.trained.values():
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        made = optimizers(self.trainee, parameters, stage)
+        if state is not None:
+            load_optimizers(state, made)
+        per_step = stage.batch_size * accelerator.num_processes
+        steps = math.ceil(stage.tokens / (per_step * data.sequence_length))
+        loader = DataLoader(
+            PackedText(self.tokenizer, data, self.recipe.seed, sequences),
+            batch_size=stage.batch_size,
+            generator=torch.Generator(),
+        )
+        loader = accelerator.prepare_data_loader(loader)
+        student = self.trainee if layer_wise else accelerator.prepare_model(self.trainee)
+        every = max(1, self.recipe.save_every_tokens // (per_step * data.sequence_length))
+        batches = iter(loader)
+        shown = self.progress and accelerator.is_main_process
+        with _Bar(stage, steps, first, per_step * data.sequence_length, shown) as bar, Watch(ffns, stage) as watch:
+            for step in range(first, steps):
+                for group in (group for optimizer in made for group in optimizer.param_groups):
+                    group["lr"] = group["peak"] * schedule(step, steps, stage.warmup)
+                ids = next(batches)
+                watch.before(step, steps)
+                with self._autocast():
+                    loss = OBJECTIVES[stage.name](stage, self.teacher, student, ffns, ids, accelerator.backward, watch.price)
+                value = accelerator.reduce(loss, "mean").item() if accelerator.num_processes > 1 else loss.item()
+                if not math.isfinite(value):
+                    raise _diverged(f"loss {value}", stage, step)
+                if layer_wise and accelerator.num_processes > 1:
+                    for parameter in parameters:
+                        parameter.grad = accelerator.reduce(parameter.grad, "mean")
+                if not layer_wise:
+                    accelerator.clip_grad_norm_(parameters, stage.clip)
+                for optimizer in made:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                watch.after(step, self._average)
+                sequences += per_step
+                bar.advance(value)
+                saves = (step + 1) % every == 0 or step + 1 == steps
+                if saves and not all(torch.isfinite(parameter).all() for parameter in parameters):
+                    raise _diverged("weights that are not finite", stage, step)
+                if self.recipe.trackers:
+                    accelerator.log({f"{stage.name}/loss": value, f"{stage.name}/step": step})
+                if (step + 1) % every == 0 and step + 1 < steps:
+                    keep(step + 1, sequences, made)
+        return sequences
+
+    def _average(self, tensor: Tensor) -> None:
+        if self.accelerator.num_processes > 1:
+            tensor.copy_(self.accelerator.reduce(tensor, "mean"))
+
+    def _autocast(self):
+        if self.recipe.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, torch_dtype(self.recipe.dtype))
+
+
+def _diverged(what: str, stage: Stage, step: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"found {what} at step {step} of stage {stage.name!r}, expected finite ones: "
+        "lower its learning_rate and start again in another output_dir"
+    )
+
+
+class _Bar:
+    """A progress bar with loss, tokens/s and time left; silent when not shown."""
+
+    def __init__(self, stage: Stage, steps: int, first: int, tokens_per_step: int, shown: bool):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.tokens = tokens_per_step
+        self.average: float | None = None
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tokens/s"), TimeRemainingColumn(), disable=not shown,
+        )  # fmt: skip
+        self.task = self.bar.add_task(stage.name, total=steps, completed=first, loss="–", speed="–")
+
+    def __enter__(self):
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.bar.__exit__(*error)
+
+    def advance(self, loss: float) -> None:
+        self.average = loss if self.average is None else 0.95 * self.average + 0.05 * loss
+        speed = self.bar.tasks[0].speed
+        self.bar.update(self.task, advance=1, loss=f"{self.average:.5f}", speed=f"{speed * self.tokens:,.0f}" if speed else "–")

@@ -1,0 +1,313 @@
+#!/usr/bin/env python3
+"""The frontier of fidelity and readability: named configurations and their controls at one budget of tokens, in one table.
+
+    python scripts/frontier.py run  recipes/teachers/llama --out recipes/results/llama     # what is there already is kept
+    python scripts/frontier.py show recipes/results/llama                                  # table.csv, table.md, frontier.png
+
+Any causal language model of a supported family serves, with text of your own:
+    python scripts/frontier.py run gpt2 --out runs/gpt2 --train my.txt --test other.txt --tokens 5000000 --device cuda
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+del sys.path[0]  # this folder, whose evaluate.py would hide the evaluate package
+
+import typer  # noqa: E402
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+CONTROLS = "recipes/kernels/controls.py"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    kind: str
+    """kernel; teacher (its own FFNs, truncated or not); transcoder; recipe (a file, with its own budget)."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of KernelFFNConfig, TeacherFFN or Transcoder; for a recipe, its file."""
+    stages: dict[str, Any] = field(default_factory=dict)
+    """What the row's stages have beside the common ones."""
+    trained: bool = True
+
+
+def rows(units: int, gated: bool, family: str) -> dict[str, Row]:
+    """The configurations for a teacher with ``units`` hidden units per FFN: k = units/16 and units/32 active per token."""
+    k, few = units // 16, units // 32
+    single = "polarised " if gated else "single "
+
+    def some(active: int, simplex: str = "threshold", **more) -> dict:
+        return {"simplex": simplex, "top_k": active, **more}
+
+    relu, relu2 = f"{CONTROLS}:relu", f"{CONTROLS}:relu2"
+    table = {
+        f"{single}half-yat": Row("kernel"),
+        f"{single}yat": Row("kernel", {"kernel": "yat"}),
+        f"{single}exponential": Row("kernel", {"kernel": "exponential"}),
+        f"{single}ReLU²": Row("kernel", {"kernel": relu2}),
+        f"{single}ReLU": Row("kernel", {"kernel": relu}),
+        f"half-yat, top-k {k}": Row("kernel", some(k, "top-k")),
+        f"half-yat, threshold {k}": Row("kernel", some(k)),
+        f"half-yat, threshold {k}, write mass": Row("kernel", some(k), {"write_mass": MASS}),
+        f"half-yat, threshold {few}, write mass": Row("kernel", some(few), {"write_mass": MASS}),
+        f"half-yat, threshold {k}, no annealing": Row("kernel", some(k), {"start_top_k": None}),
+        f"half-yat, data-scale, threshold {k}": Row("kernel", some(k, init="data-scale")),
+        f"ReLU², threshold {k}, write mass": Row("kernel", some(k, kernel=relu2), {"write_mass": MASS}),
+        f"ReLU, threshold {k}, write mass": Row("kernel", some(k, kernel=relu), {"write_mass": MASS}),
+        "half-yat, entmax-1.5 with gate": Row("kernel", {"simplex": "entmax-1.5", "intensity": "gate"}),
+        f"teacher truncated to {k}": Row("teacher", some(k, "top-k"), trained=False),
+        f"teacher truncated to {few}": Row("teacher", some(few, "top-k"), trained=False),
+        f"teacher truncated to {k}, trained": Row("teacher", some(k, "top-k")),
+        f"teacher, threshold {k}, trained": Row("teacher", some(k)),
+        f"teacher, threshold {k}, write mass, trained": Row("teacher", some(k), {"write_mass": MASS}),
+        f"teacher, threshold {few}, write mass, trained": Row("teacher", some(few), {"write_mass": MASS}),
+        "teacher trained further": Row("teacher", {}, {"kl": 0.0, "cross_entropy": 1.0}),
+    }
+    if gated:
+        table["gated half-yat"] = Row("kernel", {"values": "gated"})
+        table[f"gated half-yat, threshold {k}, write mass"] = Row("kernel", some(k, values="gated"), {"write_mass": MASS})
+    for width in (1, 4):
+        for skip in (False, True):
+            name = f"transcoder, {width}m wide, top-k {k}{', skip' if skip else ''}"
+            table[name] = Row("transcoder", {"width": width * units, "top_k": k, "skip": skip})
+    for file in sorted(Path("recipes").glob(f"{family}-*.yaml")):
+        table[f"recipe {file.stem}"] = Row("recipe", {"file": str(file)})
+    return table
+
+
+MASS = 0.05
+"""Price on write mass in the rows that have one."""
+SPARSE = {"layer-wise": {"learning_rate": 0.008}, "logits": {"learning_rate": 0.002}}
+DENSE = {"layer-wise": {"learning_rate": 0.004}, "logits": {"learning_rate": 0.0005}}
+"""Learning rates of the stages: of dense rows, which start close to the teacher, and of sparse ones, which do not."""
+
+
+def make_recipe(teacher: str, row: Row, train: str, tokens: int, units: int, seed: int):
+    """Six tenths of the budget layer-wise by Muon, the rest on the logits by AdamW; the same for every row that has no file."""
+    from hf_kernel_ffn.distillation import Recipe, load_recipe
+
+    if row.kind == "recipe":
+        return load_recipe(row.settings["file"])
+    sparse = row.settings.get("top_k") is not None
+    stages = []
+    for name, share, optimizer in (("layer-wise", 0.6, "muon"), ("logits", 0.4, "adamw")):
+        stage = {"name": name, "tokens": round(share * tokens), "optimizer": optimizer, "batch_size": 4}
+        stage.update((SPARSE if sparse else DENSE)[name])
+        if sparse and name == "layer-wise":
+            stage["start_top_k"] = units // 2
+        stages.append({**stage, **row.stages})
+    if row.stages.get("kl") == 0.0:  # there is nothing to regress on
+        stages = [{**stages[1], "tokens": tokens}]
+    settings = row.settings if row.kind == "kernel" else {}
+    return Recipe(
+        teacher=teacher, kernel_ffn=settings, data={"train": train}, stages=stages, seed=seed, output_dir="runs/frontier"
+    )
+
+
+def make_student(row: Row, recipe, teacher, tokenizer):
+    """The student as it is before training."""
+    from hf_kernel_ffn.controls import teacher_as_student, transcoder_student
+    from hf_kernel_ffn.data import token_ids
+    from hf_kernel_ffn.surgery import convert
+
+    data = recipe.data
+    ids = token_ids(tokenizer, data.sources, data.sequence_length, recipe.calibration_tokens, spread=True)
+    if row.kind == "teacher":
+        return teacher_as_student(teacher, ids=ids, **row.settings)
+    if row.kind == "transcoder":
+        return transcoder_student(teacher, ids, **row.settings, seed=recipe.seed)
+    return convert(
+        teacher, recipe.kernel_settings(), recipe.kernel_ffn.get("layers"),
+        calibration_ids=ids, calibration_tokens=recipe.calibration_tokens, seed=recipe.seed,
+    )[0]  # fmt: skip
+
+
+def measure(
+    name: str, row: Row, teacher_path: str, train_text: str, test, questions, tokens: int, seed: int, device: str
+) -> dict:
+    """Build, train and evaluate one row; everything that its report says."""
+    from hf_kernel_ffn.probes import multiple_choice
+
+    from hf_kernel_ffn.distillation.training import train
+    from hf_kernel_ffn.evaluation import evaluate_student
+    from hf_kernel_ffn.loading import load_teacher, load_tokenizer
+
+    teacher, tokenizer = load_teacher(teacher_path, device=device), load_tokenizer(teacher_path)
+    recipe = make_recipe(teacher_path, row, train_text, tokens, intermediate_size(teacher), seed)
+    student = make_student(row, recipe, teacher, tokenizer)
+    if row.trained:
+        train(recipe, tokenizer, teacher, student, progress=True)
+    ffns = list(student.kernel_ffns().values())
+    report: dict[str, Any] = {"row": name, **asdict(row), "seed": seed, "teacher": teacher_path}
+    report["stages"] = [stage.model_dump(exclude_defaults=True) for stage in recipe.stages] if row.trained else []
+    report["tokens"] = sum(stage.tokens for stage in recipe.stages) if row.trained else 0
+    report["parameters_per_layer"] = sum(p.numel() for ffn in ffns for p in ffn.parameters()) // len(ffns)
+    report["prototypes"] = ffns[0].config.prototypes
+    report.update(summary(evaluate_student(student, teacher, test)))
+    if questions:
+        from hf_kernel_ffn.probes import multiple_choice
+
+        chosen, wanted = (multiple_choice(model, tokenizer, questions) for model in (student, teacher))
+        report["cloze"], report["teacher_cloze"] = chosen["accuracy"], wanted["accuracy"]
+    return report
+
+
+def summary(report: dict) -> dict:
+    """The figures of an evaluation, those of layers averaged."""
+    kept = {k: report[k] for k in ("delta_cross_entropy", "kl", "top1_agreement", "loss_recovered")}
+    kept["test_tokens"] = report["tokens"]
+    names = (
+        "fvu",
+        "active_prototypes",
+        "effective_prototypes",
+        "coherence",
+        "orthogonal_coherence",
+        "opposed_share",
+        "write_mass_ratio",
+    )
+    for name in names:
+        for prefix, layers in (("", report["layers"]), ("teacher_", [layer["teacher"] for layer in report["layers"]])):
+            kept[prefix + name] = sum(layer[name] for layer in layers) / len(layers)
+    kept["dead_prototypes"] = sum(layer["dead_prototypes"] for layer in report["layers"]) / len(report["layers"])
+    return {**kept, "teacher_cross_entropy": report["teacher"]["cross_entropy"]}
+
+
+def intermediate_size(teacher) -> int:
+    """Hidden units per FFN."""
+    from hf_kernel_ffn.architectures import architecture_of, ffn_paths, ffn_weights
+
+    architecture = architecture_of(teacher)
+    path = ffn_paths(teacher, architecture)[0]
+    return len(ffn_weights(teacher.base_model.get_submodule(path), architecture, teacher.config, path).up)
+
+
+@app.command()
+def run(
+    teacher: Annotated[str, typer.Argument(help="local folder or hub id")],
+    out: Annotated[Path, typer.Option(help="folder of reports, one JSON file a row; rows found there are not run again")],
+    tokens: Annotated[int, typer.Option(help="training tokens of every row")] = 600_000,
+    train: Annotated[str, typer.Option(help="text to train on")] = "recipes/text/books-distil.txt",
+    test: Annotated[str, typer.Option(help="text to evaluate on")] = "recipes/text/books-test.txt",
+    test_tokens: Annotated[int, typer.Option(help="tokens of it")] = 32_768,
+    cloze: Annotated[str, typer.Option(help="multiple-choice questions; '' for none")] = "recipes/text/cloze.jsonl",
+    only: Annotated[str, typer.Option(help="rows whose name contains this")] = "",
+    but: Annotated[str, typer.Option(help="not those whose name contains this")] = "\n",
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Run the rows that OUT does not hold yet."""
+    from hf_kernel_ffn.probes import load_questions
+
+    from hf_kernel_ffn.architectures import architecture_of, ffn_paths, ffn_weights
+    from hf_kernel_ffn.data import token_ids
+    from hf_kernel_ffn.loading import load_teacher, load_tokenizer
+
+    model = load_teacher(teacher)
+    architecture = architecture_of(model)
+    path = ffn_paths(model, architecture)[0]
+    weights = ffn_weights(model.base_model.get_submodule(path), architecture, model.config, path)
+    ids = token_ids(load_tokenizer(teacher), [test], 256, test_tokens)
+    if cloze:
+        from hf_kernel_ffn.probes import load_questions
+    questions = load_questions(cloze) if cloze else None
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = rows(len(weights.up), weights.gate is not None, model.config.model_type)
+    wanted = {name: row for name, row in wanted.items() if only in name and but not in name}
+    for number, (name, row) in enumerate(wanted.items(), 1):
+        file = out / (name.replace(" ", "_").replace(",", "") + ".json")
+        if file.exists():
+            continue
+        typer.echo(f"row {number} of {len(wanted)}: {name}")
+        report = measure(name, row, teacher, train, ids, questions, tokens, seed, device)
+        file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        typer.echo(
+            "  " + "  ".join(f"{k} {report[k]:.4f}" for k in ("delta_cross_entropy", "kl", "top1_agreement", "coherence"))
+        )
+
+
+COLUMNS = (
+    "row", "tokens", "parameters_per_layer", "prototypes", "active_prototypes", "dead_prototypes", "delta_cross_entropy", "kl",
+    "top1_agreement", "loss_recovered", "cloze", "fvu", "coherence", "orthogonal_coherence", "effective_prototypes",
+    "opposed_share", "write_mass_ratio", "seed",
+)  # fmt: skip
+
+
+@app.command()
+def show(out: Annotated[Path, typer.Argument(help="folder of reports that run has made")]) -> None:
+    """Write table.csv, table.md and frontier.png into OUT; print the Markdown."""
+    import csv
+
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
+    if not found:
+        sys.exit(f"error: found no reports in {out}, expected those of 'frontier.py run': run it first")
+    found.sort(key=lambda row: (row["kind"] != "recipe", row["active_prototypes"], row["delta_cross_entropy"]))
+    with (out / "table.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+    table = markdown(found)
+    (out / "table.md").write_text(table, encoding="utf-8")
+    typer.echo(table, nl=False)
+    plot(found, out / "frontier.png")
+
+
+def markdown(found: list[dict]) -> str:
+    """The table; ``read`` is how many rows of the dictionary a token reads."""
+    first = found[0]
+    lines = [
+        "| | parameters | tokens | ΔCE | KL | top-1 | cloze | read | of | dead | coherence | 1/√n_eff | opposed | mass |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| *the teacher, untouched* | | | 0 | 0 | 100% | {first.get('teacher_cloze', float('nan')):.1%} "
+        f"| {first['teacher_active_prototypes']:.0f} | | | {first['teacher_coherence']:.3f} "
+        f"| {first['teacher_orthogonal_coherence']:.3f} | {first['teacher_opposed_share']:.3f} | 1 |",
+    ]
+    for row in found:
+        lines.append(
+            f"| {row['row']} | {row['parameters_per_layer'] / 1000:.0f}k | {row['tokens'] / 1e6:.1f}M "
+            f"| {row['delta_cross_entropy']:.4f} | {row['kl']:.4f} | {row['top1_agreement']:.1%} "
+            f"| {row.get('cloze', float('nan')):.1%} | {row['active_prototypes']:.1f} | {row['prototypes']} "
+            f"| {row['dead_prototypes']:.0f} | {row['coherence']:.3f} | {row['orthogonal_coherence']:.3f} "
+            f"| {row['opposed_share']:.3f} | {row['write_mass_ratio']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+MARKS = {"kernel": "o", "recipe": "*", "teacher": "s", "transcoder": "^"}
+
+
+def plot(found: list[dict], file: Path) -> None:
+    """ΔCE against active prototypes per token, both logarithmic, coloured by coherence."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
+    scale = plt.Normalize(0, max(row["coherence"] for row in found))
+    for kind, mark in MARKS.items():
+        here = [row for row in found if row["kind"] == kind]
+        points = axes.scatter(
+            [row["active_prototypes"] for row in here], [max(row["delta_cross_entropy"], 1e-4) for row in here],
+            c=[row["coherence"] for row in here], norm=scale, cmap="viridis", marker=mark, s=160 if mark == "*" else 70,
+            edgecolors="black", linewidths=0.6, label=kind,
+        )  # fmt: skip
+        for row in here:
+            place = (row["active_prototypes"], max(row["delta_cross_entropy"], 1e-4))
+            axes.annotate(row["row"], place, xytext=(5, 3), textcoords="offset points", fontsize=6)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="active prototypes per token",
+        ylabel="ΔCE (nats per token; 1e-4 or less at the bottom)",
+    )
+    axes.legend()
+    figure.colorbar(points, label="coherence")
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    app()
