@@ -25,7 +25,9 @@ def convert(
     intensity: Annotated[str, typer.Option(help="none, mass or gate")] = "mass",
     init: Annotated[Optional[str], typer.Option(help="single, polarised or data-scale  [default: the family's]")] = None,
     values: Annotated[str, typer.Option(help="fixed or gated")] = "fixed",
-    expansion: Annotated[Optional[float], typer.Option(help="polarised prototypes per hidden unit, 1 to 2")] = None,
+    expansion: Annotated[
+        Optional[float], typer.Option(help="prototypes per hidden unit, 1 to 8  [default: 2 polarised, else 1]")
+    ] = None,
     temperature: Annotated[Optional[float], typer.Option(help="[default: 1, or fitted where it is free]")] = None,
     layers: Annotated[Optional[str], typer.Option(help="such as 0-5,7  [default: all]")] = None,
     calibration_text: Annotated[Optional[str], typer.Option(help=".txt, .jsonl, .parquet or a datasets name")] = None,

@@ -50,8 +50,9 @@ class KernelFFNConfig:
     top_k: int | None = None
     """Prototypes kept per token by the simplex map top-k; kept on average over the text by threshold."""
     expansion: float | None = None
-    """Prototypes per hidden unit with polarised rows, between 1 and 2: 2 keeps both signs of every unit, 1.5
-    gives the parameter count of a gated FFN, those with the largest output kept. None: 2."""
+    """Prototypes per hidden unit, up to 8. Both signs of a gated unit take two, and 1.5 gives the parameter count of a gated
+    FFN, those with the largest output kept; 4 stand in for a gated unit by two pairs, which is much closer, and 2 for a plain
+    one. None: 2 where a unit needs both signs, otherwise 1."""
 
     def __post_init__(self):
         _one_of("simplex", self.simplex, SIMPLEX_MAPS)
@@ -62,7 +63,7 @@ class KernelFFNConfig:
         if not get_kernel(self.kernel).nonnegative:
             raise InputError(f"kernel {self.kernel!r} can be negative: its readout is no mixture; choose a nonnegative kernel")
         _number("temperature", self.temperature, lambda t: 0 < t < float("inf"), "a positive number")
-        _number("expansion", self.expansion, lambda e: 1 <= e <= 2, "a number from 1 to 2")
+        _number("expansion", self.expansion, lambda e: 1 <= e <= 8, "a number from 1 to 8")
         if self.sparse and (not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1):
             raise InputError(
                 f"found top_k={self.top_k!r}, expected a positive integer: simplex {self.simplex!r} needs to know how many"
@@ -73,10 +74,6 @@ class KernelFFNConfig:
             )
         if self.values == "gated" and self.init == "polarised":
             raise InputError("values 'gated' with init 'polarised': gated values carry the sign already; use init 'single'")
-        if self.expansion is not None and self.values == "gated":
-            raise InputError("found expansion with values 'gated': it counts polarised prototypes; leave it out")
-        if self.expansion is not None and self.init == "single":
-            raise InputError("found expansion with init 'single': it counts polarised prototypes; leave it out")
 
     @property
     def sparse(self) -> bool:
@@ -166,20 +163,25 @@ def with_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConf
     if not gated_teacher:
         if config.values == "gated":
             raise InputError("found values 'gated' for an FFN without a gate: its units have one row each; use values 'fixed'")
-        if config.init == "polarised" or config.expansion is not None:
+        if config.init == "polarised":
             raise InputError("found init 'polarised' for an FFN without a gate: it splits a unit's two rows; use init 'single'")
     kernel = get_kernel(config.kernel)
     init = config.init
     if init is None and kernel.uses_distance and not kernel.uses_bias:
         init = "data-scale"  # a kernel of distance alone sees nothing of rows much shorter than the inputs
-    both_signs = gated_teacher and config.values == "fixed" and init != "single"
-    init = init or ("polarised" if both_signs else "single")
+    init = init or ("polarised" if gated_teacher and config.values == "fixed" else "single")
     if "bandwidth" in kernel.parameters.values() and config.intensity == "mass" and init != "data-scale":
         raise InputError(
             f"found intensity 'mass' with kernel {config.kernel!r} and init {init!r}: its mass vanishes on prototypes much shorter "
             "than the inputs; use init 'data-scale' or another intensity"
         )
-    return replace(config, init=init, expansion=(config.expansion or 2.0) if both_signs else None)
+    resolved = replace(config, init=init)
+    return replace(resolved, expansion=config.expansion or (2.0 if both_signs(resolved, gated_teacher) else 1.0))
+
+
+def both_signs(config: KernelFFNConfig, gated_teacher: bool) -> bool:
+    """Whether a unit is stood in for by prototypes of both signs, from its gate row plus and minus its up row."""
+    return gated_teacher and config.values == "fixed" and config.init != "single"
 
 
 class KernelConfigMixin:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .architectures import FFNWeights
-from .configuration import KernelFFNConfig
+from .configuration import KernelFFNConfig, both_signs
 from .kernels import Kernel, get_kernel
 
-SHIFTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
-"""Candidates for b, added to the teacher's own bias, in standard deviations of the unit's score."""
+SHIFTS = (-1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+"""Candidates for b, added to the teacher's own bias, in standard deviations of the unit's score; those below zero, where the
+kernel fires on less than half of the inputs, only for pieces that are added to another."""
 RATIOS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 """Candidates for r in the polarised rows (gate ± r·up)/2; r = 1 is the identity gu = ((g+u)/2)² − ((g−u)/2)²."""
 DISTANCE_SHARE = 0.01
@@ -54,22 +55,22 @@ def prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
     """
     kernel = get_kernel(settings.kernel)
     length = inputs.square().sum(-1).mean().sqrt() if settings.init == "data-scale" else None
-    polarised = settings.expansion is not None
-    signs = (1.0, -1.0) if polarised else (0.0,)
+    signs = (1.0, -1.0) if both_signs(settings, weights.gate is not None) else (0.0,)
+    expansion = settings.expansion or len(signs)
+    pieces, kept = math.ceil(expansion / len(signs)), round(expansion * len(weights.up))
     first = [_rows(weights, weights.up.new_ones(len(weights.up)), sign, length) for sign in signs]
     parameters = _parameters(kernel, *first[0], inputs)
-    amount, ratio, shift = _fit_units(weights, settings, kernel, parameters, inputs, signs, length)
 
     parts = []
-    for sign in signs:
-        rows, bias, stretch = _rows(weights, ratio, sign, length)
-        if kernel.uses_bias:
-            bias = bias + shift * (inputs @ rows.T).std(0)
-        parts.append((rows, bias, torch.full_like(amount, -1.0 if sign < 0 else 1.0)))
-    rows, bias, signed = (torch.cat(part) for part in zip(*parts))
-    amount = amount.repeat(len(signs))
+    for amount, ratio, shift in _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, length):
+        for sign in signs:
+            rows, bias, _ = _rows(weights, ratio, sign, length)
+            if kernel.uses_bias:
+                bias = bias + shift * (inputs @ rows.T).std(0)
+            parts.append((rows, bias, amount if sign >= 0 else -amount))
+    rows, bias, amount = (torch.cat(part) for part in zip(*parts))
     scale = amount.abs().median().clamp_min(torch.finfo(torch.float32).tiny).item()
-    dictionary = weights.down.repeat(len(signs), 1) * (signed * amount / scale)[:, None]
+    dictionary = weights.down.repeat(len(parts), 1) * (amount / scale)[:, None]
     if kernel.degree and length is None:
         # One length for every output prototype: then κ alone tells the loud contributions, which sparse maps keep.
         loudness = dictionary.norm(dim=-1, keepdim=True)
@@ -77,13 +78,9 @@ def prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
         dictionary = dictionary / loudness
         stretch = loudness ** (1 / kernel.degree)
         rows, bias = rows * stretch, bias * stretch[:, 0]
-    units = torch.arange(1, len(weights.up) + 1, device=rows.device).repeat(len(signs)) * torch.where(
-        signed * amount < 0, -1, 1
-    )
+    units = torch.arange(1, len(weights.up) + 1, device=rows.device).repeat(len(parts)) * torch.where(amount < 0, -1, 1)
     result = Prototypes(rows, bias, dictionary, units.to(torch.int32), parameters, scale)
-    if settings.expansion not in (None, 2):
-        result = _loudest(result, kernel, inputs, round(settings.expansion * len(weights.up)))
-    return result
+    return result if kept == len(rows) else _loudest(result, kernel, inputs, kept)
 
 
 def _rows(weights: FFNWeights, ratio: Tensor, sign: float, length: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,12 +106,14 @@ def _parameters(kernel: Kernel, rows: Tensor, bias: Tensor, stretch: Tensor, inp
     return {name: starts.get(start, start) for name, start in kernel.parameters.items()}
 
 
-def _fit_units(weights, settings, kernel, parameters, inputs, signs, length) -> tuple[Tensor, Tensor, Tensor]:
-    """For every unit (m,), the amount of kernel that stands in for its coefficient, and the ratio and shift at which
-    the least error is left; units are taken in slices, so that memory stays bounded."""
+def _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, length) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each piece of every unit (m,), the amount of kernel, the ratio and the shift whose sum stands in best for the unit's
+    coefficient: orthogonal matching pursuit over RATIOS × SHIFTS (Pati et al. 1993). Units are taken in slices, so that memory
+    stays bounded."""
     input2 = inputs.square().sum(-1, keepdim=True)
     tensors = {name: torch.as_tensor(value) for name, value in parameters.items()}
-    found = []
+    candidates = [(r, b) for r in (RATIOS if len(signs) == 2 else (1.0,)) for b in (SHIFTS if kernel.uses_bias else (0.0,))]
+    found: list[tuple[Tensor, Tensor]] = []
     for low in range(0, len(weights.up), UNITS_AT_ONCE):
         part = slice(low, low + UNITS_AT_ONCE)
         some = weights._replace(
@@ -124,35 +123,62 @@ def _fit_units(weights, settings, kernel, parameters, inputs, signs, length) -> 
         target, importance = some.coefficients(inputs), None
         if settings.values == "gated":  # y = Σ κ_i (u_i·x) v_i: κ stands in for the activation, weighted by (u·x)²
             target, importance = weights.activation(gate), up.square()
-        best = torch.full((up.shape[1],), torch.inf, device=up.device)
-        amount, ratio, shift = torch.zeros_like(best), torch.ones_like(best), torch.zeros_like(best)
-        for r in RATIOS if signs != (0.0,) else (1.0,):
+        columns = []
+        for r in dict.fromkeys(ratio for ratio, _ in candidates):
             sides = []
             for sign in signs:
-                rows, bias, _ = _rows(some, torch.full_like(best, r), sign, length)
+                rows, bias, _ = _rows(some, torch.full_like(up[0], r), sign, length)
                 dot = inputs @ rows.T
                 distance2 = (input2 + rows.square().sum(-1) - 2 * dot).clamp_min(0) if kernel.uses_distance else None
                 sides.append((dot + bias if kernel.uses_bias else dot, distance2, dot.std(0)))
-            for extra in SHIFTS if kernel.uses_bias else (0.0,):
-                columns = [kernel.value(score + extra * std, distance2, **tensors) for score, distance2, std in sides]
-                column = columns[0] - columns[1] if len(columns) == 2 else columns[0]
-                error, a = _least_squares(column, target, importance)
-                better = error < best
-                best, amount = torch.where(better, error, best), torch.where(better, a, amount)
-                ratio, shift = ratio.masked_fill(better, r), shift.masked_fill(better, extra)
-        found.append((amount, ratio, shift))
-    amount, ratio, shift = (torch.cat(part) for part in zip(*found))
-    return amount, ratio, shift
+            for shift in dict.fromkeys(shift for _, shift in candidates):
+                values = [kernel.value(score + shift * std, distance2, **tensors) for score, distance2, std in sides]
+                columns.append(values[0] - values[1] if len(values) == 2 else values[0])
+        early = torch.tensor([shift >= 0 for _, shift in candidates], device=inputs.device)
+        found.append(_matching_pursuit(torch.stack(columns), target, importance, pieces, early))
+    amounts, chosen = (torch.cat(part) for part in zip(*found))
+    table = torch.tensor(candidates, device=inputs.device)
+    picked = table[chosen]
+    return [(amounts[:, i], picked[:, i, 0], picked[:, i, 1]) for i in range(pieces)]
 
 
-def _least_squares(column, target, importance):
-    """Per unit, the error and the amount a of the best fit a·column + constant to the target (tokens, m)."""
-    weight = torch.ones_like(column) if importance is None else importance
-    weight = weight / weight.sum(0).clamp_min(1e-30)
-    column = column - (weight * column).sum(0) if importance is None else column
-    target = target - (weight * target).sum(0) if importance is None else target
-    amount = (weight * column * target).sum(0) / (weight * column.square()).sum(0).clamp_min(1e-30)
-    return (weight * (target - amount * column).square()).sum(0), amount
+def _matching_pursuit(
+    columns: Tensor, target: Tensor, importance: Tensor | None, pieces: int, early: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(units, pieces) amounts and numbers of the columns (candidates, tokens, units) that, one added after the other and all
+    fitted anew, leave the least squared error of the target (tokens, units), a constant being free; the first is one of ``early``."""
+    weight = torch.ones_like(target) if importance is None else importance
+    weight = (weight / weight.sum(0).clamp_min(1e-30)).sqrt()
+    if importance is None:
+        columns, target = columns - columns.mean(1, keepdim=True), target - target.mean(0)
+    columns = (columns * weight).permute(2, 1, 0)
+    size = columns.norm(dim=1).clamp_min(1e-15)
+    columns = columns / size[:, None]
+    gram = columns.transpose(1, 2) @ columns
+    cross = (columns.transpose(1, 2) @ (target * weight).T[..., None])[..., 0]
+    units, count = cross.shape
+    chosen = torch.zeros(units, 0, dtype=torch.int64, device=cross.device)
+    for _ in range(pieces):
+        # One system per unit and candidate: those chosen before, and the candidate.
+        index = torch.cat(
+            [chosen[:, None].expand(-1, count, -1), torch.arange(count, device=cross.device).expand(units, -1)[..., None]], -1
+        )
+        solution, gained = _refit(gram, cross, index)
+        best = (gained if chosen.shape[1] else gained.masked_fill(~early, -torch.inf)).argmax(1)
+        chosen = index[torch.arange(units, device=cross.device), best]
+    amounts = solution[torch.arange(units, device=cross.device), best]
+    return amounts / size.gather(1, chosen), chosen
+
+
+def _refit(gram: Tensor, cross: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Amounts (units, candidates, n) of the columns ``index`` (units, candidates, n) fitted together, and what they explain."""
+    units, count, n = index.shape
+    unit = torch.arange(units, device=index.device)[:, None, None, None]
+    small = gram[unit, index[..., :, None], index[..., None, :]]
+    small = small + 1e-4 * torch.eye(n, device=small.device)  # candidates may be all but equal
+    wanted = cross[unit[..., 0], index]
+    solution = torch.linalg.solve(small, wanted)
+    return solution, (solution * wanted).sum(-1)
 
 
 def _loudest(found: Prototypes, kernel: Kernel, inputs: Tensor, keep: int) -> Prototypes:

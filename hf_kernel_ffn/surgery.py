@@ -157,8 +157,9 @@ def _convert_ffn(teacher_ffn, weights, settings, inputs, dropout) -> tuple[Kerne
         ffn.output_prototypes.bias.copy_(weights.down_bias)
     ffn.units.copy_(start.units)
     if settings.values == "gated":
-        ffn.value_proj.weight.copy_(weights.up)
-        ffn.value_proj.bias.zero_() if weights.up_bias is None else ffn.value_proj.bias.copy_(weights.up_bias)
+        unit = start.units.abs().long() - 1
+        ffn.value_proj.weight.copy_(weights.up[unit])
+        ffn.value_proj.bias.zero_() if weights.up_bias is None else ffn.value_proj.bias.copy_(weights.up_bias[unit])
     if settings.intensity == "gate":
         ffn.gate.weight.zero_()
         ffn.gate.bias.fill_(gate_bias())

@@ -31,45 +31,47 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     """Of KernelFFNConfig, TeacherFFN or Transcoder; for a recipe, its file."""
     stages: dict[str, Any] = field(default_factory=dict)
-    """What the row's stages have beside the common ones."""
+    """What the row's stages have beside the common ones, by stage, or for both under ``*``."""
     trained: bool = True
 
 
 def rows(units: int, gated: bool, family: str) -> dict[str, Row]:
     """The configurations for a teacher with ``units`` hidden units per FFN: k = units/16 and units/32 active per token."""
     k, few = units // 16, units // 32
-    single = "polarised " if gated else "single "
+    single, pieces = ("polarised ", 2) if gated else ("single ", 1)
 
     def some(active: int, simplex: str = "threshold", **more) -> dict:
         return {"simplex": simplex, "top_k": active, **more}
 
     relu, relu2 = f"{CONTROLS}:relu", f"{CONTROLS}:relu2"
+    mass, more_mass = {"layer-wise": {"write_mass": MASS}, "logits": {"write_mass": MASS / 2}}, {"*": {"write_mass": 3 * MASS}}
     table = {
         f"{single}half-yat": Row("kernel"),
+        f"{single}half-yat, {2 * pieces} per unit": Row("kernel", {"expansion": 2.0 * pieces}),
         f"{single}yat": Row("kernel", {"kernel": "yat"}),
-        f"{single}exponential": Row("kernel", {"kernel": "exponential"}),
         f"{single}ReLU²": Row("kernel", {"kernel": relu2}),
-        f"{single}ReLU": Row("kernel", {"kernel": relu}),
         f"half-yat, top-k {k}": Row("kernel", some(k, "top-k")),
         f"half-yat, threshold {k}": Row("kernel", some(k)),
-        f"half-yat, threshold {k}, write mass": Row("kernel", some(k), {"write_mass": MASS}),
-        f"half-yat, threshold {few}, write mass": Row("kernel", some(few), {"write_mass": MASS}),
-        f"half-yat, threshold {k}, no annealing": Row("kernel", some(k), {"start_top_k": None}),
-        f"half-yat, data-scale, threshold {k}": Row("kernel", some(k, init="data-scale")),
-        f"ReLU², threshold {k}, write mass": Row("kernel", some(k, kernel=relu2), {"write_mass": MASS}),
-        f"ReLU, threshold {k}, write mass": Row("kernel", some(k, kernel=relu), {"write_mass": MASS}),
+        f"half-yat, threshold {k}, no annealing": Row("kernel", some(k), {"layer-wise": {"start_top_k": None}}),
+        f"half-yat, threshold {k}, write mass": Row("kernel", some(k), mass),
+        f"half-yat, threshold {k}, write mass x3": Row("kernel", some(k), more_mass),
+        f"half-yat, threshold {few}, write mass": Row("kernel", some(few), mass),
+        f"half-yat, {2 * pieces} per unit, threshold {k}, write mass": Row("kernel", some(k, expansion=2.0 * pieces), mass),
+        f"half-yat, data-scale, threshold {k}, write mass": Row("kernel", some(k, init="data-scale"), mass),
+        f"ReLU², threshold {k}, write mass": Row("kernel", some(k, kernel=relu2), mass),
+        f"ReLU, threshold {k}, write mass": Row("kernel", some(k, kernel=relu), mass),
         "half-yat, entmax-1.5 with gate": Row("kernel", {"simplex": "entmax-1.5", "intensity": "gate"}),
         f"teacher truncated to {k}": Row("teacher", some(k, "top-k"), trained=False),
         f"teacher truncated to {few}": Row("teacher", some(few, "top-k"), trained=False),
-        f"teacher truncated to {k}, trained": Row("teacher", some(k, "top-k")),
+        f"teacher, top-k {k}, trained": Row("teacher", some(k, "top-k")),
         f"teacher, threshold {k}, trained": Row("teacher", some(k)),
-        f"teacher, threshold {k}, write mass, trained": Row("teacher", some(k), {"write_mass": MASS}),
-        f"teacher, threshold {few}, write mass, trained": Row("teacher", some(few), {"write_mass": MASS}),
-        "teacher trained further": Row("teacher", {}, {"kl": 0.0, "cross_entropy": 1.0}),
+        f"teacher, threshold {k}, write mass, trained": Row("teacher", some(k), mass),
+        f"teacher, threshold {few}, write mass, trained": Row("teacher", some(few), mass),
+        "teacher trained further": Row("teacher", {}, {"logits": {"kl": 0.0, "cross_entropy": 1.0}}),
     }
     if gated:
         table["gated half-yat"] = Row("kernel", {"values": "gated"})
-        table[f"gated half-yat, threshold {k}, write mass"] = Row("kernel", some(k, values="gated"), {"write_mass": MASS})
+        table[f"gated half-yat, threshold {k}, write mass"] = Row("kernel", some(k, values="gated"), mass)
     for width in (1, 4):
         for skip in (False, True):
             name = f"transcoder, {width}m wide, top-k {k}{', skip' if skip else ''}"
@@ -79,28 +81,30 @@ def rows(units: int, gated: bool, family: str) -> dict[str, Row]:
     return table
 
 
-MASS = 0.05
-"""Price on write mass in the rows that have one."""
-SPARSE = {"layer-wise": {"learning_rate": 0.008}, "logits": {"learning_rate": 0.002}}
+QUESTIONS = 200
+"""Questions of the multiple-choice file that are asked."""
+MASS = 0.03
+"""Price on write mass layer-wise, in the rows that have one; half of it on the logits."""
+SPARSE = {"layer-wise": {"learning_rate": 0.008}, "logits": {"learning_rate": 0.003}}
 DENSE = {"layer-wise": {"learning_rate": 0.004}, "logits": {"learning_rate": 0.0005}}
 """Learning rates of the stages: of dense rows, which start close to the teacher, and of sparse ones, which do not."""
 
 
 def make_recipe(teacher: str, row: Row, train: str, tokens: int, units: int, seed: int):
-    """Six tenths of the budget layer-wise by Muon, the rest on the logits by AdamW; the same for every row that has no file."""
+    """Half of the budget layer-wise by Muon, half on the logits by AdamW; the same for every row that has no file."""
     from hf_kernel_ffn.distillation import Recipe, load_recipe
 
     if row.kind == "recipe":
         return load_recipe(row.settings["file"])
     sparse = row.settings.get("top_k") is not None
     stages = []
-    for name, share, optimizer in (("layer-wise", 0.6, "muon"), ("logits", 0.4, "adamw")):
+    for name, share, optimizer in (("layer-wise", 0.5, "muon"), ("logits", 0.5, "adamw")):
         stage = {"name": name, "tokens": round(share * tokens), "optimizer": optimizer, "batch_size": 4}
         stage.update((SPARSE if sparse else DENSE)[name])
         if sparse and name == "layer-wise":
             stage["start_top_k"] = units // 2
-        stages.append({**stage, **row.stages})
-    if row.stages.get("kl") == 0.0:  # there is nothing to regress on
+        stages.append({**stage, **row.stages.get(name, {}), **row.stages.get("*", {})})
+    if stages[1].get("kl") == 0.0:  # there is nothing to regress on
         stages = [{**stages[1], "tokens": tokens}]
     settings = row.settings if row.kind == "kernel" else {}
     return Recipe(
@@ -130,11 +134,11 @@ def measure(
     name: str, row: Row, teacher_path: str, train_text: str, test, questions, tokens: int, seed: int, device: str
 ) -> dict:
     """Build, train and evaluate one row; everything that its report says."""
-    from hf_kernel_ffn.probes import multiple_choice
 
     from hf_kernel_ffn.distillation.training import train
     from hf_kernel_ffn.evaluation import evaluate_student
     from hf_kernel_ffn.loading import load_teacher, load_tokenizer
+    from hf_kernel_ffn.probes import multiple_choice
 
     teacher, tokenizer = load_teacher(teacher_path, device=device), load_tokenizer(teacher_path)
     recipe = make_recipe(teacher_path, row, train_text, tokens, intermediate_size(teacher), seed)
@@ -149,10 +153,7 @@ def measure(
     report["prototypes"] = ffns[0].config.prototypes
     report.update(summary(evaluate_student(student, teacher, test)))
     if questions:
-        from hf_kernel_ffn.probes import multiple_choice
-
-        chosen, wanted = (multiple_choice(model, tokenizer, questions) for model in (student, teacher))
-        report["cloze"], report["teacher_cloze"] = chosen["accuracy"], wanted["accuracy"]
+        report["cloze"] = multiple_choice(student, tokenizer, questions)["accuracy"]
     return report
 
 
@@ -189,40 +190,42 @@ def intermediate_size(teacher) -> int:
 def run(
     teacher: Annotated[str, typer.Argument(help="local folder or hub id")],
     out: Annotated[Path, typer.Option(help="folder of reports, one JSON file a row; rows found there are not run again")],
-    tokens: Annotated[int, typer.Option(help="training tokens of every row")] = 600_000,
+    tokens: Annotated[int, typer.Option(help="training tokens of every row")] = 400_000,
     train: Annotated[str, typer.Option(help="text to train on")] = "recipes/text/books-distil.txt",
     test: Annotated[str, typer.Option(help="text to evaluate on")] = "recipes/text/books-test.txt",
-    test_tokens: Annotated[int, typer.Option(help="tokens of it")] = 32_768,
+    test_tokens: Annotated[int, typer.Option(help="tokens of it")] = 16_384,
     cloze: Annotated[str, typer.Option(help="multiple-choice questions; '' for none")] = "recipes/text/cloze.jsonl",
     only: Annotated[str, typer.Option(help="rows whose name contains this")] = "",
-    but: Annotated[str, typer.Option(help="not those whose name contains this")] = "\n",
+    part: Annotated[
+        str, typer.Option(help="such as 1/2: the first half of the rows, for a second process to run the other")
+    ] = "1/1",
     seed: int = 0,
     device: str = "cpu",
 ) -> None:
     """Run the rows that OUT does not hold yet."""
-    from hf_kernel_ffn.probes import load_questions
-
     from hf_kernel_ffn.architectures import architecture_of, ffn_paths, ffn_weights
     from hf_kernel_ffn.data import token_ids
     from hf_kernel_ffn.loading import load_teacher, load_tokenizer
+    from hf_kernel_ffn.probes import load_questions, multiple_choice
 
     model = load_teacher(teacher)
     architecture = architecture_of(model)
     path = ffn_paths(model, architecture)[0]
     weights = ffn_weights(model.base_model.get_submodule(path), architecture, model.config, path)
     ids = token_ids(load_tokenizer(teacher), [test], 256, test_tokens)
-    if cloze:
-        from hf_kernel_ffn.probes import load_questions
-    questions = load_questions(cloze) if cloze else None
+    questions = load_questions(cloze)[:QUESTIONS] if cloze else []
+    teacher_cloze = multiple_choice(model, load_tokenizer(teacher), questions)["accuracy"] if questions else None
     out.mkdir(parents=True, exist_ok=True)
     wanted = rows(len(weights.up), weights.gate is not None, model.config.model_type)
-    wanted = {name: row for name, row in wanted.items() if only in name and but not in name}
+    part_number, parts = map(int, part.split("/"))
+    wanted = {name: wanted[name] for name in [name for name in wanted if only in name][part_number - 1 :: parts]}
     for number, (name, row) in enumerate(wanted.items(), 1):
         file = out / (name.replace(" ", "_").replace(",", "") + ".json")
         if file.exists():
             continue
         typer.echo(f"row {number} of {len(wanted)}: {name}")
         report = measure(name, row, teacher, train, ids, questions, tokens, seed, device)
+        report["teacher_cloze"] = teacher_cloze
         file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         typer.echo(
             "  " + "  ".join(f"{k} {report[k]:.4f}" for k in ("delta_cross_entropy", "kl", "top1_agreement", "coherence"))
@@ -261,7 +264,7 @@ def markdown(found: list[dict]) -> str:
     lines = [
         "| | parameters | tokens | ΔCE | KL | top-1 | cloze | read | of | dead | coherence | 1/√n_eff | opposed | mass |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-        f"| *the teacher, untouched* | | | 0 | 0 | 100% | {first.get('teacher_cloze', float('nan')):.1%} "
+        f"| *the teacher, untouched* | | | 0 | 0 | 100% | {_share(first['teacher_cloze'])} "
         f"| {first['teacher_active_prototypes']:.0f} | | | {first['teacher_coherence']:.3f} "
         f"| {first['teacher_orthogonal_coherence']:.3f} | {first['teacher_opposed_share']:.3f} | 1 |",
     ]
@@ -269,11 +272,15 @@ def markdown(found: list[dict]) -> str:
         lines.append(
             f"| {row['row']} | {row['parameters_per_layer'] / 1000:.0f}k | {row['tokens'] / 1e6:.1f}M "
             f"| {row['delta_cross_entropy']:.4f} | {row['kl']:.4f} | {row['top1_agreement']:.1%} "
-            f"| {row.get('cloze', float('nan')):.1%} | {row['active_prototypes']:.1f} | {row['prototypes']} "
+            f"| {_share(row.get('cloze'))} | {row['active_prototypes']:.1f} | {row['prototypes']} "
             f"| {row['dead_prototypes']:.0f} | {row['coherence']:.3f} | {row['orthogonal_coherence']:.3f} "
             f"| {row['opposed_share']:.3f} | {row['write_mass_ratio']:.2f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
 
 
 MARKS = {"kernel": "o", "recipe": "*", "teacher": "s", "transcoder": "^"}
