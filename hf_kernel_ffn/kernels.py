@@ -136,6 +136,20 @@ class HalfYat(Yat):
         return super().log(score.relu(), distance2, epsilon)
 
 
+class ExponentialYat(Kernel):
+    """κ = e^{ρ(x·w + b)} (x·w + b)² / (‖x − w‖² + ε), with ``rate`` = ρ: Yat times the exponential. Positive definite on the points
+    (w, b), being a product of two such kernels (Schur), and all but one-sided: it vanishes where x·w + b is far below zero."""
+
+    def value(self, score, distance2, epsilon, rate):
+        root = score * (score * rate / 2).exp()  # no factor overflows before the product does
+        return root * (root / (distance2 + epsilon))
+
+    def log(self, score, distance2, epsilon, rate):
+        fires = score != 0
+        safe = score.where(fires, torch.ones_like(score)).abs()
+        return torch.where(fires, 2 * safe.log() + rate * score - (distance2 + epsilon).log(), -torch.inf)
+
+
 register_kernel(Exponential("exponential", nonnegative=True, positive_definite=True, uses_bias=True))
 register_kernel(
     Gaussian("gaussian", nonnegative=True, positive_definite=True, uses_distance=True, parameters={"bandwidth": "bandwidth"})
@@ -146,6 +160,10 @@ register_kernel(
 register_kernel(
     Yat("yat", nonnegative=True, positive_definite=True, uses_bias=True, uses_distance=True, degree=2,
         parameters={"epsilon": "distance"})
+)  # fmt: skip
+register_kernel(
+    ExponentialYat("exponential-yat", nonnegative=True, positive_definite=True, uses_bias=True, uses_distance=True,
+        parameters={"epsilon": "distance", "rate": 0.5})
 )  # fmt: skip
 register_kernel(
     HalfYat("half-yat", nonnegative=True, positive_definite=False, uses_bias=True, uses_distance=True, degree=2,

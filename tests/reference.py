@@ -9,6 +9,9 @@ KERNELS = {
     "gaussian": lambda x, w, b, bandwidth: math.exp(-sum((x - w) ** 2) / (2 * bandwidth)),
     "imq": lambda x, w, b, offset: (sum((x - w) ** 2) + offset) ** -0.5,
     "yat": lambda x, w, b, epsilon: (x @ w + b) ** 2 / (sum((x - w) ** 2) + epsilon),
+    "exponential-yat": lambda x, w, b, epsilon, rate: (
+        math.exp(rate * (x @ w + b)) * (x @ w + b) ** 2 / (sum((x - w) ** 2) + epsilon)
+    ),
     "half-yat": lambda x, w, b, epsilon: max(x @ w + b, 0.0) ** 2 / (sum((x - w) ** 2) + epsilon),
 }
 
@@ -35,7 +38,7 @@ def shares_of_logs(name, log_kernel, temperature=1.0, top_k=None):
         return pi
     best = max(log_kernel[i] for i in firing)
     s = {i: (log_kernel[i] - best) / temperature for i in firing}
-    if name in ("softmax", "top-k"):
+    if name in ("softmax", "top-k", "threshold"):
         raw = {i: math.exp(v) for i, v in s.items()}
     elif name == "sparsemax":
         threshold = _root(lambda t: sum(max(v - t, 0) for v in s.values()) - 1, -1.0, 0.0)
@@ -63,6 +66,9 @@ def layer(ffn, x):
     rows, b = _weights(ffn.input_prototypes)
     parameters = {name: learned[name] for name in ffn.kernel.parameters}
     kappa = [KERNELS[settings.kernel](x, w, b_i, **parameters) for w, b_i in zip(rows, b)]
+    if settings.simplex == "threshold":
+        least = ffn.reference["threshold"] * math.exp(ffn.threshold_log_ratio.item())
+        kappa = [k if k >= least else 0.0 for k in kappa]
     pi = shares(settings.simplex, kappa, learned.get("temperature", 1.0), settings.top_k)
     g = 1.0
     if settings.intensity == "mass":

@@ -249,8 +249,7 @@ def test_a_folder_that_holds_no_model_is_refused(refused, model, tmp_path):
         ("--simplex top-k --top-k 0", "top_k=0"),
         ("--temperature 0", "temperature=0.0"),
         ("--temperature nan", "temperature=nan"),
-        ("--expansion 2.5", "expansion=2.5"),
-        ("--init single --expansion 1.5", "expansion with init 'single'"),
+        ("--expansion 8.5", "expansion=8.5"),
         ("--values gated --init polarised", "values 'gated' with init 'polarised'"),
         ("--kernel nowhere.py:mine", "'nowhere.py'"),
     ],
@@ -259,7 +258,7 @@ def test_unknown_names_and_refused_combinations(refused, teacher_folder, tmp_pat
     assert reason in refused("convert", teacher_folder("llama"), tmp_path / "out", *FEW, *options.split())
 
 
-@pytest.mark.parametrize("options", ["--values gated", "--init polarised", "--expansion 1.5"])
+@pytest.mark.parametrize("options", ["--values gated", "--init polarised"])
 def test_an_ffn_without_a_gate_refuses_what_needs_one(refused, teacher_folder, tmp_path, options):
     assert "without a gate" in refused("convert", teacher_folder("gpt2"), tmp_path / "out", *FEW, *options.split())
 

@@ -165,10 +165,8 @@ def test_layers_outside_the_model(llama, run, layers):
         ({"temperature": float("inf")}, "temperature=inf"),
         ({"temperature": "1"}, "temperature='1'"),
         ({"expansion": 0.5}, "expansion=0.5"),
-        ({"expansion": 3}, "expansion=3"),
+        ({"expansion": 8.5}, "expansion=8.5"),
         ({"values": "gated", "init": "polarised"}, "gated values carry the sign already"),
-        ({"values": "gated", "expansion": 2.0}, "expansion with values 'gated'"),
-        ({"init": "single", "expansion": 1.5}, "expansion with init 'single'"),
     ],
     ids=str,
 )
@@ -177,7 +175,7 @@ def test_refused_settings_say_why(settings, reason):
         KernelFFNConfig(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"values": "gated"}, {"init": "polarised"}, {"expansion": 1.5}], ids=str)
+@pytest.mark.parametrize("settings", [{"values": "gated"}, {"init": "polarised"}], ids=str)
 def test_gated_settings_need_a_gate(gpt2, run, settings):
     with pytest.raises(ValueError, match="without a gate"):
         run(gpt2, KernelFFNConfig(**settings))
@@ -276,11 +274,11 @@ def test_rows_come_from_the_rows_of_w_in(llama, run, ids, init):
     student, _ = run(llama, KernelFFNConfig(init=init), layers="1")
     [ffn] = ffns(student)
     gate, rows, units = llama.model.layers[1].mlp.gate_proj.weight, ffn.input_prototypes.weight, ffn.units
-    if init == "single":
-        assert torch.equal(rows, gate)
+    if init == "single":  # as long as the unit is loud
+        torch.testing.assert_close(torch.cosine_similarity(rows, gate), torch.ones(48))
         assert torch.equal(units.abs(), torch.arange(1, 49))
-    elif init == "polarised":  # (g + ru)/2 and (g − ru)/2, written with opposite signs
-        torch.testing.assert_close(rows[:48] + rows[48:], gate)
+    elif init == "polarised":  # (g + ru)/2 and (g − ru)/2, as long as the unit is loud, written with opposite signs
+        torch.testing.assert_close(torch.cosine_similarity(rows[:48] + rows[48:], gate), torch.ones(48))
         assert torch.equal(units[:48], -units[48:])
     else:
         norms = []
@@ -291,12 +289,12 @@ def test_rows_come_from_the_rows_of_w_in(llama, run, ids, init):
         torch.testing.assert_close(rows.norm(dim=-1), norms[0].square().mean().sqrt().expand(96))
 
 
-@pytest.mark.parametrize("expansion, prototypes", [(None, 96), (1.5, 72), (2, 96)])
+@pytest.mark.parametrize("expansion, prototypes", [(None, 96), (1.5, 72), (2, 96), (4, 192)])
 def test_polarised_prototype_counts(llama, run, expansion, prototypes):
     student, _ = run(llama, KernelFFNConfig(expansion=expansion), layers="1")
     [ffn] = ffns(student)
     assert ffn.input_prototypes.weight.shape == (prototypes, 32)
-    assert len(set(ffn.units.tolist())) == prototypes  # every unit and sign at most once
+    assert len(set(ffn.units.tolist())) == min(prototypes, 96)  # every unit and sign, once in every pair
     if expansion == 1.5:
         matrices = ffn.input_prototypes.weight.numel() + ffn.output_prototypes.weight.numel()
         assert matrices == sum(p.numel() for p in llama.model.layers[1].mlp.parameters())

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as npst
 from hf_kernel_ffn import KernelFFNConfig, register_kernel
 from hf_kernel_ffn.kernels import KERNELS, Kernel, get_kernel
 
-BUILT_IN = ("exponential", "gaussian", "imq", "yat", "half-yat")
+BUILT_IN = ("exponential", "gaussian", "imq", "yat", "exponential-yat", "half-yat")
 NONNEGATIVE = [name for name in BUILT_IN if get_kernel(name).nonnegative]
 POSITIVE_DEFINITE = [name for name in BUILT_IN if get_kernel(name).positive_definite]
 
@@ -70,10 +70,11 @@ def test_value_and_log_are_the_formula(name):
     torch.testing.assert_close(kernel.log(score, distance2, **parameters).exp(), expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["yat", "half-yat"])
+@pytest.mark.parametrize("name", ["yat", "exponential-yat", "half-yat"])
 def test_log_is_minus_infinity_without_gradient_where_nothing_fires(name):
     score = torch.tensor([0.0, -2.0 if name == "half-yat" else 0.0], dtype=torch.float64, requires_grad=True)
-    log = KERNELS[name].log(score, torch.ones(2, dtype=torch.float64), epsilon=torch.tensor(1.0))
+    parameters = dict.fromkeys(KERNELS[name].parameters, torch.tensor(1.0))
+    log = KERNELS[name].log(score, torch.ones(2, dtype=torch.float64), **parameters)
     assert (log == -math.inf).all()
     log.where(log > -math.inf, torch.zeros_like(log)).sum().backward()
     assert (score.grad == 0).all()
@@ -145,7 +146,7 @@ def test_registration_refuses_what_it_cannot_use(registry):
     with pytest.raises(ValueError, match="'yat' is already registered"):
         register_kernel(Linear("yat", nonnegative=True, positive_definite=True))
     assert type(registry["yat"]).__name__ == "Yat"
-    with pytest.raises(ValueError, match="'cosine'.*exponential, gaussian, imq, yat, half-yat"):
+    with pytest.raises(ValueError, match="'cosine'.*exponential, gaussian, imq, yat, exponential-yat, half-yat"):
         get_kernel("cosine")
     with pytest.raises(NotImplementedError, match="'empty'"):
         Kernel("empty", nonnegative=True, positive_definite=True).value(torch.ones(1), None)

@@ -14,11 +14,11 @@ from hf_kernel_ffn.configuration import LayerConfig
 from hf_kernel_ffn.kernels import KERNELS, Kernel
 
 D, P, TOP_K = 4, 5, 3
-SIMPLEX, INTENSITY = ("softmax", "sparsemax", "entmax-1.5", "top-k"), ("none", "mass", "gate")
+SIMPLEX, INTENSITY = ("softmax", "sparsemax", "entmax-1.5", "top-k", "threshold"), ("none", "mass", "gate")
 COMBINATIONS = [
     {"kernel": kernel, "simplex": simplex, "intensity": intensity, "values": values}
     for kernel, simplex, intensity, values in itertools.product(
-        ("exponential", "gaussian", "imq", "yat", "half-yat"), SIMPLEX, INTENSITY, ("fixed", "gated")
+        ("exponential", "gaussian", "imq", "yat", "exponential-yat", "half-yat"), SIMPLEX, INTENSITY, ("fixed", "gated")
     )
 ]
 # Mass at τ ≠ 1, where coefficients are not the kernel itself.
@@ -26,20 +26,24 @@ COMBINATIONS += [
     {"kernel": "half-yat", "simplex": s, "intensity": "mass", "values": "fixed", "temperature": 0.6} for s in SIMPLEX
 ]
 combination = pytest.mark.parametrize("settings", COMBINATIONS, ids=lambda s: "-".join(map(str, s.values())))
-regime = pytest.mark.parametrize("settings", COMBINATIONS[-28:], ids=lambda s: "-".join(map(str, s.values())))  # half-yat
+regime = pytest.mark.parametrize("settings", COMBINATIONS[-35:], ids=lambda s: "-".join(map(str, s.values())))  # half-yat
 
 
 def make_layer(dtype=torch.float64, size=D, count=P, epsilon=0.7, **settings):
     """A layer with random weights and log-ratios, all of them different from their reference."""
-    settings = KernelFFNConfig(**settings, top_k=TOP_K if settings["simplex"] == "top-k" else None)
+    settings = KernelFFNConfig(**settings, top_k=TOP_K if settings["simplex"] in ("top-k", "threshold") else None)
     ratios = dict.fromkeys(KERNELS[settings.kernel].parameters, epsilon)
     ratios.update(scale=1.3, temperature=settings.temperature or 0.8)
+    if settings.simplex == "threshold":
+        ratios["threshold"] = 1.0
     torch.manual_seed(0)
     ffn = KernelFFN(LayerConfig(settings, size, count, ratios)).double()
     with torch.no_grad():
         for parameter in ffn.parameters():
             parameter.normal_(std=0.3 if parameter.numel() == 1 else 0.8)
         ffn.units.copy_(torch.arange(1, count + 1) * (-1) ** torch.arange(count))
+        if settings.simplex == "threshold":
+            ffn.fit_threshold(inputs(40, size, seed=7))
     return ffn.to(dtype)
 
 
@@ -74,7 +78,7 @@ def test_gradients_with_respect_to_input_and_every_parameter(settings):
 
     parameters = [p.detach().requires_grad_() for p in ffn.parameters()]
     assert torch.autograd.gradcheck(function, (x, *parameters), rtol=1e-4, atol=1e-6)
-    if not (settings["kernel"] == "half-yat" or settings["simplex"] in ("sparsemax", "entmax-1.5", "top-k")):
+    if not (settings["kernel"] == "half-yat" or settings["simplex"] in ("sparsemax", "entmax-1.5", "top-k", "threshold")):
         gradients = torch.autograd.grad(function(x, *parameters).square().sum(), parameters)
         assert all(g.abs().sum() > 0 for g in gradients)  # every parameter takes part
 
@@ -165,7 +169,7 @@ def test_positive_parameters_never_reach_zero_or_infinity(push):
     assert torch.isfinite(ffn(x)).all()
 
 
-@pytest.mark.parametrize("kernel", ["gaussian", "imq", "yat", "half-yat", "exponential"])
+@pytest.mark.parametrize("kernel", ["gaussian", "imq", "yat", "half-yat", "exponential", "exponential-yat"])
 @pytest.mark.parametrize("simplex, intensity", [("softmax", "mass"), ("entmax-1.5", "mass"), ("sparsemax", "none")])
 def test_zero_input_and_zero_rows(kernel, simplex, intensity):
     ffn = make_layer(torch.float32, kernel=kernel, simplex=simplex, intensity=intensity)
@@ -230,7 +234,7 @@ def test_half_precision_distances_do_not_cancel(dtype, autocast):
 
 @pytest.mark.parametrize("norm", [1e-6, 1e-3, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kernel", ["exponential", "gaussian", "imq", "yat", "half-yat"])
+@pytest.mark.parametrize("kernel", ["exponential", "gaussian", "imq", "yat", "exponential-yat", "half-yat"])
 def test_convex_readouts_are_finite_at_every_norm(kernel, dtype, norm):
     """A mixture of the dictionary is representable whatever the kernel is, x·w beyond float16 included."""
     ffn = make_layer(dtype, kernel=kernel, simplex="softmax", intensity="none", epsilon=0.02 * norm**2)

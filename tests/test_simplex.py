@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hf_kernel_ffn.simplex import SIMPLEX_MAPS, shares
 
-MAPS = ("softmax", "sparsemax", "entmax-1.5", "top-k")
+MAPS = ("softmax", "sparsemax", "entmax-1.5", "top-k", "threshold")
 K = 3
 
 
@@ -119,7 +119,7 @@ def test_cold_is_one_hot_and_hot_is_uniform(name, log_kernel):
 def test_support_sizes(name, log_kernel, top_k):
     firing = int(np.isfinite(log_kernel).sum())
     support = int((run(name, log_kernel, 1.0, top_k) > 0).sum())
-    if name == "softmax":
+    if name in ("softmax", "threshold"):
         assert support == firing
     elif name == "top-k":
         assert support == min(top_k, firing)

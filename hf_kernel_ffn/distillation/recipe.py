@@ -71,6 +71,8 @@ class Stage(_Section):
     ``top_k``. None: that from the start."""
     anneal: float = Field(0.6, gt=0, le=1)
     """Share of the stage after which they have fallen."""
+    revive_after: int | None = Field(None, ge=1)
+    """Tokens after which a prototype of a sparse layer that has not fired gets half of one that fires most. None: never."""
     write_mass: float = Field(0.0, ge=0)
     """Weight of Σ|c_i|‖v_i‖ over the length of what is written, added to the loss: the price of contributions that cancel."""
     layers_at_once: int | None = Field(None, ge=1)

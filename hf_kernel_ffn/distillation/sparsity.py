@@ -1,25 +1,34 @@
-"""What a stage does for sparse readouts: fewer prototypes step by step, thresholds that follow, a price on write mass."""
+"""What a stage does for sparse readouts: fewer prototypes step by step, thresholds that follow, a price on write mass,
+and prototypes that never fire put to use again."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..readout import KernelFFN
 from .recipe import Stage
 
 SEEN = 256
 """Tokens per layer and step on which a threshold is fitted."""
 RATE = 0.05
 """Share of the way to the threshold that fits a step's tokens; larger in the first steps, which count as a mean."""
+REVIVALS_END = 0.8
+"""Share of a stage after which no prototype is revived any more: it would not be trained to its end."""
+REVIVED_APART = 0.05
+"""How far a revived row is moved from the one it copies, as a share of its length."""
 
 
 class Watch:
     """Looks into the FFNs of a stage (by path) while they run: their inputs and their coefficients. Use it as a context."""
 
-    def __init__(self, ffns: dict[str, Any], stage: Stage):
-        self.stage, self.ffns = stage, ffns
+    def __init__(self, ffns: dict[str, Any], stage: Stage, fired: dict[str, Tensor]):
+        """``fired``: by path, how often each prototype (prototypes,) has fired since the last revival; counted on in place."""
+        self.stage, self.ffns, self.fired = stage, ffns, fired
         self.coefficients: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
@@ -30,7 +39,7 @@ class Watch:
         for path, ffn in self.ffns.items():
             if path in self.goal and ffn.config.settings.simplex == "threshold":
                 self.hooks.append(ffn.register_forward_pre_hook(self._see_input(path)))
-            if self.stage.write_mass:
+            if self.stage.write_mass or self._revives(path):
                 self.hooks.append(ffn.output_prototypes.register_forward_hook(self._see_mixture(path)))
         return self
 
@@ -49,9 +58,15 @@ class Watch:
 
     def _see_mixture(self, path: str):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            self.coefficients[path], self.outputs[path] = args[0], output.detach()
+            if self.stage.write_mass:
+                self.coefficients[path], self.outputs[path] = args[0], output.detach()
+            if self._revives(path):
+                self.fired[path] += (args[0].detach() != 0).flatten(0, -2).sum(0)
 
         return hook
+
+    def _revives(self, path: str) -> bool:
+        return self.stage.revive_after is not None and path in self.goal and isinstance(self.ffns[path], KernelFFN)
 
     def before(self, step: int, steps: int) -> None:
         """Keep as many prototypes as this step's: from ``start_top_k`` down to the layer's own number, by equal ratios."""
@@ -71,11 +86,44 @@ class Watch:
         mass = (coefficients.flatten(0, -2).float().abs() @ length).mean()
         return self.stage.write_mass * mass / (output - output.mean(0)).norm(dim=-1).mean().clamp_min(1e-12)
 
-    def after(self, step: int, reduce) -> None:
-        """Move the thresholds toward where the step's tokens keep as many prototypes as they should; ``reduce`` averages a
-        tensor over processes, in place."""
+    def after(self, step: int, steps: int, tokens_per_step: int, reduce: Callable[[Tensor], None]) -> None:
+        """Move the thresholds toward where the step's tokens keep as many prototypes as they should, and revive dead prototypes
+        if it is time; ``reduce`` averages a tensor over processes, in place."""
         for path, tokens in self.inputs.items():
             ffn = self.ffns[path]
             ffn.fit_threshold(tokens, max(RATE, 1 / (step + 1)))
             reduce(ffn.threshold_log_ratio)
         self.inputs.clear()
+        every = max(1, (self.stage.revive_after or 0) // tokens_per_step)
+        if (step + 1) % every == 0 and step + 1 <= REVIVALS_END * steps:
+            for path in filter(self._revives, self.fired):
+                fired = self.fired[path].float()
+                reduce(fired)
+                revive(self.ffns[path], fired)
+                self.fired[path].zero_()
+
+
+@torch.no_grad()
+def revive(ffn: KernelFFN, fired: Tensor) -> int:
+    """Give each prototype of ``ffn`` that has not fired (``fired`` (prototypes,), counts) half of one that fires most: its row, moved
+    a little, and half of its output prototype, which keeps the other half. The layer's function hardly changes.
+
+    Returns:
+        how many were dead.
+    """
+    dead = (fired == 0).nonzero()[:, 0]
+    dead = dead[: int((fired > 0).sum())]
+    busy = fired.argsort(descending=True, stable=True)[: len(dead)]
+    generator = torch.Generator().manual_seed(len(dead))  # the same on every process
+    rows = [ffn.input_prototypes] + ([ffn.value_proj] if ffn.config.settings.values == "gated" else [])
+    for linear in rows:
+        row = linear.weight[busy]
+        noise = torch.randn(row.shape, generator=generator).to(row) * row.norm(dim=-1, keepdim=True) / row.shape[1] ** 0.5
+        linear.weight[dead] = row + REVIVED_APART * noise
+        if linear.bias is not None:
+            linear.bias[dead] = linear.bias[busy]
+    written = ffn.output_prototypes.weight
+    written[:, busy] = written[:, busy] / 2
+    written[:, dead] = written[:, busy]
+    ffn.units[dead] = ffn.units[busy]
+    return len(dead)

@@ -88,8 +88,11 @@ class Run:
         self.teacher, self.student, self.trainee, self.progress = teacher, student, trainee, progress
         self.trained = {name: p for name, p in trainee.named_parameters() if p.requires_grad}
         self.kept: dict[str, Tensor] = dict(self.trained)  # with what else a converted FFN holds: its units
+        self.fired: dict[str, Tensor] = {}
         for path, ffn in student.kernel_ffns().items():
             self.kept.update((f"{path}.{name}", buffer) for name, buffer in ffn.named_buffers())
+            self.fired[path] = torch.zeros(ffn.config.prototypes, dtype=torch.int64, device=teacher.device)
+            self.kept[f"{path}.fired"] = self.fired[path]
 
     def stages(self, facts: dict | None, state: Path | None = None) -> None:
         """Run every part of every stage, from ``state`` on if there is one. States are kept, with ``facts`` in them, unless
@@ -142,7 +145,7 @@ class Run:
         every = max(1, self.recipe.save_every_tokens // (per_step * data.sequence_length))
         batches = iter(loader)
         shown = self.progress and accelerator.is_main_process
-        with _Bar(stage, steps, first, per_step * data.sequence_length, shown) as bar, Watch(ffns, stage) as watch:
+        with _Bar(stage, steps, first, per_step * data.sequence_length, shown) as bar, Watch(ffns, stage, self.fired) as watch:
             for step in range(first, steps):
                 for group in (group for optimizer in made for group in optimizer.param_groups):
                     group["lr"] = group["peak"] * schedule(step, steps, stage.warmup)
@@ -161,7 +164,7 @@ class Run:
                 for optimizer in made:
                     optimizer.step()
                     optimizer.zero_grad()
-                watch.after(step, self._average)
+                watch.after(step, steps, per_step * data.sequence_length, self._average)
                 sequences += per_step
                 bar.advance(value)
                 saves = (step + 1) % every == 0 or step + 1 == steps
