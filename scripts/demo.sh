@@ -11,11 +11,12 @@ rm -rf "$runs"
 step() { printf '\n== %s\n' "$*"; }
 
 step "Convert $teacher: every FFN becomes a kernel readout; the teacher makes its own calibration text"
-hf-kernel-ffn convert "$teacher" "$runs/converted"
+expansion=4 && [ "$family" != gpt2 ] || expansion=3 # prototypes per hidden unit, as in the recipe
+hf-kernel-ffn convert "$teacher" "$runs/converted" --expansion "$expansion"
 step "Before distillation, on text that neither model has read"
 hf-kernel-ffn evaluate "$runs/converted" --teacher "$teacher" --text "$text" --max-tokens 32768 --json "$runs/before.json"
-step "Distil by recipes/$family.yaml"
-hf-kernel-ffn distill "recipes/$family.yaml" student="$runs/converted" output_dir="$runs/distilled"
+step "Distil by recipes/$family-faithful.yaml"
+hf-kernel-ffn distill "recipes/$family-faithful.yaml" student="$runs/converted" output_dir="$runs/distilled"
 step "After distillation"
 hf-kernel-ffn evaluate "$runs/distilled" --teacher "$teacher" --text "$text" --max-tokens 32768 --json "$runs/after.json"
 step "What each of them writes"
