@@ -1,14 +1,18 @@
 """Closed-form calibration: output prototypes, output bias and temperature of a readout from a sample of tokens.
 
 The output prototypes are re-solved by ridge regression toward where they start (the scaled columns of W_out), with
-the strength of the pull chosen on tokens that the solution has not seen.
+the strength of the pull chosen on tokens that the solution has not seen. Tokens are seen batch by batch, and only sums over
+them are kept; under torch.distributed each process reads a share of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .readout import KernelFFN
@@ -17,6 +21,12 @@ PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for the pull toward the initial dictionary, in units of a prototype's mean squared coefficient."""
 TEMPERATURES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Candidates for τ, in standard deviations of the log kernel over prototypes."""
+FIT_TOKENS = 2048
+"""Tokens on which the rows of single units are fitted."""
+FIT_ROWS = 32
+"""Rows of text that those are taken from: with fewer the fit is worse, with more every layer is read longer."""
+BATCH_TOKENS = 4096
+"""Tokens that the model reads at once."""
 CHUNK = 2048
 """Tokens whose coefficients are held at once."""
 
@@ -51,30 +61,55 @@ def own_text(model: Any, tokens: int, seed: int, length: int = 128) -> Tensor:
     return ids
 
 
+class _Reached(Exception):
+    """The forward pass has come to the module it was made for."""
+
+
 @torch.no_grad()
-def ffn_inputs(model: Any, paths: list[str], ids: Tensor, batch_tokens: int = 4096) -> dict[str, Tensor]:
-    """Inputs (tokens, hidden_size) of the FFNs at ``paths`` (under the base model) when the model reads ``ids`` (rows, length)."""
-    kept: dict[str, list[Tensor]] = {path: [] for path in paths}
-    hooks = []
-    for path in paths:
-        store = kept[path]
-        hooks.append(
-            model.base_model.get_submodule(path).register_forward_pre_hook(
-                lambda module, args, store=store: store.append(args[0].flatten(0, -2))
-            )
-        )
+def ffn_inputs(model: Any, path: str, ids: Tensor) -> Iterator[Tensor]:
+    """Inputs (tokens, hidden_size) of the FFN at ``path`` (under the base model) when the model reads ``ids`` (rows, length),
+    batch by batch; nothing from that FFN on is computed."""
+    ffn = model.base_model.get_submodule(path)
     device = model.get_input_embeddings().weight.device
-    try:
-        for batch in ids.split(max(1, batch_tokens // ids.shape[1])):
-            model.base_model(input_ids=batch.to(device), use_cache=False)
-    finally:
-        for hook in hooks:
+    seen: list[Tensor] = []
+
+    def stop(module, args):
+        seen.append(args[0].flatten(0, -2))
+        raise _Reached
+
+    rows = max(1, BATCH_TOKENS // ids.shape[1])
+    for first in range(0, len(ids), rows):
+        hook = ffn.register_forward_pre_hook(stop)  # for one pass at a time: who takes the batch may call the FFN on it
+        try:
+            with suppress(_Reached):
+                model.base_model(input_ids=ids[first : first + rows].to(device), use_cache=False)
+        finally:
             hook.remove()
-    return {path: torch.cat(parts) for path, parts in kept.items()}
+        yield seen.pop()
+
+
+@torch.no_grad()
+def fit_sample(model: Any, path: str, ids: Tensor) -> Tensor:
+    """(tokens, hidden_size) float32: about ``FIT_TOKENS`` evenly spaced inputs of the FFN at ``path``, the same on every process."""
+    ids = ids[torch.linspace(0, len(ids) - 1, min(len(ids), FIT_ROWS)).long()]
+    every = max(1, ids.numel() // FIT_TOKENS)
+    return torch.cat([batch[::every].float().contiguous() for batch in ffn_inputs(model, path, ids)])
+
+
+def fitted_and_held(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of ``ids`` (rows, length) to fit on, and the last quarter of them to choose by; this process's share of each."""
+    if len(ids) < 4 <= ids.shape[1]:  # too few to hold out a quarter of them
+        ids = ids[:, : ids.shape[1] // 4 * 4].reshape(4 * len(ids), -1)
+    split = max(1, len(ids) * 3 // 4)
+    fitted, held = ids[:split], ids[split:] if split < len(ids) else ids
+    if not _distributed():
+        return fitted, held
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    return fitted[share], held[share]
 
 
 class Moments:
-    """Sums that a ridge regression of outputs on coefficients needs, accumulated chunk by chunk; additive."""
+    """Sums that a ridge regression of outputs on coefficients needs, accumulated chunk by chunk, and over processes."""
 
     def __init__(self, prototypes: int, size: int, device: torch.device):
         self.count = 0.0
@@ -89,6 +124,14 @@ class Moments:
         self.cc.addmm_(extended.T, extended)
         self.cy.addmm_(extended.T, outputs)
         self.yy += outputs.double().square().sum().item()
+
+    def all_reduce(self) -> None:
+        """Make every sum that over all processes of torch.distributed, if it is initialised."""
+        if _distributed():
+            scalars = torch.tensor([self.count, self.yy], dtype=torch.float64, device=self.cc.device)
+            for sums in (scalars, self.cc, self.cy):
+                dist.all_reduce(sums)
+            self.count, self.yy = scalars.tolist()
 
     def error(self, dictionary: Tensor) -> float:
         """Mean squared error of ``dictionary`` (prototypes + 1, size; the last row is the output bias)."""
@@ -109,29 +152,33 @@ class Moments:
 
 
 @torch.no_grad()
-def calibrate(ffn: KernelFFN, teacher: nn.Module, inputs: Tensor, temperature: float | None) -> dict[str, float]:
-    """Fit the output prototypes and output bias of ``ffn`` (float32) to ``teacher`` on ``inputs`` (tokens, hidden_size), in place.
+def calibrate(
+    ffn: KernelFFN,
+    teacher: nn.Module,
+    sample: Tensor,
+    fitted: Iterable[Tensor],
+    held: Iterable[Tensor],
+    temperature: float | None,
+) -> dict[str, float]:
+    """Fit the output prototypes and output bias of ``ffn`` (float32) to ``teacher``, in place.
 
-    Three quarters of the tokens are fitted; the last quarter chooses the pull, and the temperature where
-    ``temperature`` is None and the readout has one.
+    Args:
+        sample: (tokens, hidden_size) inputs, the same on every process, whose spread gives the candidates for the temperature.
+        fitted: batches (tokens, hidden_size) of inputs on which the solution is found, this process's share.
+        held: batches that choose the pull, and the temperature where ``temperature`` is None and the readout has one.
 
     Returns:
-        ``fvu_start`` and ``fvu``: fraction of variance unexplained on the held-out quarter before and after;
+        ``fvu_start`` and ``fvu``: fraction of variance unexplained on the tokens held out, before and after;
         ``pull``; ``dictionary_growth``: norm of the dictionary over that of the initial one at its best scale.
     """
-    split = max(1, len(inputs) * 3 // 4)
-    fitted, held = inputs[:split], inputs[split:] if split < len(inputs) else inputs
     weight, bias = ffn.output_prototypes.weight, ffn.output_prototypes.bias
     start = torch.cat([weight.T, bias[None]])
     choices: list[float | None] = [None]
     if "temperature" in ffn.log_ratio and temperature is None:
-        spread = _log_kernel_spread(ffn, fitted[:CHUNK])
+        spread = _log_kernel_spread(ffn, sample)
         choices = [share * spread for share in TEMPERATURES]
     best: tuple | None = None
-    for tau in choices:
-        if tau is not None:
-            ffn.reference["temperature"] = tau
-        train, test = _moments(ffn, teacher, fitted), _moments(ffn, teacher, held)
+    for tau, train, test in zip(choices, _moments(ffn, teacher, fitted, choices), _moments(ffn, teacher, held, choices)):
         mean = test.cy[-1] / test.count
         variance = test.yy / test.count - mean.square().sum().item()
         origin = _scaled(train, start)
@@ -152,12 +199,20 @@ def calibrate(ffn: KernelFFN, teacher: nn.Module, inputs: Tensor, temperature: f
     }  # fmt: skip
 
 
-def _moments(ffn, teacher, inputs) -> Moments:
-    moments = Moments(ffn.config.prototypes, ffn.config.hidden_size, inputs.device)
+def _moments(ffn, teacher, batches, temperatures) -> list[Moments]:
+    """Those of every temperature, gathered side by side: inputs are seen once."""
+    found = [Moments(ffn.config.prototypes, ffn.config.hidden_size, ffn.units.device) for _ in temperatures]
     dtype = next(teacher.parameters()).dtype
-    for chunk in inputs.split(CHUNK):
-        moments.add(ffn.coefficients(chunk.float()), teacher(chunk.to(dtype)).float())
-    return moments
+    for batch in batches:
+        for chunk in batch.split(CHUNK):
+            outputs = teacher(chunk.to(dtype)).float()
+            for moments, temperature in zip(found, temperatures):
+                if temperature is not None:
+                    ffn.reference["temperature"] = temperature
+                moments.add(ffn.coefficients(chunk.float()), outputs)
+    for moments in found:
+        moments.all_reduce()
+    return found
 
 
 def _scaled(moments: Moments, start: Tensor) -> Tensor:
@@ -174,3 +229,7 @@ def _log_kernel_spread(ffn, inputs) -> float:
     log_kernel = ffn.kernel.log(*ffn.scores(inputs.float()), **ffn.kernel_parameters())
     fires = torch.isfinite(log_kernel)
     return max(log_kernel[fires].std().item(), 1e-3) if fires.sum() > 1 else 1.0
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import FFNWeights, architecture_of, ffn_paths, ffn_weights
-from .calibration import ffn_inputs
+from .calibration import fit_sample
 from .configuration import KernelFFNConfig, LayerConfig
 from .errors import InputError
 from .readout import Readout
@@ -77,14 +77,14 @@ class Transcoder(nn.Module):
     """A TopK transcoder (Dunefsky et al. 2024, arXiv:2406.11944; with ``skip``, Paulo et al. 2025, arXiv:2501.18823), the module
     of the sparsify package (``pip install eai-sparsify``)."""
 
-    def __init__(self, inputs: Tensor, outputs: Tensor, width: int, top_k: int, skip: bool):
-        """``inputs`` and ``outputs`` (tokens, hidden_size) of the teacher's FFN; the output bias starts at the mean output."""
+    def __init__(self, outputs: Tensor, width: int, top_k: int, skip: bool):
+        """``outputs`` (tokens, hidden_size) of the teacher's FFN, at whose mean the output bias starts."""
         super().__init__()
         try:
             from sparsify import SparseCoder, SparseCoderConfig
         except ImportError as error:
             raise InputError("a transcoder needs the sparsify package: pip install 'hf-kernel-ffn[frontier]'") from error
-        size = inputs.shape[1]
+        size = outputs.shape[1]
         self.config = LayerConfig(KernelFFNConfig(simplex="top-k", top_k=top_k), size, width)
         self.coder: Any = SparseCoder(size, SparseCoderConfig(num_latents=width, k=top_k, transcode=True, skip_connection=skip))
         self.coder.b_dec.data.copy_(outputs.mean(0))
@@ -125,8 +125,8 @@ def teacher_as_student(teacher: Any, ids: Tensor, simplex: str = "softmax", top_
     """
     student = _with_controls(teacher, lambda path, weights: TeacherFFN(weights, simplex, top_k))
     if simplex == "threshold":
-        for path, inputs in ffn_inputs(teacher, list(student.kernel_ffns()), ids).items():
-            student.base_model.get_submodule(path).fit_threshold(inputs[:: max(1, len(inputs) // 2048)])
+        for path, ffn in student.kernel_ffns().items():
+            ffn.fit_threshold(fit_sample(teacher, path, ids))
     return student
 
 
@@ -137,10 +137,10 @@ def transcoder_student(teacher: Any, ids: Tensor, width: int, top_k: int, skip: 
         ids: (rows, length) token ids on which the mean outputs are taken.
     """
     torch.manual_seed(seed)
-    inputs = ffn_inputs(teacher, ffn_paths(teacher, architecture_of(teacher)), ids)
 
     def make(path: str, weights: FFNWeights) -> Transcoder:
-        return Transcoder(inputs[path], teacher.base_model.get_submodule(path)(inputs[path]), width, top_k, skip)
+        outputs = teacher.base_model.get_submodule(path)(fit_sample(teacher, path, ids))
+        return Transcoder(outputs, width, top_k, skip)
 
     return _with_controls(teacher, make)
 

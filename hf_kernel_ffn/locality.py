@@ -153,13 +153,12 @@ def support_auc(ffn: KernelFFN, text: Tensor, other: Tensor) -> dict[str, float 
 
 
 @torch.no_grad()
-def locality_report(student: Any, teacher: Any, ids: Tensor, seed: int = 0, *, top: int = TOP, layers_at_once: int = 4) -> dict:
+def locality_report(student: Any, teacher: Any, ids: Tensor, seed: int = 0, *, top: int = TOP) -> dict:
     """The three readings of every converted FFN at the teacher's inputs, past the first SKIP positions of each row.
 
     Args:
         ids: (rows, length) token ids of text.
         seed: of the two other texts (tokens shuffled within each row; uniformly random ids) and the random sets of tokens.
-        layers_at_once: layers whose inputs at the three texts are in memory together.
 
     Returns:
         ``tokens``: their number; means over layers, None where no layer has a figure: ``denominator``, ``contexts`` of
@@ -178,16 +177,15 @@ def locality_report(student: Any, teacher: Any, ids: Tensor, seed: int = 0, *, t
     uniform = torch.randint(teacher.get_input_embeddings().num_embeddings, ids.shape, generator=generator)
     tokens, layers, paths = ids[:, SKIP:].flatten().to(next(teacher.parameters()).device), [], list(kernels)
     sets = torch.stack([torch.randperm(len(tokens), generator=generator)[:top] for _ in range(CHANCE_SETS)])
-    for group in (paths[low : low + layers_at_once] for low in range(0, len(paths), layers_at_once)):
-        read = [ffn_inputs(teacher, group, some) for some in (ids, shuffled, uniform)]
-        for path in group:
-            x, *others = (inputs.pop(path).unflatten(0, tuple(ids.shape))[:, SKIP:].flatten(0, 1) for inputs in read)
-            stock = ffn_weights(teacher.base_model.get_submodule(path), architecture, teacher.config, path)
-            units = {"student": kernels[path].coefficients, "teacher": stock.coefficients}
-            contexts = {who: context_purity(some, x, tokens, top) for who, some in units.items()}
-            contexts["chance"] = purity(sets.to(x.device), x, tokens)
-            support = {name: support_auc(kernels[path], x, other) for name, other in zip(("shuffled", "random"), others)}
-            layers.append({"denominator": denominator_variation(kernels[path], x), "contexts": contexts, "support": support})
+    for path in paths:  # one at a time: the inputs of one layer at the three texts are in memory together
+        read = [torch.cat(list(ffn_inputs(teacher, path, some))) for some in (ids, shuffled, uniform)]
+        x, *others = (inputs.unflatten(0, tuple(ids.shape))[:, SKIP:].flatten(0, 1) for inputs in read)
+        stock = ffn_weights(teacher.base_model.get_submodule(path), architecture, teacher.config, path)
+        units = {"student": kernels[path].coefficients, "teacher": stock.coefficients}
+        contexts = {who: context_purity(some, x, tokens, top) for who, some in units.items()}
+        contexts["chance"] = purity(sets.to(x.device), x, tokens)
+        support = {name: support_auc(kernels[path], x, other) for name, other in zip(("shuffled", "random"), others)}
+        layers.append({"denominator": denominator_variation(kernels[path], x), "contexts": contexts, "support": support})
     return {"tokens": len(tokens), **_means(layers), "layers": [{"path": p, **entry} for p, entry in zip(paths, layers)]}
 
 

@@ -27,7 +27,7 @@ from .architectures import (
     ffn_weights,
     parse_layers,
 )
-from .calibration import calibrate, ffn_inputs, own_text
+from .calibration import calibrate, ffn_inputs, fit_sample, fitted_and_held, own_text
 from .configuration import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
 from .errors import InputError
 from .initialization import gate_bias, prototypes
@@ -36,10 +36,6 @@ from .readout import KernelFFN
 
 CALIBRATION_TOKENS = 16_384
 """Tokens that a conversion reads, of the user's text or of the model's own making."""
-
-
-FIT_TOKENS = 2048
-"""Tokens, evenly spaced among those, on which the rows of single units are fitted."""
 
 
 @dataclass
@@ -72,6 +68,10 @@ def convert(
 ) -> tuple[PreTrainedModel, ConversionReport]:
     """A student: ``teacher`` with kernel-readout FFNs. The teacher stays as it is.
 
+    Layers are converted in order, each calibrated to do at what the student feeds it what the teacher's FFN does there. Where
+    torch.distributed is initialised, every process calls this with the same arguments: each reads its share of the tokens, and
+    all get the same student.
+
     Args:
         config: settings for every layer, or one per layer number (then those layers are converted).
         layers: which layers, as numbers or ``"0-5,7"``; None for all.
@@ -92,7 +92,8 @@ def convert(
     paths = ffn_paths(teacher, architecture)
     per_layer = _settings(config, layers, len(paths))
     base = teacher.base_model
-    weights = {i: ffn_weights(base.get_submodule(paths[i]), architecture, teacher.config, paths[i]) for i in per_layer}
+    stock = {paths[i]: base.get_submodule(paths[i]) for i in per_layer}
+    weights = {i: ffn_weights(stock[paths[i]], architecture, teacher.config, paths[i]) for i in per_layer}
     resolved = {i: with_defaults(settings, weights[i].gate is not None) for i, settings in per_layer.items()}
     for name, parameter in teacher.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -100,19 +101,19 @@ def convert(
 
     was_training = teacher.training
     teacher.eval()
+    ffns: dict[str, KernelFFN] = {}
     try:
         ids = calibration_ids if calibration_ids is not None else own_text(teacher, calibration_tokens, seed)
         ids = ids[: max(1, calibration_tokens // ids.shape[1])]
-        inputs = ffn_inputs(teacher, [paths[i] for i in resolved], ids)
         report = ConversionReport(architecture.model_type, "own tokens" if calibration_ids is None else "text", ids.numel())
-        ffns = {}
         for i in _with_progress(resolved, "converting", progress):
-            ffn, figures = _convert_ffn(
-                base.get_submodule(paths[i]), weights[i], resolved[i], inputs.pop(paths[i]), _dropout(architecture, teacher)
-            )
+            ffn, figures = _convert_ffn(teacher, paths[i], weights[i], resolved[i], ids, _dropout(architecture, teacher))
             ffns[paths[i]] = ffn.to(next(teacher.parameters()).dtype)
             report.layers[paths[i]] = figures
+            base.set_submodule(paths[i], ffns[paths[i]])  # later layers are calibrated on what the student feeds them
     finally:
+        for path in ffns:
+            base.set_submodule(path, stock[path])
         teacher.train(was_training)
     return _assemble(teacher, architecture, ffns, copy), report
 
@@ -135,10 +136,10 @@ def _dropout(architecture: Architecture, teacher: PreTrainedModel) -> float:
     return float(getattr(teacher.config, architecture.dropout)) if architecture.dropout else 0.0
 
 
-def _convert_ffn(teacher_ffn, weights, settings, inputs, dropout) -> tuple[KernelFFN, dict]:
-    """One calibrated kernel readout, in float32, and its figures."""
+def _convert_ffn(model, path, weights, settings, ids, dropout) -> tuple[KernelFFN, dict]:
+    """One calibrated kernel readout, in float32, for the stock FFN at ``path``, and its figures."""
+    sample = fit_sample(model, path, ids)
     weights32 = weights._replace(**{k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)})
-    sample = inputs[:: max(1, len(inputs) // FIT_TOKENS)].float()
     start = prototypes(weights32, settings, sample)
     reference = dict(start.parameters)
     reference["scale"] = start.scale if settings.intensity == "mass" else 1.0
@@ -147,7 +148,7 @@ def _convert_ffn(teacher_ffn, weights, settings, inputs, dropout) -> tuple[Kerne
     if settings.simplex == "threshold":
         reference["threshold"] = 1.0  # found below
     layer = LayerConfig(settings, start.rows.shape[1], len(start.rows), reference, dropout)
-    ffn = KernelFFN(layer).to(inputs.device).eval().requires_grad_(False)
+    ffn = KernelFFN(layer).to(sample.device).eval().requires_grad_(False)
     ffn.input_prototypes.weight.copy_(start.rows)
     if ffn.kernel.uses_bias:
         ffn.input_prototypes.bias.copy_(start.bias)
@@ -167,7 +168,8 @@ def _convert_ffn(teacher_ffn, weights, settings, inputs, dropout) -> tuple[Kerne
         ffn.fit_threshold(sample)
         ffn.reference["threshold"] = ffn.threshold().item()
         ffn.threshold_log_ratio.zero_()
-    figures = calibrate(ffn, teacher_ffn, inputs, settings.temperature)
+    fitted, held = (ffn_inputs(model, path, rows) for rows in fitted_and_held(ids))
+    figures = calibrate(ffn, model.base_model.get_submodule(path), sample, fitted, held, settings.temperature)
     ffn.config = LayerConfig(settings, layer.hidden_size, layer.prototypes, dict(ffn.reference), dropout)
     parameters = sum(p.numel() for p in ffn.parameters())
     return ffn, {"prototypes": layer.prototypes, "parameters": parameters, "reference": dict(ffn.reference), **figures}
