@@ -35,7 +35,7 @@ def _question(line: str, where: str) -> dict:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"found no JSON in {where} ({error.msg} at column {error.colno}): repair it") from error
+        raise InputError(f"found no JSON in {where} ({error.msg}), expected a question: repair it") from error
     if not isinstance(row, dict) or not {"context", "choices", "answer"} <= row.keys():
         raise InputError(f"found no question in {where}, expected an object with context, choices and answer: repair it")
     context, choices, answer = row["context"], row["choices"], row["answer"]

@@ -28,8 +28,9 @@ LAYER = {
     "orthogonal_coherence",
     "opposed_share",
     "write_mass_ratio",
+    "dead_prototypes",
 }
-READABLE = LAYER - {"fvu", "fvu_student_inputs"}
+READABLE = LAYER - {"fvu", "fvu_student_inputs", "dead_prototypes"}
 SETTINGS = {
     "polarised": KernelFFNConfig(),
     "convex": KernelFFNConfig(kernel="imq", simplex="entmax-1.5", intensity="none", temperature=0.05),
