@@ -143,7 +143,8 @@ class KernelFFN(nn.Module):
     def fit_threshold(self, hidden_states: Tensor, rate: float = 1.0) -> None:
         """Move the threshold of κ by the share ``rate`` of the way (of its logarithm) to where ``top_k`` prototypes pass on
         average over the tokens of ``hidden_states`` (..., hidden_size)."""
-        kernel = self.kernel.value(*self.scores(hidden_states), **self.kernel_parameters()).flatten(0, -2)
+        kernel = self.kernel.value(*self.scores(hidden_states), **self.kernel_parameters())
+        kernel = self._loudness(kernel, hidden_states).flatten(0, -2)
         passing = max(1, min((self.top_k or 0) * len(kernel), kernel.numel()))
         # The one after the last that passes: a kernel that is zero there sets no limit.
         value = kernel.flatten().kthvalue(kernel.numel() - passing + 1).values.clamp_min(torch.finfo(kernel.dtype).tiny)
@@ -158,17 +159,27 @@ class KernelFFN(nn.Module):
         """κ over the support."""
         kernel = self.kernel.value(*self.scores(hidden_states), **self.kernel_parameters())
         if self.config.settings.simplex == "top-k":
-            return kernel * top_k_mask(kernel.detach(), self.top_k)
+            return kernel * top_k_mask(self._loudness(kernel, hidden_states), self.top_k)
         if self.config.settings.simplex == "threshold":
-            return kernel * (kernel.detach() >= self.threshold())
+            return kernel * (self._loudness(kernel, hidden_states) >= self.threshold())
         return kernel
+
+    def _loudness(self, kernel, hidden_states):
+        """What decides which prototypes a sparse map keeps: κ, or |κ u·x| with gated values."""
+        if self.config.settings.values == "fixed":
+            return kernel.detach()
+        return (kernel * _at_least_float32(self.value_proj(hidden_states)).abs()).detach()
 
     def _choice(self, hidden_states):
         """Shares π and the intensity g (..., 1), or None where g is one by definition."""
         settings = self.config.settings
         log_kernel = self.kernel.log(*self.scores(hidden_states), **self.kernel_parameters())
-        if settings.simplex == "threshold":
-            log_kernel = log_kernel.masked_fill(log_kernel.detach() < self.threshold().log(), -torch.inf)
+        if settings.sparse:
+            # In logarithms: a light-tailed kernel is 0 in float32 far from every prototype, and still has a nearest one.
+            loudness = log_kernel + self._loudness(torch.ones_like(log_kernel), hidden_states).log()
+            least = self.threshold().log()
+            kept = loudness >= least if settings.simplex == "threshold" else top_k_mask(loudness, self.top_k)
+            log_kernel = log_kernel.masked_fill(~kept, -torch.inf)
         pi = shares(settings.simplex, log_kernel, self.positive("temperature"), self.top_k)
         if settings.intensity == "none":
             return pi, None

@@ -66,9 +66,15 @@ def layer(ffn, x):
     rows, b = _weights(ffn.input_prototypes)
     parameters = {name: learned[name] for name in ffn.kernel.parameters}
     kappa = [KERNELS[settings.kernel](x, w, b_i, **parameters) for w, b_i in zip(rows, b)]
-    if settings.simplex == "threshold":
-        least = ffn.reference["threshold"] * math.exp(ffn.threshold_log_ratio.item())
-        kappa = [k if k >= least else 0.0 for k in kappa]
+    if settings.simplex in ("top-k", "threshold"):  # those that are loudest, whatever the sign of a gated value
+        loudness = np.array(kappa)
+        if settings.values == "gated":
+            weight, bias = _weights(ffn.value_proj)
+            loudness = loudness * abs(weight @ x + bias)
+        least = sorted(loudness)[-settings.top_k]
+        if settings.simplex == "threshold":
+            least = ffn.reference["threshold"] * math.exp(ffn.threshold_log_ratio.item())
+        kappa = [k if size >= least else 0.0 for k, size in zip(kappa, loudness)]
     pi = shares(settings.simplex, kappa, learned.get("temperature", 1.0), settings.top_k)
     g = 1.0
     if settings.intensity == "mass":

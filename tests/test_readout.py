@@ -324,3 +324,12 @@ def test_frozen_norms_would_be_stale():
     with torch.no_grad():
         ffn.input_prototypes.weight.mul_(3)
     np.testing.assert_allclose(ffn(x).detach(), [reference.layer(ffn, row)[1] for row in x.numpy()], rtol=1e-9)
+
+
+def test_top_k_keeps_the_nearest_where_the_kernel_underflows():
+    ffn = make_layer(torch.float32, kernel="gaussian", simplex="top-k", intensity="none")
+    x = 200 * inputs().float()  # κ = e^−20000 and less
+    with torch.no_grad():
+        _, distance2 = ffn.scores(x)
+        kept = ffn.readout(x).shares.argmax(-1)
+    assert torch.equal(kept, distance2.argmin(-1))
