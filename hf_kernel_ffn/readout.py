@@ -177,8 +177,10 @@ class KernelFFN(nn.Module):
         if settings.sparse:
             # In logarithms: a light-tailed kernel is 0 in float32 far from every prototype, and still has a nearest one.
             loudness = log_kernel + self._loudness(torch.ones_like(log_kernel), hidden_states).log()
-            least = self.threshold().log()
-            kept = loudness >= least if settings.simplex == "threshold" else top_k_mask(loudness, self.top_k)
+            if settings.simplex == "threshold":
+                kept = loudness >= self.threshold().log()
+            else:
+                kept = top_k_mask(loudness, self.top_k)
             log_kernel = log_kernel.masked_fill(~kept, -torch.inf)
         pi = shares(settings.simplex, log_kernel, self.positive("temperature"), self.top_k)
         if settings.intensity == "none":
