@@ -150,7 +150,9 @@ def _with_controls(teacher: Any, make: Callable[[str, FFNWeights], nn.Module]) -
     architecture = architecture_of(teacher)
     paths = ffn_paths(teacher, architecture)
     # Any conversion will do: it gives a model that has the rest of the teacher, and knows which of its modules are FFNs.
-    student, _ = convert(teacher, calibration_ids=torch.arange(256)[:, None] % teacher.config.vocab_size, calibration_tokens=256)
+    student, _ = convert(
+        teacher, calibration_ids=torch.arange(256)[:, None] % teacher.config.vocab_size, calibration_tokens=256
+    )
     for path in paths:
         weights = ffn_weights(teacher.base_model.get_submodule(path), architecture, teacher.config, path)
         student.base_model.set_submodule(path, make(path, weights).to(weights.up.device))
