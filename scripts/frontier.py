@@ -262,15 +262,15 @@ def markdown(found: list[dict]) -> str:
     """The table; ``read`` is how many rows of the dictionary a token reads."""
     first = found[0]
     lines = [
-        "| | parameters | tokens | ΔCE | KL | top-1 | cloze | read | of | dead | coherence | 1/√n_eff | opposed | mass |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-        f"| *the teacher, untouched* | | | 0 | 0 | 100% | {_share(first['teacher_cloze'])} "
+        "| # | | parameters | tokens | ΔCE | KL | top-1 | cloze | read | of | dead | coherence | 1/√n_eff | opposed | mass |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| | *the teacher, untouched* | | | 0 | 0 | 100% | {_share(first['teacher_cloze'])} "
         f"| {first['teacher_active_prototypes']:.0f} | | | {first['teacher_coherence']:.3f} "
         f"| {first['teacher_orthogonal_coherence']:.3f} | {first['teacher_opposed_share']:.3f} | 1 |",
     ]
-    for row in found:
+    for number, row in enumerate(found, 1):
         lines.append(
-            f"| {row['row']} | {row['parameters_per_layer'] / 1000:.0f}k | {row['tokens'] / 1e6:.1f}M "
+            f"| {number} | {row['row']} | {row['parameters_per_layer'] / 1000:.0f}k | {row['tokens'] / 1e6:.1f}M "
             f"| {row['delta_cross_entropy']:.4f} | {row['kl']:.4f} | {row['top1_agreement']:.1%} "
             f"| {_share(row.get('cloze'))} | {row['active_prototypes']:.1f} | {row['prototypes']} "
             f"| {row['dead_prototypes']:.0f} | {row['coherence']:.3f} | {row['orthogonal_coherence']:.3f} "
@@ -287,33 +287,31 @@ MARKS = {"kernel": "o", "recipe": "*", "teacher": "s", "transcoder": "^"}
 
 
 def plot(found: list[dict], file: Path) -> None:
-    """ΔCE against active prototypes per token, both logarithmic, coloured by coherence."""
+    """ΔCE against active prototypes per token, coloured by coherence, and against coherence; points by their number in the table."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(14, 7), layout="constrained", sharey=True)
     scale = plt.Normalize(0, max(row["coherence"] for row in found))
-    for kind, mark in MARKS.items():
-        here = [row for row in found if row["kind"] == kind]
-        points = axes.scatter(
-            [row["active_prototypes"] for row in here], [max(row["delta_cross_entropy"], 1e-4) for row in here],
-            c=[row["coherence"] for row in here], norm=scale, cmap="viridis", marker=mark, s=160 if mark == "*" else 70,
-            edgecolors="black", linewidths=0.6, label=kind,
-        )  # fmt: skip
-        for row in here:
-            place = (row["active_prototypes"], max(row["delta_cross_entropy"], 1e-4))
-            axes.annotate(row["row"], place, xytext=(5, 3), textcoords="offset points", fontsize=6)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="active prototypes per token",
-        ylabel="ΔCE (nats per token; 1e-4 or less at the bottom)",
-    )
-    axes.legend()
+    for axes, across in zip(panels, ("active_prototypes", "coherence")):
+        for kind, mark in MARKS.items():
+            here = [row for row in found if row["kind"] == kind]
+            points = axes.scatter(
+                [row[across] for row in here], [max(row["delta_cross_entropy"], 1e-4) for row in here],
+                c=[row["coherence"] for row in here], norm=scale, cmap="viridis", marker=mark, s=160 if mark == "*" else 70,
+                edgecolors="black", linewidths=0.6, label=kind,
+            )  # fmt: skip
+        for number, row in enumerate(found, 1):
+            place = (row[across], max(row["delta_cross_entropy"], 1e-4))
+            axes.annotate(str(number), place, xytext=(5, 3), textcoords="offset points", fontsize=8)
+    panels[0].set(xscale="log", yscale="log", xlabel="active prototypes per token")
+    panels[0].set_ylabel("ΔCE (nats per token; 1e-4 or less at the bottom)")
+    panels[1].set_xlabel("coherence")
+    panels[0].legend()
     figure.colorbar(points, label="coherence")
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=90)
 
 
 if __name__ == "__main__":
