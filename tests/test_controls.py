@@ -106,8 +106,9 @@ def test_a_teacher_as_student_has_ffns_of_its_own(teacher, ids):
 @torch.no_grad()
 def test_thresholds_are_fitted_on_the_text(teacher, ids):
     student = teacher_as_student(teacher, ids, "threshold", TOP_K)
-    for path, x in ffn_inputs(teacher, list(student.kernel_ffns()), ids).items():
-        active = (student.base_model.get_submodule(path).coefficients(x) != 0).sum(-1).float().mean()
+    for path, ffn in student.kernel_ffns().items():
+        x = torch.cat(list(ffn_inputs(teacher, path, ids)))
+        active = (ffn.coefficients(x) != 0).sum(-1).float().mean()
         assert active.item() == pytest.approx(TOP_K, abs=2 / len(x))
 
 
@@ -134,7 +135,7 @@ def transcoder(llama):
         x = inputs(40)
         with torch.no_grad():
             torch.manual_seed(0)
-            found = Transcoder(x, stock_layer(llama)[0](x), 60, TOP_K, skip)
+            found = Transcoder(stock_layer(llama)[0](x), 60, TOP_K, skip)
             found.coder.W_dec.normal_()
             if skip:
                 found.coder.W_skip.normal_()

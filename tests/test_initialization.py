@@ -24,7 +24,7 @@ def layer(request, ids):
         architecture = architecture_of(teacher)
         path = ffn_paths(teacher, architecture)[1]
         weights = ffn_weights(teacher.base_model.get_submodule(path), architecture, teacher.config, path)
-        return weights, ffn_inputs(teacher, [path], ids)[path]
+        return weights, torch.cat(list(ffn_inputs(teacher, path, ids)))
 
     return get
 

@@ -29,13 +29,14 @@ KINDS = [
     {"values": "gated"},
     {"kernel": "gaussian", "intensity": "none"},
     {"kernel": "exponential", "intensity": "gate"},
+    {"kernel": "exponential-yat", "intensity": "none"},
 ]
 kind = pytest.mark.parametrize("settings", KINDS, ids=lambda s: "-".join(map(str, s.values())) or "default")
 
 
 def make_layer(top_k=TOP_K, **settings):
     """A layer of 40 prototypes with random weights, half of which fire at a time if the kernel is half-yat."""
-    reference = {"epsilon": 0.7, "bandwidth": 2.0, "scale": 1.3, "temperature": 0.8, "threshold": 0.02}
+    reference = {"epsilon": 0.7, "bandwidth": 2.0, "rate": 0.5, "scale": 1.3, "temperature": 0.8, "threshold": 0.02}
     torch.manual_seed(0)
     ffn = KernelFFN(LayerConfig(KernelFFNConfig(simplex="threshold", top_k=top_k, **settings), 8, 40, reference))
     with torch.no_grad():
@@ -49,14 +50,21 @@ def inputs(count=50, seed=1):
 
 
 @torch.no_grad()
-def kernel_of(ffn, x):
-    return ffn.kernel.value(*ffn.scores(x), **ffn.kernel_parameters())
+def loudness(ffn, x):
+    """(tokens, prototypes) what decides: κ, or |κ u·x| with gated values."""
+    kernel = ffn.kernel.value(*ffn.scores(x), **ffn.kernel_parameters())
+    return kernel if ffn.config.settings.values == "fixed" else kernel * ffn.value_proj(x).abs()
 
 
 @torch.no_grad()
 def active(ffn, x):
     """(tokens,) how many prototypes take part."""
     return (ffn.coefficients(x) != 0).sum(-1)
+
+
+def layers_and_inputs(student, reader, ids):
+    """Path, FFN and its inputs (tokens, hidden_size) when ``reader`` reads ``ids``, for each layer of ``student``."""
+    return [(path, ffn, torch.cat(list(ffn_inputs(reader, path, ids)))) for path, ffn in student.kernel_ffns().items()]
 
 
 # thresholds
@@ -77,14 +85,13 @@ def test_below_the_threshold_coefficients_are_zero(settings):
     ffn, x = make_layer(**settings), inputs()
     ffn.fit_threshold(x)
     ffn.threshold_log_ratio.sub_(1e-4)  # between two values of the kernel, not at one
-    kernel = kernel_of(ffn, x)
-    passes = kernel >= ffn.threshold()
+    passes = loudness(ffn, x) >= ffn.threshold()
     record = ffn.readout(x)
     assert torch.equal(record.coefficients != 0, passes) and torch.equal(record.shares > 0, passes)
     torch.testing.assert_close(ffn.coefficients(x), record.coefficients)
     torch.testing.assert_close(record.output(), ffn(x))
     if not settings:  # nothing else has changed
-        torch.testing.assert_close(record.coefficients, kernel * passes * ffn.positive("scale"))
+        torch.testing.assert_close(record.coefficients, loudness(ffn, x) * passes * ffn.positive("scale"))
 
 
 def test_the_rate_is_the_share_of_the_way():
@@ -135,15 +142,14 @@ def test_a_silent_layer_can_be_fitted_and_wakes_again():
 def test_what_does_not_fire_cannot_pass():
     ffn, x = make_layer(top_k=39), inputs()
     ffn.fit_threshold(x)
-    fires, passes = kernel_of(ffn, x) > 0, ffn.coefficients(x) != 0
+    fires, passes = loudness(ffn, x) > 0, ffn.coefficients(x) != 0
     assert not (passes & ~fires).any() and (fires & ~passes).sum() <= 1  # to the rounding
     assert fires.float().mean() < 0.7
 
 
 def test_conversion_fits_the_threshold_on_its_text(teacher, ids):
     student, _ = convert(teacher, KernelFFNConfig(**SPARSE), calibration_ids=ids, calibration_tokens=256)
-    for path, x in ffn_inputs(teacher, list(student.kernel_ffns()), ids).items():
-        ffn = student.base_model.get_submodule(path)
+    for _, ffn, x in layers_and_inputs(student, student, ids):
         assert active(ffn, x).float().mean().item() == pytest.approx(TOP_K, abs=0.05)
         assert ffn.threshold_log_ratio == 0  # in the config, exactly, and not in a weight that may be rounded
         assert ffn.threshold().item() == pytest.approx(ffn.config.reference["threshold"], rel=1e-6)
@@ -151,8 +157,8 @@ def test_conversion_fits_the_threshold_on_its_text(teacher, ids):
 
 def test_a_threshold_is_saved_and_loaded(llama, ids, tmp_path):
     student, _ = convert(llama, KernelFFNConfig(**SPARSE), calibration_ids=ids, calibration_tokens=256)
-    for path, x in ffn_inputs(llama, list(student.kernel_ffns()), ids).items():
-        student.base_model.get_submodule(path).fit_threshold(2 * x)
+    for _, ffn, x in layers_and_inputs(student, llama, ids):
+        ffn.fit_threshold(2 * x)
     student.save_pretrained(tmp_path)
     own = type(student).from_pretrained(tmp_path)
     for one, other in zip(student.kernel_ffns().values(), own.kernel_ffns().values()):
@@ -167,8 +173,7 @@ def test_a_threshold_is_saved_and_loaded(llama, ids, tmp_path):
 def test_half_precision_keeps_as_many(make_teacher, ids):
     teacher = make_teacher("llama").bfloat16()
     student, _ = convert(teacher, KernelFFNConfig(**SPARSE), calibration_ids=ids, calibration_tokens=256)
-    for path, x in ffn_inputs(teacher, list(student.kernel_ffns()), ids).items():
-        ffn = student.base_model.get_submodule(path)
+    for _, ffn, x in layers_and_inputs(student, student, ids):
         assert x.dtype == torch.bfloat16 and ffn.threshold().dtype == torch.float32
         assert active(ffn, x).float().mean().item() == pytest.approx(TOP_K, rel=0.05)
         ffn.fit_threshold(1.5 * x)
@@ -183,7 +188,14 @@ def stage(**changes):
     return Stage(**{**LAYER_WISE, **changes})
 
 
-@pytest.mark.parametrize("wrong", [{"start_top_k": 0}, {"anneal": 0}, {"anneal": 1.5}, {"write_mass": -0.1}], ids=str)
+def watching(ffn, **changes):
+    fired = {"a": torch.zeros(ffn.config.prototypes, dtype=torch.int64)}
+    return Watch({"a": ffn}, stage(**changes), fired)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"start_top_k": 0}, {"anneal": 0}, {"anneal": 1.5}, {"write_mass": -0.1}, {"revive_after": 0}], ids=str
+)
 def test_settings_of_a_stage_that_make_no_sense(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         stage(**wrong)
@@ -191,21 +203,21 @@ def test_settings_of_a_stage_that_make_no_sense(wrong):
 
 def test_top_k_falls_by_equal_ratios():
     ffn = make_layer(top_k=4)
-    with Watch({"a": ffn}, stage(start_top_k=64, anneal=0.5)) as watch:
+    with watching(ffn, start_top_k=64, anneal=0.5) as watch:
         seen = []
         for step in range(20):
             watch.before(step, 20)
             seen.append(ffn.top_k)
     assert seen == [round(4 * 16 ** (1 - step / 10)) for step in range(10)] + [4] * 10
     assert seen[0] == 64 and seen[5] == 16
-    with Watch({"a": ffn}, stage(start_top_k=3)) as watch:  # fewer than there shall be
+    with watching(ffn, start_top_k=3) as watch:  # fewer than there shall be
         watch.before(0, 20)
         assert ffn.top_k == 4
 
 
 def test_an_exception_leaves_the_layers_as_they_were():
     ffn = make_layer()
-    with pytest.raises(KeyError), Watch({"a": ffn}, stage(start_top_k=30, write_mass=1.0)) as watch:
+    with pytest.raises(KeyError), watching(ffn, start_top_k=30, write_mass=1.0) as watch:
         watch.before(0, 20)
         assert ffn.top_k == 30 and ffn._forward_pre_hooks and ffn.output_prototypes._forward_hooks
         raise KeyError
@@ -217,16 +229,16 @@ def test_thresholds_follow_what_was_seen():
     ffn, x, y, given = make_layer(), inputs(60), 2 * inputs(60, seed=2), []
     expected = copy.deepcopy(ffn)
     expected.fit_threshold(x)
-    with Watch({"a": ffn}, stage()) as watch:
+    with watching(ffn) as watch:
         ffn(x.view(3, 20, 8))
-        watch.after(0, given.append)  # the first step's tokens decide alone
+        watch.after(0, 20_000, 60, given.append)  # the first step's tokens decide alone
         assert torch.equal(ffn.threshold_log_ratio, expected.threshold_log_ratio)
         ffn(y)
-        watch.after(1, given.append)  # a mean of two
+        watch.after(1, 20_000, 60, given.append)  # a mean of two
         expected.fit_threshold(y, 0.5)
         torch.testing.assert_close(ffn.threshold_log_ratio, expected.threshold_log_ratio)
         ffn(x)
-        watch.after(10_000, given.append)  # slowly
+        watch.after(10_000, 20_000, 60, given.append)  # slowly
         moved = abs((ffn.threshold_log_ratio - expected.threshold_log_ratio).item())
         expected.fit_threshold(x)
         assert 0 < moved < 0.2 * abs((ffn.threshold_log_ratio - expected.threshold_log_ratio).item())
@@ -237,7 +249,7 @@ def test_thresholds_follow_what_was_seen():
 def test_the_price_is_the_mass_written_over_the_length_of_its_sum(settings):
     ffn, x = make_layer(**settings), inputs()
     ffn.fit_threshold(x)
-    with Watch({"a": ffn}, stage(write_mass=0.3)) as watch:
+    with watching(ffn, write_mass=0.3) as watch:
         y = ffn(x.view(5, 10, 8))
         price = watch.price("a")
     price.backward()
@@ -255,9 +267,35 @@ def test_the_price_is_the_mass_written_over_the_length_of_its_sum(settings):
 
 def test_nothing_is_charged_where_nothing_is_asked():
     ffn = make_layer()
-    with Watch({"a": ffn}, stage()) as watch:
+    with watching(ffn) as watch:
         ffn(inputs())
         assert watch.price("a") == 0 and not ffn.output_prototypes._forward_hooks
+
+
+def test_the_dead_get_half_of_the_busiest():
+    ffn, x = make_layer(), inputs()
+    ffn.fit_threshold(x)
+    with torch.no_grad():
+        ffn.input_prototypes.bias[:3] = -1e3
+        ffn.units.copy_(torch.arange(1, 41))
+    before = copy.deepcopy(ffn)
+    with watching(ffn, revive_after=50) as watch:
+        y = ffn(x)
+        assert torch.equal(watch.fired["a"], (before.coefficients(x) != 0).sum(0))
+        busiest = watch.fired["a"].topk(3).values
+        dead = (watch.fired["a"] == 0).nonzero()[:, 0]
+        watch.after(0, 10, 50, lambda tensor: None)
+        assert not watch.fired["a"].any()  # counted anew
+    ffn.threshold_log_ratio.copy_(before.threshold_log_ratio)
+    counts = (ffn.coefficients(x) != 0).sum(0)
+    assert {0, 1, 2} <= set(dead.tolist()) and (counts[dead] > 0).all()
+    copied = ffn.units[dead] - 1
+    assert (before.coefficients(x) != 0).sum(0)[copied].min() > 0 and (counts[:3] > 0.5 * busiest[-1]).all()
+    torch.testing.assert_close(ffn.output_prototypes.weight[:, dead], before.output_prototypes.weight[:, copied] / 2)
+    torch.testing.assert_close(ffn.output_prototypes.weight[:, copied], ffn.output_prototypes.weight[:, dead])
+    assert (ffn(x) - y).norm() < 0.1 * (y - y.mean(0)).norm()
+    with watching(ffn, revive_after=50) as watch:  # not so late that it would hardly be trained
+        watch.after(8, 10, 50, lambda tensor: pytest.fail("revived") if tensor is not ffn.threshold_log_ratio else None)
 
 
 # whole trainings
@@ -293,16 +331,14 @@ def trained(pair, tokenizer, text_file):
             longer |= {"start_top_k": 24, "anneal": 0.3, "write_mass": write_mass}
             train(recipe(longer), tokenizer, teacher, made[write_mass])
         ids = token_ids(tokenizer, [str(text_file)], 64, 2048)
-        return made[write_mass], ffn_inputs(teacher, list(made[write_mass].kernel_ffns()), ids)
+        return layers_and_inputs(made[write_mass], teacher, ids)
 
     return get
 
 
 def test_after_training_top_k_prototypes_are_active(trained, pair):
-    student, found = trained(0.0)
     before = pair[1]().state_dict()
-    for path, x in found.items():
-        ffn = student.base_model.get_submodule(path)
+    for path, ffn, x in trained(0.0):
         assert active(ffn, x).float().mean().item() == pytest.approx(TOP_K, rel=0.15)
         stale = copy.deepcopy(ffn)
         stale.threshold_log_ratio.copy_(before[f"model.{path}.threshold_log_ratio"])
@@ -311,15 +347,13 @@ def test_after_training_top_k_prototypes_are_active(trained, pair):
 
 @torch.no_grad()
 def test_a_price_lowers_write_mass(trained):
-    def relative_mass(student, path, x):
-        ffn = student.base_model.get_submodule(path)
+    def relative_mass(ffn, x):
         y = ffn(x)
         mass = ffn.coefficients(x).abs() @ ffn.output_prototypes.weight.norm(dim=0)
         return (mass.mean() / (y - y.mean(0)).norm(dim=-1).mean()).item()
 
-    (free, found), (charged, _) = trained(0.0), trained(0.3)
-    for path, x in found.items():
-        assert relative_mass(charged, path, x) < 0.9 * relative_mass(free, path, x)
+    for (_, free, x), (_, charged, _) in zip(trained(0.0), trained(0.3)):
+        assert relative_mass(charged, x) < 0.9 * relative_mass(free, x)
 
 
 @pytest.fixture
@@ -382,7 +416,7 @@ def recipe(teacher_folder, text_file):
             "kernel_ffn": SPARSE,
             "data": {"train": str(text_file), "sequence_length": 32, "shuffle_buffer": 16},
             "stages": [
-                {**LAYER_WISE, "start_top_k": 24, "write_mass": 0.02},
+                {**LAYER_WISE, "start_top_k": 24, "write_mass": 0.02, "revive_after": 192},
                 {**LOGITS, "start_top_k": 12, "write_mass": 0.01},
             ],
             "output_dir": str(out),
@@ -431,8 +465,8 @@ def test_dead_prototypes_fire_on_no_token(llama, ids):
     ffns = student.kernel_ffns()
     ffns["layers.1.mlp"].input_prototypes.bias[:5] = -1e3
     layers = {layer["path"]: layer for layer in evaluate_student(student, teacher, ids, batch_tokens=64)["layers"]}
-    for path, x in ffn_inputs(teacher, list(ffns), ids).items():
-        never = ~(ffns[path].coefficients(x) != 0).any(0)
+    for path, ffn, x in layers_and_inputs(student, teacher, ids):
+        never = ~(ffn.coefficients(x) != 0).any(0)
         assert layers[path]["dead_prototypes"] == never.sum()
         weights = ffn_weights(teacher.base_model.get_submodule(path), architecture_of(teacher), teacher.config, path)
         assert layers[path]["teacher"]["dead_prototypes"] == (~(weights.coefficients(x) != 0).any(0)).sum()
