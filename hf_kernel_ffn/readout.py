@@ -6,6 +6,7 @@
 u_i·x. This file travels inside converted checkpoints: it imports nothing but torch.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -143,17 +144,21 @@ class KernelFFN(nn.Module):
     def fit_threshold(self, hidden_states: Tensor, rate: float = 1.0) -> None:
         """Move the threshold of κ by the share ``rate`` of the way (of its logarithm) to where ``top_k`` prototypes pass on
         average over the tokens of ``hidden_states`` (..., hidden_size)."""
-        kernel = self.kernel.value(*self.scores(hidden_states), **self.kernel_parameters())
-        kernel = self._loudness(kernel, hidden_states).flatten(0, -2)
-        passing = max(1, min((self.top_k or 0) * len(kernel), kernel.numel()))
-        # The one after the last that passes: a kernel that is zero there sets no limit.
-        value = kernel.flatten().kthvalue(kernel.numel() - passing + 1).values.clamp_min(torch.finfo(kernel.dtype).tiny)
-        ratio = self.threshold_log_ratio
-        ratio.add_(rate * ((value / self.reference["threshold"]).log().to(ratio.dtype) - ratio))
+        log_kernel = self.kernel.log(*self.scores(hidden_states), **self.kernel_parameters())
+        loudness = self._log_loudness(log_kernel, hidden_states).flatten(0, -2)
+        firing = int((loudness > -torch.inf).sum())
+        passing = min((self.top_k or 0) * len(loudness), firing)  # those that do not fire set no limit
+        if passing:
+            last = loudness.flatten().kthvalue(loudness.numel() - passing + 1).values - math.log(self.reference["threshold"])
+            self.threshold_log_ratio.add_(rate * (last.to(self.threshold_log_ratio.dtype) - self.threshold_log_ratio))
+
+    def log_threshold(self) -> Tensor:
+        """The log κ from which on a prototype takes part, shape (1,), at least float32."""
+        return math.log(self.reference["threshold"]) + _at_least_float32(self.threshold_log_ratio)
 
     def threshold(self) -> Tensor:
-        """The value of κ from which on a prototype takes part, shape (1,), at least float32."""
-        return self.reference["threshold"] * _at_least_float32(self.threshold_log_ratio).exp()
+        """The κ from which on a prototype takes part, shape (1,), at least float32."""
+        return self.log_threshold().exp()
 
     def _kernel(self, hidden_states):
         """κ over the support."""
@@ -170,15 +175,18 @@ class KernelFFN(nn.Module):
             return kernel.detach()
         return (kernel * _at_least_float32(self.value_proj(hidden_states)).abs()).detach()
 
+    def _log_loudness(self, log_kernel, hidden_states):
+        """Its logarithm: a light-tailed kernel is 0 in float32 far from every prototype, and still has a nearest one."""
+        return log_kernel.detach() + self._loudness(torch.ones_like(log_kernel), hidden_states).log()
+
     def _choice(self, hidden_states):
         """Shares π and the intensity g (..., 1), or None where g is one by definition."""
         settings = self.config.settings
         log_kernel = self.kernel.log(*self.scores(hidden_states), **self.kernel_parameters())
         if settings.sparse:
-            # In logarithms: a light-tailed kernel is 0 in float32 far from every prototype, and still has a nearest one.
-            loudness = log_kernel + self._loudness(torch.ones_like(log_kernel), hidden_states).log()
+            loudness = self._log_loudness(log_kernel, hidden_states)
             if settings.simplex == "threshold":
-                kept = loudness >= self.threshold().log()
+                kept = loudness >= self.log_threshold()
             else:
                 kept = top_k_mask(loudness, self.top_k)
             log_kernel = log_kernel.masked_fill(~kept, -torch.inf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy as copying
 import importlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -166,7 +167,7 @@ def _convert_ffn(model, path, weights, settings, ids, dropout) -> tuple[KernelFF
         ffn.gate.bias.fill_(gate_bias())
     if settings.simplex == "threshold":
         ffn.fit_threshold(sample)
-        ffn.reference["threshold"] = ffn.threshold().item()
+        ffn.reference["threshold"] = math.exp(ffn.log_threshold().item())
         ffn.threshold_log_ratio.zero_()
     fitted, held = (ffn_inputs(model, path, rows) for rows in fitted_and_held(ids))
     figures = calibrate(ffn, model.base_model.get_submodule(path), sample, fitted, held, settings.temperature)

@@ -197,7 +197,7 @@ def run(
     cloze: Annotated[str, typer.Option(help="multiple-choice questions; '' for none")] = "recipes/text/cloze.jsonl",
     only: Annotated[str, typer.Option(help="rows whose name contains this")] = "",
     part: Annotated[
-        str, typer.Option(help="such as 1/2: the first half of the rows, for a second process to run the other")
+        str, typer.Option(help="such as 1/2: every second row from the first on; 2/2, for a second process, is the others")
     ] = "1/1",
     seed: int = 0,
     device: str = "cpu",

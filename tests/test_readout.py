@@ -333,3 +333,15 @@ def test_top_k_keeps_the_nearest_where_the_kernel_underflows():
         _, distance2 = ffn.scores(x)
         kept = ffn.readout(x).shares.argmax(-1)
     assert torch.equal(kept, distance2.argmin(-1))
+
+
+@pytest.mark.parametrize("kernel, scale", [("gaussian", 200.0), ("exponential", 200.0)])
+def test_thresholds_are_fitted_where_the_kernel_under_or_overflows(kernel, scale):
+    ffn = make_layer(torch.float32, kernel=kernel, simplex="threshold", intensity="none")
+    x = scale * inputs(40).float()
+    with torch.no_grad():
+        ffn.fit_threshold(x)
+        assert torch.isfinite(ffn.log_threshold()).all()
+        kept = (ffn.readout(x).shares > 0).sum().item()
+    assert 1 <= kept <= TOP_K * len(x)
+    assert (ffn.kernel.log(*ffn.scores(x), **ffn.kernel_parameters()) >= ffn.log_threshold()).sum() == TOP_K * len(x)

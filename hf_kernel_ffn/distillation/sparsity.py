@@ -106,7 +106,8 @@ class Watch:
 @torch.no_grad()
 def revive(ffn: KernelFFN, fired: Tensor) -> int:
     """Give each prototype of ``ffn`` that has not fired (``fired`` (prototypes,), counts) half of one that fires most: its row, moved
-    a little, and half of its output prototype, which keeps the other half. The layer's function hardly changes.
+    a little, and half of its output prototype, which keeps the other half: a threshold lets both pass, so that the layer's function
+    hardly changes; with top-k the copies take the places of others.
 
     Returns:
         how many were dead.
