@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 del sys.path[0]  # this folder, whose evaluate.py would hide the evaluate package
 
@@ -45,14 +45,16 @@ def rows(units: int, gated: bool, family: str) -> dict[str, Row]:
 
     relu, relu2 = f"{CONTROLS}:relu", f"{CONTROLS}:relu2"
     mass, more_mass = {"layer-wise": {"write_mass": MASS}, "logits": {"write_mass": MASS / 2}}, {"*": {"write_mass": 3 * MASS}}
+    annealed = {"layer-wise": {"start_top_k": units // 2}}
     table = {
         f"{single}half-yat": Row("kernel"),
         f"{single}half-yat, {2 * pieces} per unit": Row("kernel", {"expansion": 2.0 * pieces}),
         f"{single}yat": Row("kernel", {"kernel": "yat"}),
         f"{single}ReLU²": Row("kernel", {"kernel": relu2}),
         f"half-yat, top-k {k}": Row("kernel", some(k, "top-k")),
+        f"half-yat, top-k {k}, annealed": Row("kernel", some(k, "top-k"), annealed),
         f"half-yat, threshold {k}": Row("kernel", some(k)),
-        f"half-yat, threshold {k}, no annealing": Row("kernel", some(k), {"layer-wise": {"start_top_k": None}}),
+        f"half-yat, threshold {k}, annealed": Row("kernel", some(k), annealed),
         f"half-yat, threshold {k}, write mass": Row("kernel", some(k), mass),
         f"half-yat, threshold {k}, write mass x3": Row("kernel", some(k), more_mass),
         f"half-yat, threshold {few}, write mass": Row("kernel", some(few), mass),
@@ -90,7 +92,7 @@ DENSE = {"layer-wise": {"learning_rate": 0.004}, "logits": {"learning_rate": 0.0
 """Learning rates of the stages: of dense rows, which start close to the teacher, and of sparse ones, which do not."""
 
 
-def make_recipe(teacher: str, row: Row, train: str, tokens: int, units: int, seed: int):
+def make_recipe(teacher: str, row: Row, train: str, tokens: int, seed: int):
     """Half of the budget layer-wise by Muon, half on the logits by AdamW; the same for every row that has no file."""
     from hf_kernel_ffn.distillation import Recipe, load_recipe
 
@@ -101,8 +103,6 @@ def make_recipe(teacher: str, row: Row, train: str, tokens: int, units: int, see
     for name, share, optimizer in (("layer-wise", 0.5, "muon"), ("logits", 0.5, "adamw")):
         stage = {"name": name, "tokens": round(share * tokens), "optimizer": optimizer, "batch_size": 4}
         stage.update((SPARSE if sparse else DENSE)[name])
-        if sparse and name == "layer-wise":
-            stage["start_top_k"] = units // 2
         stages.append({**stage, **row.stages.get(name, {}), **row.stages.get("*", {})})
     if stages[1].get("kl") == 0.0:  # there is nothing to regress on
         stages = [{**stages[1], "tokens": tokens}]
@@ -130,23 +130,21 @@ def make_student(row: Row, recipe, teacher, tokenizer):
     )[0]  # fmt: skip
 
 
-def measure(
-    name: str, row: Row, teacher_path: str, train_text: str, test, questions, tokens: int, seed: int, device: str
-) -> dict:
+def measure(name: str, row: Row, teacher, tokenizer, recipe, test, questions, students: Path | None) -> dict:
     """Build, train and evaluate one row; everything that its report says."""
-
     from hf_kernel_ffn.distillation.training import train
     from hf_kernel_ffn.evaluation import evaluate_student
-    from hf_kernel_ffn.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.probes import multiple_choice
 
-    teacher, tokenizer = load_teacher(teacher_path, device=device), load_tokenizer(teacher_path)
-    recipe = make_recipe(teacher_path, row, train_text, tokens, intermediate_size(teacher), seed)
     student = make_student(row, recipe, teacher, tokenizer)
     if row.trained:
         train(recipe, tokenizer, teacher, student, progress=True)
+    if students is not None and row.kind in ("kernel", "recipe"):
+        for part in (student, tokenizer):
+            part.save_pretrained(students / file_stem(name))
     ffns = list(student.kernel_ffns().values())
-    report: dict[str, Any] = {"row": name, **asdict(row), "seed": seed, "teacher": teacher_path}
+    report: dict[str, Any] = {"row": name, **asdict(row), "seed": recipe.seed, "teacher": recipe.teacher}
+    report["regime"] = regime(row, ffns[0])
     report["stages"] = [stage.model_dump(exclude_defaults=True) for stage in recipe.stages] if row.trained else []
     report["tokens"] = sum(stage.tokens for stage in recipe.stages) if row.trained else 0
     report["parameters_per_layer"] = sum(p.numel() for ffn in ffns for p in ffn.parameters()) // len(ffns)
@@ -157,33 +155,31 @@ def measure(
     return report
 
 
+def regime(row: Row, ffn) -> str:
+    """What may be said about the row's coefficients."""
+    if row.kind == "teacher":
+        return "linear"
+    if row.kind == "transcoder":
+        return "conic + linear" if row.settings["skip"] else "conic"
+    return ffn.config.settings.regime
+
+
+def file_stem(name: str) -> str:
+    """Of the row's report."""
+    return name.replace(" ", "_").replace(",", "")
+
+
 def summary(report: dict) -> dict:
     """The figures of an evaluation, those of layers averaged."""
+    from hf_kernel_ffn.evaluation import Readability
+
     kept = {k: report[k] for k in ("delta_cross_entropy", "kl", "top1_agreement", "loss_recovered")}
     kept["test_tokens"] = report["tokens"]
-    names = (
-        "fvu",
-        "active_prototypes",
-        "effective_prototypes",
-        "coherence",
-        "orthogonal_coherence",
-        "opposed_share",
-        "write_mass_ratio",
-    )
-    for name in names:
+    for name in ("fvu", "write_mass_ratio", *(name for name in Readability.FIGURES if name != "write_mass")):
         for prefix, layers in (("", report["layers"]), ("teacher_", [layer["teacher"] for layer in report["layers"]])):
             kept[prefix + name] = sum(layer[name] for layer in layers) / len(layers)
     kept["dead_prototypes"] = sum(layer["dead_prototypes"] for layer in report["layers"]) / len(report["layers"])
     return {**kept, "teacher_cross_entropy": report["teacher"]["cross_entropy"]}
-
-
-def intermediate_size(teacher) -> int:
-    """Hidden units per FFN."""
-    from hf_kernel_ffn.architectures import architecture_of, ffn_paths, ffn_weights
-
-    architecture = architecture_of(teacher)
-    path = ffn_paths(teacher, architecture)[0]
-    return len(ffn_weights(teacher.base_model.get_submodule(path), architecture, teacher.config, path).up)
 
 
 @app.command()
@@ -195,10 +191,11 @@ def run(
     test: Annotated[str, typer.Option(help="text to evaluate on")] = "recipes/text/books-test.txt",
     test_tokens: Annotated[int, typer.Option(help="tokens of it")] = 16_384,
     cloze: Annotated[str, typer.Option(help="multiple-choice questions; '' for none")] = "recipes/text/cloze.jsonl",
-    only: Annotated[str, typer.Option(help="rows whose name contains this")] = "",
+    only: Annotated[str, typer.Option(help="the row of this name, or all whose name contains it")] = "",
     part: Annotated[
         str, typer.Option(help="such as 1/2: every second row from the first on; 2/2, for a second process, is the others")
     ] = "1/1",
+    students: Annotated[Optional[Path], typer.Option(help="folder in which trained kernel readouts are saved too")] = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> None:
@@ -208,23 +205,25 @@ def run(
     from hf_kernel_ffn.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.probes import load_questions, multiple_choice
 
-    model = load_teacher(teacher)
+    model, tokenizer = load_teacher(teacher, device=device), load_tokenizer(teacher)
     architecture = architecture_of(model)
     path = ffn_paths(model, architecture)[0]
     weights = ffn_weights(model.base_model.get_submodule(path), architecture, model.config, path)
-    ids = token_ids(load_tokenizer(teacher), [test], 256, test_tokens)
+    ids = token_ids(tokenizer, [test], 256, test_tokens)
     questions = load_questions(cloze)[:QUESTIONS] if cloze else []
-    teacher_cloze = multiple_choice(model, load_tokenizer(teacher), questions)["accuracy"] if questions else None
+    teacher_cloze = multiple_choice(model, tokenizer, questions)["accuracy"] if questions else None
     out.mkdir(parents=True, exist_ok=True)
     wanted = rows(len(weights.up), weights.gate is not None, model.config.model_type)
     part_number, parts = map(int, part.split("/"))
-    wanted = {name: wanted[name] for name in [name for name in wanted if only in name][part_number - 1 :: parts]}
+    names = [only] if only in wanted else [name for name in wanted if only in name]
+    wanted = {name: wanted[name] for name in names[part_number - 1 :: parts]}
     for number, (name, row) in enumerate(wanted.items(), 1):
-        file = out / (name.replace(" ", "_").replace(",", "") + ".json")
+        file = out / f"{file_stem(name)}.json"
         if file.exists():
             continue
         typer.echo(f"row {number} of {len(wanted)}: {name}")
-        report = measure(name, row, teacher, train, ids, questions, tokens, seed, device)
+        recipe = make_recipe(teacher, row, train, tokens, seed)
+        report = measure(name, row, model, tokenizer, recipe, ids, questions, students)
         report["teacher_cloze"] = teacher_cloze
         file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         typer.echo(
@@ -233,10 +232,19 @@ def run(
 
 
 COLUMNS = (
-    "row", "tokens", "parameters_per_layer", "prototypes", "active_prototypes", "dead_prototypes", "delta_cross_entropy", "kl",
-    "top1_agreement", "loss_recovered", "cloze", "fvu", "coherence", "orthogonal_coherence", "effective_prototypes",
-    "opposed_share", "write_mass_ratio", "seed",
+    "row", "regime", "tokens", "parameters_per_layer", "prototypes", "active_prototypes", "dead_prototypes",
+    "delta_cross_entropy", "kl", "top1_agreement", "loss_recovered", "cloze", "fvu", "coherence", "orthogonal_coherence",
+    "effective_prototypes", "opposed_share", "write_mass_ratio", "seed",
 )  # fmt: skip
+GROUPS = ("operating points", "dense", "sparse", "controls")
+
+
+def group(row: dict) -> int:
+    """The number in GROUPS of a report."""
+    if row["kind"] == "kernel":
+        control = str(row["settings"].get("kernel", "")).startswith(CONTROLS)
+        return 3 if control else 2 if row["settings"].get("top_k") else 1
+    return 0 if row["kind"] == "recipe" else 3
 
 
 @app.command()
@@ -247,7 +255,7 @@ def show(out: Annotated[Path, typer.Argument(help="folder of reports that run ha
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
     if not found:
         sys.exit(f"error: found no reports in {out}, expected those of 'frontier.py run': run it first")
-    found.sort(key=lambda row: (row["kind"] != "recipe", row["active_prototypes"], row["delta_cross_entropy"]))
+    found.sort(key=lambda row: (group(row), row["kl"]))
     with (out / "table.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -259,20 +267,22 @@ def show(out: Annotated[Path, typer.Argument(help="folder of reports that run ha
 
 
 def markdown(found: list[dict]) -> str:
-    """The table; ``read`` is how many rows of the dictionary a token reads."""
+    """The table; ``read`` is how many rows of the dictionary a token reads, of how many."""
     first = found[0]
     lines = [
-        "| # | | parameters | tokens | ΔCE | KL | top-1 | cloze | read | of | dead | coherence | 1/√n_eff | opposed | mass |",
+        "| # | | regime | parameters | tokens | ΔCE | KL | top-1 | cloze | read | dead | coherence | 1/√n_eff | opposed | mass |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-        f"| | *the teacher, untouched* | | | 0 | 0 | 100% | {_share(first['teacher_cloze'])} "
-        f"| {first['teacher_active_prototypes']:.0f} | | | {first['teacher_coherence']:.3f} "
+        f"| | *the teacher, untouched* | linear | | | 0 | 0 | 100% | {_share(first['teacher_cloze'])} "
+        f"| {first['teacher_active_prototypes']:.0f} | | {first['teacher_coherence']:.3f} "
         f"| {first['teacher_orthogonal_coherence']:.3f} | {first['teacher_opposed_share']:.3f} | 1 |",
     ]
     for number, row in enumerate(found, 1):
+        if number == 1 or group(row) != group(found[number - 2]):
+            lines.append(f"| | *{GROUPS[group(row)]}* {'| ' * 13}|")
         lines.append(
-            f"| {number} | {row['row']} | {row['parameters_per_layer'] / 1000:.0f}k | {row['tokens'] / 1e6:.1f}M "
-            f"| {row['delta_cross_entropy']:.4f} | {row['kl']:.4f} | {row['top1_agreement']:.1%} "
-            f"| {_share(row.get('cloze'))} | {row['active_prototypes']:.1f} | {row['prototypes']} "
+            f"| {number} | {row['row']} | {row['regime']} | {row['parameters_per_layer'] / 1000:.0f}k "
+            f"| {row['tokens'] / 1e6:.1f}M | {row['delta_cross_entropy']:.4f} | {row['kl']:.4f} | {row['top1_agreement']:.1%} "
+            f"| {_share(row.get('cloze'))} | {row['active_prototypes']:.1f} of {row['prototypes']} "
             f"| {row['dead_prototypes']:.0f} | {row['coherence']:.3f} | {row['orthogonal_coherence']:.3f} "
             f"| {row['opposed_share']:.3f} | {row['write_mass_ratio']:.2f} |"
         )
