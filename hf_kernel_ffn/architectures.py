@@ -36,6 +36,16 @@ class Architecture:
     """In a gated FFN, the projection inside the activation."""
     dropout: str | None = None
     """Config attribute with the dropout on the FFN's output, if the FFN module applies one."""
+    ffn_norm: str = "post_attention_layernorm"
+    """In a block, the norm whose output is the FFN's input."""
+    attention: str = "self_attn"
+    """In a block, the attention module: it returns its output and the weights."""
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """In the attention module, the projections to queries, keys and values; one name if they are stacked in one, in this order."""
+    attention_out: str = "o_proj"
+    """In the attention module, the projection that mixes the heads."""
+    final_norm: str = "norm"
+    """Under the base model, the norm before the unembedding."""
     modeling: str = ""
     """Module with the converted model's classes, ``Kernel`` + the stock class's name."""
 
@@ -57,7 +67,8 @@ register_architecture(Architecture("mistral", **_GATED, modeling="hf_kernel_ffn.
 register_architecture(
     Architecture(
         "gpt2", layers="h", ffn="mlp", up="c_fc", down="c_proj", activation="activation_function",
-        dropout="resid_pdrop", modeling="hf_kernel_ffn.modeling_kernel_gpt2",
+        dropout="resid_pdrop", ffn_norm="ln_2", attention="attn", qkv=("c_attn",), attention_out="c_proj", final_norm="ln_f",
+        modeling="hf_kernel_ffn.modeling_kernel_gpt2",
     )
 )  # fmt: skip
 

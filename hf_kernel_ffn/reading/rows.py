@@ -1,0 +1,21 @@
+"""A table as a list of named tuples."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from ..errors import InputError
+
+Row = TypeVar("Row", bound=tuple)
+
+
+class Rows(list[Row]):
+    """Named tuples of one kind, in order."""
+
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame with a column per field. InputError if pandas is not installed."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise InputError("to_pandas needs pandas: pip install 'hf-kernel-ffn[read]'") from error
+        return pandas.DataFrame(self)
