@@ -61,7 +61,7 @@ def register_architecture(architecture: Architecture) -> Architecture:
     return architecture
 
 
-_GATED = dict(layers="layers", ffn="mlp", gate="gate_proj", up="up_proj", down="down_proj", activation="hidden_act")
+_GATED: Any = dict(layers="layers", ffn="mlp", gate="gate_proj", up="up_proj", down="down_proj", activation="hidden_act")
 register_architecture(Architecture("llama", **_GATED, modeling="hf_kernel_ffn.modeling_kernel_llama"))
 register_architecture(Architecture("mistral", **_GATED, modeling="hf_kernel_ffn.modeling_kernel_mistral"))
 register_architecture(
