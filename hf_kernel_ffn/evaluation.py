@@ -8,8 +8,6 @@ are in nats or shares per predicted token, readability figures are means over to
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import ARCHITECTURES, FFNWeights, ffn_weights, teacher_readout
+from .hooks import recorded, replaced
 from .readout import KernelFFN, Readout
 from .surgery import check_pair
 
@@ -132,9 +131,9 @@ def evaluate_student(
 
     fidelity: dict[str, list[Tensor]] = defaultdict(list)
     for batch in _progress(batches, "fidelity", progress):
-        with _recorded(stock) as seen:
+        with recorded(stock) as seen:
             teacher_logits = teacher(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        with _recorded(kernels) as seen_by_student:
+        with recorded(kernels) as seen_by_student:
             student_logits = student(input_ids=batch, use_cache=False).logits[:, :-1].float()
         for name, values in _predictions(teacher_logits, student_logits, batch[:, 1:]).items():
             fidelity[name].append(values.cpu())
@@ -150,9 +149,9 @@ def evaluate_student(
 
     figures: dict[tuple[str, str], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for batch in _progress(batches, "readability", progress):
-        with _recorded(stock) as seen:
+        with recorded(stock) as seen:
             teacher.base_model(input_ids=batch, use_cache=False)
-        with _replaced(stock, mean_output):
+        with replaced(stock, mean_output):
             logits = teacher(input_ids=batch, use_cache=False).logits[:, :-1].float()
         fidelity["ablated_nll"].append(_nll(logits, batch[:, 1:]).cpu())
         for path, ffn in kernels.items():
@@ -226,29 +225,6 @@ def _readable(own: dict[str, list[Tensor]], teacher: dict[str, list[Tensor]]) ->
 
 def _mean(values) -> float:
     return float(torch.as_tensor(values, dtype=torch.float64).mean())
-
-
-@contextmanager
-def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Input and output of each module at its next call, by its name."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    with _hooked(modules, lambda path: lambda module, args, output: seen.update({path: (args[0], output)})):
-        yield seen
-
-
-def _replaced(modules: dict[str, nn.Module], outputs: dict[str, Tensor]):
-    """Each module's output replaced by one constant (hidden_size,) for every token."""
-    return _hooked(modules, lambda path: lambda module, args, output: outputs[path].to(output.dtype).expand_as(output))
-
-
-@contextmanager
-def _hooked(modules: dict[str, nn.Module], make: Callable[[str], Callable]) -> Iterator[None]:
-    hooks = [module.register_forward_hook(make(path)) for path, module in modules.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _progress(items, label, show):
