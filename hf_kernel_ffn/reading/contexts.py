@@ -121,7 +121,8 @@ def _merged(a: Contexts, b: Contexts, top: int) -> Contexts:
     windows, activations = (
         torch.cat(pair, 1).gather(1, wide) for pair in ((a.windows, b.windows), (a.activations, b.activations))
     )
-    return Contexts(values, windows, activations, *(x + y for x, y in zip(a[3:], b[3:])))
+    sums = {name: getattr(a, name) + getattr(b, name) for name in Contexts._fields[3:]}
+    return Contexts(values, windows, activations, **sums)
 
 
 class Rule(NamedTuple):

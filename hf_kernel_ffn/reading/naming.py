@@ -108,7 +108,8 @@ def feeds(model: Any, layer: int, directions: Tensor, names: tuple, top: int = 3
     if places:
         best = torch.stack(gains, -1).topk(min(top, len(places)))
         for name, values, indices in zip(names, best.values.tolist(), best.indices.tolist()):
-            found += [Feeds(name, *places[i], value) for value, i in zip(values, indices)]
+            for value, (later, head, role) in zip(values, (places[i] for i in indices)):
+                found.append(Feeds(name, later, head, role, value))
     return found
 
 

@@ -1,0 +1,267 @@
+"""Change one prototype: scale, silence, rewrite or add it, for as long as a context is open or for good, and what that does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..calibration import ffn_inputs
+from ..errors import InputError
+from ..readout import KernelFFN
+from .attribution import final_norm, frozen_norm
+from .contexts import Contexts
+from .tracing import Trace, family_of, ffn_readout, unembedding
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of one row of an FFN's dictionary: ``v ← scale · v + write``. Any FFN, converted or stock."""
+
+    path: str
+    """The FFN, under the base model."""
+    prototype: int
+    """The row: a prototype, or a stock FFN's hidden unit."""
+    scale: float = 1.0
+    """0 silences."""
+    write: Tensor | None = None
+    """(hidden_size,), added after scaling: with ``scale`` 0 the row is replaced."""
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A new prototype of a converted FFN: *when this, write that*."""
+
+    path: str
+    when: Tensor
+    """(hidden_size,) input prototype w."""
+    bias: float
+    """b of the score x·w + b; nothing to a kernel without one."""
+    write: Tensor
+    """(hidden_size,) output prototype v."""
+
+
+@contextmanager
+def edited(model: Any, *changes: Edit | Addition) -> Iterator[Any]:
+    """``model`` with ``changes``, put back bit by bit when the context is left; to keep them, save inside of it
+    (``save_pretrained``) or use :func:`edit`.
+
+    Raises:
+        InputError: a path or prototype does not exist, an addition is for a stock FFN or one with gated values, or the
+            dictionary cannot be written to (quantised, adapted).
+    """
+    with ExitStack() as undo:
+        for change in changes:
+            undo.callback(edit(model, change))
+        yield model
+
+
+@torch.no_grad()
+def edit(model: Any, change: Edit | Addition) -> Any:
+    """Make one change of ``model`` for good; returns the function that undoes it. InputError as :func:`edited`."""
+    try:
+        ffn = model.base_model.get_submodule(change.path)
+    except AttributeError:
+        raise InputError(f"found no FFN {change.path!r} in the model, expected a path such as those of its records") from None
+    if isinstance(change, Addition):
+        return _add(model, ffn, change)
+    rows = _dictionary(model, ffn)
+    if not 0 <= change.prototype < len(rows):
+        raise InputError(f"found prototype {change.prototype}, expected a number from 0 to {len(rows) - 1}")
+    row = rows[change.prototype]
+    before = row.clone()
+    row.mul_(change.scale)
+    if change.write is not None:
+        row.add_(change.write.to(row))
+    return lambda: _put_back(row, before)
+
+
+@torch.no_grad()
+def _put_back(row: Tensor, before: Tensor) -> None:
+    row.copy_(before)
+
+
+def _dictionary(model: Any, ffn: nn.Module) -> Tensor:
+    """(prototypes, hidden_size): the rows as a view of the weight itself."""
+    name = "output_prototypes" if hasattr(ffn, "output_prototypes") else family_of(model).down
+    linear: Any = getattr(ffn, name)
+    if not isinstance(linear, (nn.Linear, Conv1D)) or not linear.weight.is_floating_point():
+        raise InputError(
+            f"found a {type(linear).__name__} as {name}, expected a plain Linear: merge adapters, load unquantised"
+        )
+    return linear.weight.detach() if isinstance(linear, Conv1D) else linear.weight.detach().T
+
+
+def _add(model: Any, ffn: Any, rule: Addition) -> Any:
+    """Put a layer that is one prototype wider in place of ``ffn``."""
+    settings = getattr(getattr(ffn, "config", None), "settings", None)
+    if type(ffn).__name__ != KernelFFN.__name__ or settings is None or settings.values == "gated":
+        raise InputError(
+            f"found {type(ffn).__name__} at {rule.path}, expected a kernel readout with fixed values: a stock FFN's width is fixed "
+            "for all layers; convert the model"
+        )
+    # The class of the layer that is there: a checkpoint loaded with its own code has its own.
+    wide = type(ffn)(replace(ffn.config, prototypes=ffn.config.prototypes + 1))
+    wide.to(ffn.output_prototypes.weight).train(ffn.training)
+    state = dict(ffn.state_dict())
+    new = {
+        "input_prototypes.weight": rule.when[None],
+        "input_prototypes.bias": torch.tensor([rule.bias]),
+        "output_prototypes.weight": rule.write[:, None],
+        "units": (state["units"].abs().max() + 1)[None],
+    }
+    for name, part in new.items():
+        if name in state:
+            state[name] = torch.cat([state[name], part.to(state[name])], 1 if name == "output_prototypes.weight" else 0)
+    wide.load_state_dict(state)
+    wide.top_k = ffn.top_k
+    for parameter, old in zip(wide.parameters(), ffn.parameters()):
+        parameter.requires_grad_(old.requires_grad)
+    entry = model.config.kernel_ffn["layers"][rule.path]
+    entry["prototypes"] += 1
+    model.base_model.set_submodule(rule.path, wide)
+
+    def undo() -> None:
+        entry["prototypes"] -= 1
+        model.base_model.set_submodule(rule.path, ffn)
+
+    return undo
+
+
+RARELY = 0.999
+"""Share of a text's tokens on which a new prototype's score is below zero."""
+
+
+@torch.no_grad()
+def addition(trace: Trace, path: str, write: Tensor, ids: Tensor, position: int = -1) -> Addition:
+    """A new prototype for the FFN at ``path`` that fires at ``position`` of ``trace``, rarely on the text ``ids`` (rows, length), and
+    there writes ``write`` (hidden_size,): with a score x·w + b, w points from the text's mean input to this one and b leaves 999 of
+    1000 of the text's tokens below zero; without, w is this input.
+
+    Raises:
+        InputError: the input is no further along its own direction than the text is, or the layer is no kernel readout.
+    """
+    ffn, x = trace.model.base_model.get_submodule(path), trace.ffn_inputs[path][trace.at(position)].float()
+    if not hasattr(ffn, "input_prototypes"):
+        raise InputError(f"found {type(ffn).__name__} at {path}, expected a kernel readout: convert the model")
+    row, bias = x, 0.0
+    if ffn.kernel.uses_bias:
+        inputs = torch.cat(list(ffn_inputs(trace.model, path, ids))).float()
+        row = nn.functional.normalize(x - inputs.mean(0), dim=0) * ffn.input_prototypes.weight.float().norm(dim=-1).median()
+        bias = -(inputs @ row).quantile(RARELY).item()
+        if row @ x + bias <= 0:
+            raise InputError(
+                f"found position {position} too ordinary at {path}: its input is no further out than {RARELY:.1%} of the text's; "
+                "choose another layer or position"
+            )
+    for _ in range(40):  # until it is loud enough to take part
+        added = Addition(path, row, bias, write)
+        with edited(trace.model, added):
+            c = ffn_readout(trace.model, path, x.to(trace.ffn_inputs[path])[None]).coefficients[0].float()
+        others = c[:-1][c[:-1] > 0]
+        if c[-1] > 0 and (not ffn.kernel.uses_bias or not len(others) or c[-1] >= others.mean()):
+            return replace(added, write=write / c[-1])
+        row, bias = row * 2**0.5, bias * 2**0.5
+    raise InputError(
+        f"found no length at which a prototype like position {position} takes part at {path}: choose another layer"
+    )
+
+
+class Effect(NamedTuple):
+    """What changes did to one next token, and to everything else."""
+
+    probability: tuple[float, float]
+    """Of the token at the end of the context, before and after."""
+    rank: tuple[int, int]
+    """Of the token, 1 for the most likely, before and after."""
+    collateral_kl: float
+    """KL(before ‖ after) in nats, mean per token of other text."""
+
+
+@torch.no_grad()
+def effect(model: Any, changes: list[Edit | Addition], context: Tensor, token: int, others: Tensor) -> Effect:
+    """Measure ``changes``, undone afterwards.
+
+    Args:
+        context: (T,) token ids; the next token is looked at.
+        token: whose probability is asked for.
+        others: (rows, length) token ids of text that should stay as it is.
+    """
+
+    def next_token() -> tuple[float, int]:
+        logits = model(input_ids=context[None], use_cache=False).logits[0, -1].float()
+        return logits.softmax(-1)[token].item(), 1 + int((logits > logits[token]).sum())
+
+    def predictions() -> Tensor:
+        return torch.cat([model(input_ids=some, use_cache=False).logits.float().log_softmax(-1) for some in others.split(8)])
+
+    before, plain = next_token(), predictions()
+    with edited(model, *changes):
+        after, now = next_token(), predictions()
+    kl = (plain.exp() * (plain - now)).sum(-1).mean().item()
+    return Effect((before[0], after[0]), (before[1], after[1]), kl)
+
+
+STEPS = 12
+"""Halvings in the search for the smallest edit."""
+LOUDEST = 256.0
+"""No edit writes more than so many times the residual stream's own norm."""
+
+
+@torch.no_grad()
+def raise_token(
+    trace: Trace, token: int, used: dict[str, Contexts], others: Tensor, probability: float = 0.5, candidates: int = 4
+) -> tuple[Edit, Effect] | None:
+    """The edit of one prototype (or hidden unit) that brings ``token`` to ``probability`` after the prompt of ``trace`` and disturbs
+    ``others`` (rows, length) least, among the ``candidates`` most selective ones; None if none gets there.
+
+    A row gets the token's unembedding direction (through the frozen final norm) added, as much as is needed. Selective are those
+    that fire here and rarely elsewhere: small Σc²/tokens over c² at the prompt's end, ``used`` being the contexts on ordinary text.
+    """
+    model = trace.model
+    direction, _ = frozen_norm(final_norm(model), trace.states[-1][-1].double(), unembedding(model)[token].double())
+    direction = nn.functional.normalize(direction, dim=0)
+    length = trace.states[-1][-1].norm().item()
+    found = []
+    for path, entry in used.items():
+        c = ffn_readout(model, path, trace.ffn_inputs[path][-1:]).coefficients[0].double()
+        noise = (entry.squares / entry.tokens) / c.square().where(c != 0, torch.nan)
+        found += [(score, path, i, c[i].item()) for i, score in enumerate(noise.tolist()) if score == score]
+    best: tuple[Edit, Effect] | None = None
+    for _, path, prototype, coefficient in sorted(found)[:candidates]:
+
+        def change(amount: float, path=path, prototype=prototype, coefficient=coefficient) -> Edit:
+            return Edit(path, prototype, write=(direction * amount / coefficient).float())
+
+        amount = _least(lambda amount: _probability(model, change(amount), trace.ids, token) >= probability, length)
+        if amount is None:
+            continue
+        result = effect(model, [change(amount)], trace.ids, token, others)
+        if best is None or result.collateral_kl < best[1].collateral_kl:
+            best = change(amount), result
+    return best
+
+
+def _probability(model: Any, change: Edit, context: Tensor, token: int) -> float:
+    with edited(model, change):
+        return model(input_ids=context[None], use_cache=False).logits[0, -1].float().softmax(-1)[token].item()
+
+
+def _least(enough, unit: float) -> float | None:
+    """The least amount, to one part in 2^STEPS of it, that is enough; None if LOUDEST · ``unit`` is not."""
+    high = unit / 8
+    while not enough(high):
+        high *= 2
+        if high > LOUDEST * unit:
+            return None
+    low = 0.0
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high if math.isfinite(high) else None
