@@ -98,6 +98,7 @@ def evaluate(
     """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of every layer."""
     from .data import token_ids
     from .errors import InputError
+    from .files import write_text
     from .loading import check_vocabularies, load_student, load_teacher, load_tokenizer
     from .surgery import check_pair, require_place
 
@@ -119,9 +120,54 @@ def evaluate(
     report = evaluate_student(converted, stock, ids, progress=True)
     report = {"student_path": student, "teacher_path": teacher, "text": text, "sequence_length": sequence_length, **report}
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+        write_text(json_file, json.dumps(report, indent=1) + "\n")
     _print_report(report)
+
+
+@app.command()
+def read(
+    model: Annotated[str, typer.Argument(help="local folder or hub id, converted or stock")],
+    prompt: Annotated[str, typer.Option(help="text to read the model at")],
+    position: Annotated[int, typer.Option(help="token of the prompt to read at, negative from the end")] = -1,
+    layers: Annotated[Optional[str], typer.Option(help="such as 0-5,7  [default: all]")] = None,
+    top: Annotated[int, typer.Option(min=1, help="contributions to print per layer, and of the logit")] = 10,
+    text: Annotated[Optional[str], typer.Option(help="ordinary text: support is then given as percentiles of it")] = None,
+    teacher: Annotated[Optional[str], typer.Option(help="stock model to set beside it in the report")] = None,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write all of it")] = None,
+    html: Annotated[Optional[Path], typer.Option(help="where to write the report, one page that opens from disk")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")
+    ] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Read MODEL at one token: what every FFN chose and how loudly, what it wrote, and who wrote the next token's logit."""
+    from .architectures import parse_layers
+    from .data import token_ids
+    from .files import write_text
+    from .loading import load_model, load_teacher, load_tokenizer
+    from .reading import trace
+    from .reading.summary import summary
+    from .reading.support import Support
+    from .surgery import require_place
+
+    for file in (json_file, html):
+        if file is not None:
+            require_place(file)
+    _quieten()
+    loaded, tokenizer = load_model(model, dtype, device, trust_remote_code), load_tokenizer(model)
+    ids = None if text is None else token_ids(tokenizer, [text], 256, 16_384)
+    passed = trace(loaded, tokenizer, prompt, None if html is not None else [position])
+    chosen = None if layers is None else parse_layers(layers, len(passed.ffn_inputs))
+    found = summary(passed, tokenizer, position, chosen, top, None if ids is None else Support(loaded, ids))
+    if json_file is not None:
+        write_text(json_file, json.dumps({"model": model, "prompt": prompt, **found}, indent=1, ensure_ascii=False) + "\n")
+    if html is not None:
+        from .reading.report import report_data, write_report
+
+        beside = None if teacher is None else trace(load_teacher(teacher, dtype, device), tokenizer, prompt)
+        write_report(html, report_data(passed, beside))
+    _print_reading(found)
 
 
 @app.command()
@@ -165,6 +211,36 @@ def _print_report(report: dict) -> None:
         for who, figures in ((layer["path"], layer), ("  teacher", layer["teacher"])):
             rows.append([who, *(f"{figures[name]:.{1 if 'prototypes' in name else 4}f}" for name in columns)])
     _table(["layer", *columns.values()], rows)
+
+
+def _print_reading(found: dict) -> None:
+    typer.echo(
+        f"at token {found['position']} {found['token']!r}; next: " + ", ".join(f"{t!r} {p:.1%}" for t, p in found["next"])
+    )
+    head = ["layer", "regime", "intensity", "entropy", "active", "effective", "coherence", "negative mass", "support", ""]
+    rows = []
+    for layer in found["layers"]:
+        support = layer.get("support")
+        rows.append([
+            str(layer["layer"]), layer["regime"], f"{layer['intensity']:.2f}", f"{layer['entropy']:.2f}", str(layer["active"]),
+            f"{layer['effective']:.1f}", f"{layer['coherence']:.3f}", f"{layer['negative_mass_share']:.1%}",
+            "–" if support is None else f"{support['nearest']:.0f}%", layer["diagnosis"],
+        ])  # fmt: skip
+    _table(head, rows)
+    for layer in found["layers"]:
+        shares = layer["contributions"] and layer["contributions"][0]["share"] is not None
+        rows = [
+            [c["name"], f"{c['share']:.1%}" if shares else f"{c['coefficient']:+.3f}", f"{c['along']:+.3f}", c["writes"]]
+            for c in layer["contributions"]
+        ]
+        _table([f"layer {layer['layer']}", "share" if shares else "coefficient", "along the output", "writes"], rows)
+    logit = found["logit"]
+    rows = [
+        ["–" if p["layer"] is None else str(p["layer"]), p["kind"], p["name"], f"{p['amount']:+.3f}"] for p in logit["parts"]
+    ]
+    rows += [["", f"all {kind}", "", f"{amount:+.3f}"] for kind, amount in logit["kinds"].items()]
+    rows += [["", "remainder", "", f"{logit['remainder']:+.1e}"]]
+    _table(["layer", "from", "", f"logit of {logit['token']!r} over {logit['against']!r}: {logit['value']:.3f}"], rows)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> None:

@@ -70,6 +70,13 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
     return _placed(_loaded(getattr(module, head), name, dtype=torch_dtype(dtype)), device)
 
 
+def load_model(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:
+    """The model at ``name``, converted or stock."""
+    if read_config(name).get("kernel_ffn") is None:
+        return load_teacher(name, dtype, device)
+    return load_student(name, dtype, device, trust_remote_code)
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer at ``name``; no code of its author's runs."""
     return _loaded(AutoTokenizer, name, trust_remote_code=False)  # None would ask at the terminal about the model's code

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..architectures import ffn_paths
 from ..errors import InputError
+from ..files import replacing
 from ..hooks import recorded
 from .naming import nearest_tokens, written
 from .rows import Rows
@@ -169,7 +170,7 @@ def export_contexts(model: Any, tokenizer: Any, found: dict[str, Contexts], file
     share of tokens on which it fires, and its contexts as token strings with one activation each. Dead ones are left out;
     returns how many lines."""
     lines = 0
-    with Path(file).open("w", encoding="utf-8") as out:
+    with replacing(file) as beside, beside.open("w", encoding="utf-8") as out:
         for path, entry in found.items():
             size = model.get_input_embeddings().weight
             record = ffn_readout(model, path, size.new_zeros(1, size.shape[1]))

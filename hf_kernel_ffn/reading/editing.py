@@ -134,42 +134,50 @@ def _add(model: Any, ffn: Any, rule: Addition) -> Any:
     return undo
 
 
-RARELY = 0.999
-"""Share of a text's tokens on which a new prototype's score is below zero."""
+RARELY = (0.999, 0.99, 0.9)
+"""Shares of a text's tokens on which a new prototype's score is below zero: the first at which it takes part where it should."""
+LENGTHS = 12
+"""Lengths of its row that are tried, from the layer's median on, each √2 times the one before."""
 
 
 @torch.no_grad()
 def addition(trace: Trace, path: str, write: Tensor, ids: Tensor, position: int = -1) -> Addition:
     """A new prototype for the FFN at ``path`` that fires at ``position`` of ``trace``, rarely on the text ``ids`` (rows, length), and
     there writes ``write`` (hidden_size,): with a score x·w + b, w points from the text's mean input to this one and b leaves 999 of
-    1000 of the text's tokens below zero; without, w is this input.
+    1000 of the text's tokens below zero (99 of 100 or 9 of 10 where that is too few to take part); without, w is this input. Its
+    length is the first at which it is as loud as the others that fire, or the loudest.
 
     Raises:
-        InputError: the input is no further along its own direction than the text is, or the layer is no kernel readout.
+        InputError: the input is too ordinary along its own direction, or the layer is no kernel readout with fixed values.
     """
-    ffn, x = trace.model.base_model.get_submodule(path), trace.ffn_inputs[path][trace.at(position)].float()
+    model, x = trace.model, trace.ffn_inputs[path][trace.at(position)].float()
+    ffn = model.base_model.get_submodule(path)
     if not hasattr(ffn, "input_prototypes"):
         raise InputError(f"found {type(ffn).__name__} at {path}, expected a kernel readout: convert the model")
-    row, bias = x, 0.0
-    if ffn.kernel.uses_bias:
-        inputs = torch.cat(list(ffn_inputs(trace.model, path, ids))).float()
-        row = nn.functional.normalize(x - inputs.mean(0), dim=0) * ffn.input_prototypes.weight.float().norm(dim=-1).median()
-        bias = -(inputs @ row).quantile(RARELY).item()
-        if row @ x + bias <= 0:
-            raise InputError(
-                f"found position {position} too ordinary at {path}: its input is no further out than {RARELY:.1%} of the text's; "
-                "choose another layer or position"
-            )
-    for _ in range(40):  # until it is loud enough to take part
-        added = Addition(path, row, bias, write)
-        with edited(trace.model, added):
-            c = ffn_readout(trace.model, path, x.to(trace.ffn_inputs[path])[None]).coefficients[0].float()
-        others = c[:-1][c[:-1] > 0]
-        if c[-1] > 0 and (not ffn.kernel.uses_bias or not len(others) or c[-1] >= others.mean()):
-            return replace(added, write=write / c[-1])
-        row, bias = row * 2**0.5, bias * 2**0.5
+
+    def loudness(row: Tensor, bias: float) -> tuple[float, float]:
+        with edited(model, Addition(path, row, bias, write)):
+            c = ffn_readout(model, path, x.to(trace.ffn_inputs[path])[None]).coefficients[0].float()
+        fires = c[:-1][c[:-1] > 0]
+        return c[-1].item(), fires.mean().item() if len(fires) else 0.0
+
+    if not ffn.kernel.uses_bias:
+        return Addition(path, x, 0.0, write / loudness(x, 0.0)[0])
+    inputs = torch.cat(list(ffn_inputs(model, path, ids))).float()
+    row = nn.functional.normalize(x - inputs.mean(0), dim=0) * ffn.input_prototypes.weight.float().norm(dim=-1).median()
+    for share in RARELY:
+        bias, best = -(inputs @ row).quantile(share).item(), (0.0, 0.0)
+        for stretch in (2 ** (step / 2) for step in range(LENGTHS)):
+            own, others = loudness(row * stretch, bias * stretch)
+            best = max(best, (own, stretch))
+            if own >= others:
+                break
+        loudest, stretch = best
+        if loudest > 0 and row @ x + bias > 0:
+            return Addition(path, row * stretch, bias * stretch, write / loudest)
     raise InputError(
-        f"found no length at which a prototype like position {position} takes part at {path}: choose another layer"
+        f"found position {position} too ordinary at {path}: its input is hardly further out than {RARELY[-1]:.0%} of the text's; "
+        "choose another layer or position"
     )
 
 
@@ -185,27 +193,34 @@ class Effect(NamedTuple):
 
 
 @torch.no_grad()
-def effect(model: Any, changes: list[Edit | Addition], context: Tensor, token: int, others: Tensor) -> Effect:
+def effect(
+    model: Any, changes: list[Edit | Addition], context: Tensor, token: int, others: Tensor, plain: Tensor | None = None
+) -> Effect:
     """Measure ``changes``, undone afterwards.
 
     Args:
         context: (T,) token ids; the next token is looked at.
         token: whose probability is asked for.
         others: (rows, length) token ids of text that should stay as it is.
+        plain: :func:`predictions` on ``others`` before the changes, if they are at hand.
     """
 
     def next_token() -> tuple[float, int]:
         logits = model(input_ids=context[None], use_cache=False).logits[0, -1].float()
         return logits.softmax(-1)[token].item(), 1 + int((logits > logits[token]).sum())
 
-    def predictions() -> Tensor:
-        return torch.cat([model(input_ids=some, use_cache=False).logits.float().log_softmax(-1) for some in others.split(8)])
-
-    before, plain = next_token(), predictions()
+    before, plain = next_token(), predictions(model, others) if plain is None else plain
     with edited(model, *changes):
-        after, now = next_token(), predictions()
+        after, now = next_token(), predictions(model, others)
     kl = (plain.exp() * (plain - now)).sum(-1).mean().item()
     return Effect((before[0], after[0]), (before[1], after[1]), kl)
+
+
+@torch.no_grad()
+def predictions(model: Any, ids: Tensor) -> Tensor:
+    """(rows, length, vocabulary) float32 log-probabilities at ``ids`` (rows, length)."""
+    parts = [model(input_ids=some, use_cache=False).logits.float().log_softmax(-1) for some in ids.split(8)]
+    return torch.cat(parts)
 
 
 STEPS = 12
@@ -234,6 +249,7 @@ def raise_token(
         noise = (entry.squares / entry.tokens) / c.square().where(c != 0, torch.nan)
         found += [(score, path, i, c[i].item()) for i, score in enumerate(noise.tolist()) if score == score]
     best: tuple[Edit, Effect] | None = None
+    plain = predictions(model, others)
     for _, path, prototype, coefficient in sorted(found)[:candidates]:
 
         def change(amount: float, path=path, prototype=prototype, coefficient=coefficient) -> Edit:
@@ -242,7 +258,7 @@ def raise_token(
         amount = _least(lambda amount: _probability(model, change(amount), trace.ids, token) >= probability, length)
         if amount is None:
             continue
-        result = effect(model, [change(amount)], trace.ids, token, others)
+        result = effect(model, [change(amount)], trace.ids, token, others, plain)
         if best is None or result.collateral_kl < best[1].collateral_kl:
             best = change(amount), result
     return best

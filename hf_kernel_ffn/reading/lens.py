@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import replacing
 from ..hooks import recorded
 from .attribution import final_norm
 from .tracing import family_of
@@ -44,7 +44,8 @@ class TunedLens:
     def save(self, file: Path | str) -> None:
         """As safetensors."""
         tensors = {"maps": self.maps.contiguous(), "biases": self.biases.contiguous()}
-        save_file(tensors, file, metadata={"kernel_ffn": json.dumps({"kind": "tuned lens"})})
+        with replacing(file) as beside:
+            save_file(tensors, beside)
 
     @classmethod
     def load(cls, file: Path | str) -> TunedLens:
