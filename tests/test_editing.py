@@ -10,7 +10,8 @@ from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.loading import load_student
 from hf_kernel_ffn.reading import trace
 from hf_kernel_ffn.reading.contexts import contexts
-from hf_kernel_ffn.reading.editing import Addition, Edit, addition, edited, effect, raise_token
+from hf_kernel_ffn.reading.editing import Addition, Edit, edited, effect
+from hf_kernel_ffn.reading.steering import addition, raise_token, raise_token_by_addition
 from hf_kernel_ffn.reading.support import Support, scrambled, separations, support_scores, text_scores
 from hf_kernel_ffn.reading.tracing import unembedding
 
@@ -130,6 +131,14 @@ def test_a_token_is_raised_by_one_prototype(model, ids):
     assert result.probability[0] < 0.1 and 0.3 <= result.probability[1] < 0.4 and result.rank[1] == 1
     assert effect(model, [change], ids[0], token, ids[1:3]) == result
     assert result.collateral_kl == min(raise_token(found, token, used, ids[1:3], 0.3, n)[1].collateral_kl for n in (1, 2, 4))
+
+
+def test_a_token_is_raised_by_a_new_prototype(pair, ids):
+    _, student = pair
+    found = trace(student, Letters(), ids[0])
+    token = unembedding(student).norm(dim=-1).argmax().item()
+    change, result = raise_token_by_addition(found, token, ids[4:], ids[1:3], 0.3)
+    assert 0.3 <= result.probability[1] < 0.4 and effect(student, [change], ids[0], token, ids[1:3]) == result
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

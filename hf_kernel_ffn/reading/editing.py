@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -12,12 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration import ffn_inputs
 from ..errors import InputError
 from ..readout import KernelFFN
-from .attribution import final_norm, frozen_norm
-from .contexts import Contexts
-from .tracing import Trace, family_of, ffn_readout, unembedding
+from .tracing import family_of
 
 
 @dataclass(frozen=True)
@@ -134,53 +130,6 @@ def _add(model: Any, ffn: Any, rule: Addition) -> Any:
     return undo
 
 
-RARELY = (0.999, 0.99, 0.9)
-"""Shares of a text's tokens on which a new prototype's score is below zero: the first at which it takes part where it should."""
-LENGTHS = 12
-"""Lengths of its row that are tried, from the layer's median on, each √2 times the one before."""
-
-
-@torch.no_grad()
-def addition(trace: Trace, path: str, write: Tensor, ids: Tensor, position: int = -1) -> Addition:
-    """A new prototype for the FFN at ``path`` that fires at ``position`` of ``trace``, rarely on the text ``ids`` (rows, length), and
-    there writes ``write`` (hidden_size,): with a score x·w + b, w points from the text's mean input to this one and b leaves 999 of
-    1000 of the text's tokens below zero (99 of 100 or 9 of 10 where that is too few to take part); without, w is this input. Its
-    length is the first at which it is as loud as the others that fire, or the loudest.
-
-    Raises:
-        InputError: the input is too ordinary along its own direction, or the layer is no kernel readout with fixed values.
-    """
-    model, x = trace.model, trace.ffn_inputs[path][trace.at(position)].float()
-    ffn = model.base_model.get_submodule(path)
-    if not hasattr(ffn, "input_prototypes"):
-        raise InputError(f"found {type(ffn).__name__} at {path}, expected a kernel readout: convert the model")
-
-    def loudness(row: Tensor, bias: float) -> tuple[float, float]:
-        with edited(model, Addition(path, row, bias, write)):
-            c = ffn_readout(model, path, x.to(trace.ffn_inputs[path])[None]).coefficients[0].float()
-        fires = c[:-1][c[:-1] > 0]
-        return c[-1].item(), fires.mean().item() if len(fires) else 0.0
-
-    if not ffn.kernel.uses_bias:
-        return Addition(path, x, 0.0, write / loudness(x, 0.0)[0])
-    inputs = torch.cat(list(ffn_inputs(model, path, ids))).float()
-    row = nn.functional.normalize(x - inputs.mean(0), dim=0) * ffn.input_prototypes.weight.float().norm(dim=-1).median()
-    for share in RARELY:
-        bias, best = -(inputs @ row).quantile(share).item(), (0.0, 0.0)
-        for stretch in (2 ** (step / 2) for step in range(LENGTHS)):
-            own, others = loudness(row * stretch, bias * stretch)
-            best = max(best, (own, stretch))
-            if own >= others:
-                break
-        loudest, stretch = best
-        if loudest > 0 and row @ x + bias > 0:
-            return Addition(path, row * stretch, bias * stretch, write / loudest)
-    raise InputError(
-        f"found position {position} too ordinary at {path}: its input is hardly further out than {RARELY[-1]:.0%} of the text's; "
-        "choose another layer or position"
-    )
-
-
 class Effect(NamedTuple):
     """What changes did to one next token, and to everything else."""
 
@@ -221,63 +170,3 @@ def predictions(model: Any, ids: Tensor) -> Tensor:
     """(rows, length, vocabulary) float32 log-probabilities at ``ids`` (rows, length)."""
     parts = [model(input_ids=some, use_cache=False).logits.float().log_softmax(-1) for some in ids.split(8)]
     return torch.cat(parts)
-
-
-STEPS = 12
-"""Halvings in the search for the smallest edit."""
-LOUDEST = 256.0
-"""No edit writes more than so many times the residual stream's own norm."""
-
-
-@torch.no_grad()
-def raise_token(
-    trace: Trace, token: int, used: dict[str, Contexts], others: Tensor, probability: float = 0.5, candidates: int = 4
-) -> tuple[Edit, Effect] | None:
-    """The edit of one prototype (or hidden unit) that brings ``token`` to ``probability`` after the prompt of ``trace`` and disturbs
-    ``others`` (rows, length) least, among the ``candidates`` most selective ones; None if none gets there.
-
-    A row gets the token's unembedding direction (through the frozen final norm) added, as much as is needed. Selective are those
-    that fire here and rarely elsewhere: small Σc²/tokens over c² at the prompt's end, ``used`` being the contexts on ordinary text.
-    """
-    model = trace.model
-    direction, _ = frozen_norm(final_norm(model), trace.states[-1][-1].double(), unembedding(model)[token].double())
-    direction = nn.functional.normalize(direction, dim=0)
-    length = trace.states[-1][-1].norm().item()
-    found = []
-    for path, entry in used.items():
-        c = ffn_readout(model, path, trace.ffn_inputs[path][-1:]).coefficients[0].double()
-        noise = (entry.squares / entry.tokens) / c.square().where(c != 0, torch.nan)
-        found += [(score, path, i, c[i].item()) for i, score in enumerate(noise.tolist()) if score == score]
-    best: tuple[Edit, Effect] | None = None
-    plain = predictions(model, others)
-    for _, path, prototype, coefficient in sorted(found)[:candidates]:
-
-        def change(amount: float, path=path, prototype=prototype, coefficient=coefficient) -> Edit:
-            return Edit(path, prototype, write=(direction * amount / coefficient).float())
-
-        amount = _least(lambda amount: _probability(model, change(amount), trace.ids, token) >= probability, length)
-        if amount is None:
-            continue
-        result = effect(model, [change(amount)], trace.ids, token, others, plain)
-        if best is None or result.collateral_kl < best[1].collateral_kl:
-            best = change(amount), result
-    return best
-
-
-def _probability(model: Any, change: Edit, context: Tensor, token: int) -> float:
-    with edited(model, change):
-        return model(input_ids=context[None], use_cache=False).logits[0, -1].float().softmax(-1)[token].item()
-
-
-def _least(enough, unit: float) -> float | None:
-    """The least amount, to one part in 2^STEPS of it, that is enough; None if LOUDEST · ``unit`` is not."""
-    high = unit / 8
-    while not enough(high):
-        high *= 2
-        if high > LOUDEST * unit:
-            return None
-    low = 0.0
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high if math.isfinite(high) else None
