@@ -284,7 +284,7 @@ def _square(gram: Tensor, written: Tensor) -> float:
 
 def _written(ffn: KernelFFN) -> Tensor:
     """(P, d): output prototypes, the layer's scale inside."""
-    return effective(ffn.output_prototypes, ffn.input_prototypes(_like(ffn)))[0].T.double() * ffn.positive("scale").double()
+    return effective(ffn.output_prototypes, _like(ffn))[0].T.double() * ffn.positive("scale").double()
 
 
 def _require_positive_definite(kernel: Kernel, what: str) -> None:

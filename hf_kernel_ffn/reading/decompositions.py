@@ -1,0 +1,136 @@
+"""Other mixtures of the same output: what of a decomposition is forced, and what only the mechanism chose.
+
+With more prototypes than dimensions a point of their hull may be mixed in many ways. Carathéodory (1911): some mixture needs at most
+d + 1 of them. That none of this changes the output is why a share is a fact about the readout that made it (Bouhsine 2026, "The Readout
+is a Convex Combination of Prototypes"). But a mixture of few may be the only one, even over all prototypes: sparse nonnegative
+solutions are unique where the hull is neighbourly (Donoho & Tanner 2005, PNAS 102:9446). :func:`share_spread` tells.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..readout import Readout
+from .geometry import minimise, span
+from .regimes import shares
+from .rows import Rows
+
+EXACT = 1e-6
+"""Furthest that a decomposition's output may be from the record's, relative to Σπ‖v‖; those found are about 1e-14 from it."""
+FORCED = 1e-6
+"""A share whose largest and smallest possible values are this close is forced; shares this close are equal."""
+
+
+class _Mixtures(NamedTuple):
+    """All shares π with Σπ = 1 and the same Σπv: {π ≥ 0, equalities @ π[kept] = targets}."""
+
+    own: Tensor
+    """(P,) the record's."""
+    kept: Tensor
+    """(n,) rows of the dictionary that may take part."""
+    equalities: Tensor
+    """(rank + 1, n)."""
+    targets: Tensor
+    """(rank + 1,)."""
+
+
+@torch.no_grad()
+def caratheodory(readout: Readout, place: int = -1) -> Tensor:
+    """(P,) float64 coefficients with the same Σ c v and the same Σ c as those at ``place`` of (tokens, P), at most d + 1 of them not
+    zero, all among the record's own: a vertex of the mixtures of these. Intensity and output stay, only the choice is another.
+
+    Raises:
+        InputError: the record is signed, nothing fires there, or no such vertex was reached to 1e-6.
+    """
+    mixtures = _mixtures(readout, place, support=True)
+    return _vertex(readout, mixtures, -mixtures.own) * readout.coefficients[place].double().sum()
+
+
+@torch.no_grad()
+def alternatives(readout: Readout, place: int = -1, count: int = 5, seed: int = 0, support: bool = False) -> Tensor:
+    """(count or fewer, P) float64 shares that give the same Σπv as those at ``place`` of (tokens, P), all different: the record's own
+    in row 0, then vertices of the set of all such shares, in random directions. One row: the decomposition is the only one, or no
+    direction of the ``count`` − 1 found another.
+
+    Args:
+        support: only prototypes that fire may take part; for an attention head those are the tokens that the position sees.
+
+    Raises:
+        InputError: the record is signed, nothing fires there, or the solver missed the output.
+    """
+    mixtures = _mixtures(readout, place, support)
+    generator, found = torch.Generator().manual_seed(seed), [mixtures.own]
+    for _ in range(count - 1):
+        cost = torch.randn(len(mixtures.own), generator=generator, dtype=torch.float64).to(mixtures.own.device)
+        other = _vertex(readout, mixtures, cost)
+        if all((other - known).abs().max() > FORCED for known in found):
+            found.append(other)
+    return torch.stack(found)
+
+
+class Spread(NamedTuple):
+    """What one prototype's share could be without changing the output."""
+
+    name: str
+    prototype: int
+    """Row of the dictionary."""
+    share: float
+    """Its own."""
+    least: float
+    most: float
+    """Over all decompositions of the same output."""
+    forced: bool
+    """least and most are one number: the share can be read off the output."""
+
+
+@torch.no_grad()
+def share_spread(readout: Readout, place: int = -1, top: int = 10, support: bool = False) -> Rows[Spread]:
+    """How far the largest ``top`` shares at ``place`` of (tokens, P) are free, by two linear programmes each (seconds for a thousand
+    prototypes). Arguments and errors as for :func:`alternatives`."""
+    mixtures, found = _mixtures(readout, place, support), Rows[Spread]()
+    for i in mixtures.own.argsort(descending=True, stable=True)[:top].tolist():
+        own = mixtures.own[i].item()
+        if own == 0:
+            break
+        cost = torch.zeros_like(mixtures.own)
+        cost[i] = 1.0
+        ends = [_vertex(readout, mixtures, sign * cost)[i].item() for sign in (1, -1)]
+        least, most = min(own, *ends), max(own, *ends)
+        found.append(Spread(readout.names[i], i, own, least, most, most - least <= FORCED))
+    return found
+
+
+def _mixtures(readout: Readout, place: int, support: bool) -> _Mixtures:
+    own, v = shares(readout)[place], readout.dictionary.double()
+    if not (own > 0).any():
+        raise InputError(f"found nothing firing at place {place}, expected a mixture: choose another token")
+    kept = (own > 0).nonzero()[:, 0] if support else torch.arange(len(own), device=own.device)
+    # In coordinates of the rows' own span, at unit size: a head's rows span head_dim dimensions, and the solver's tolerance is absolute.
+    centred = v - own @ v
+    centred = centred / centred.square().mean().sqrt().clamp_min(1e-300)
+    coordinates = centred[kept] @ span(centred[kept]).T
+    ones = own.new_ones(1, len(kept))
+    return _Mixtures(own, kept, torch.cat([coordinates.T, ones]), torch.cat([coordinates.new_zeros(coordinates.shape[1]), ones[0, :1]]))
+
+
+def _vertex(readout: Readout, mixtures: _Mixtures, cost: Tensor) -> Tensor:
+    """(P,) the shares of the least ``cost`` (P,)."""
+    size = len(mixtures.kept)
+    x = minimise(cost[mixtures.kept], mixtures.equalities, mixtures.targets * size)  # shares near one: tolerances are absolute
+    found, v = torch.zeros_like(mixtures.own), readout.dictionary.double()
+    if x is not None:
+        # A vertex is fixed by which prototypes take part: solved once more, it is exact.
+        basis = (x > 1e-9 * x.max()).nonzero()[:, 0]
+        exact = torch.linalg.lstsq(mixtures.equalities[:, basis], mixtures.targets[:, None], driver="gelsd").solution[:, 0]
+        found[mixtures.kept[basis]] = exact.clamp_min(0)
+    off = ((found - mixtures.own) @ v).norm() / (mixtures.own @ v.norm(dim=-1))
+    if not (off <= EXACT and abs(found.sum().item() - 1) <= EXACT and (found > 0).sum() <= len(mixtures.targets)):
+        raise InputError(
+            f"found no decomposition to {EXACT:g} of the output (the nearest is {off:.1g} off), expected one: its prototypes are "
+            "too nearly dependent; choose another token or support=True"
+        )
+    return found
