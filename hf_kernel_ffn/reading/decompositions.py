@@ -114,7 +114,9 @@ def _mixtures(readout: Readout, place: int, support: bool) -> _Mixtures:
     centred = centred / centred.square().mean().sqrt().clamp_min(1e-300)
     coordinates = centred[kept] @ span(centred[kept]).T
     ones = own.new_ones(1, len(kept))
-    return _Mixtures(own, kept, torch.cat([coordinates.T, ones]), torch.cat([coordinates.new_zeros(coordinates.shape[1]), ones[0, :1]]))
+    return _Mixtures(
+        own, kept, torch.cat([coordinates.T, ones]), torch.cat([coordinates.new_zeros(coordinates.shape[1]), ones[0, :1]])
+    )
 
 
 def _vertex(readout: Readout, mixtures: _Mixtures, cost: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ MOST = 0.9
 """The mass by which patterns count as retrieved: Ramsauer et al. count the fewest patterns that hold 90% of the softmax's mass."""
 GLOBAL = 0.5
 """It is the global mean if no fewer than this part of the patterns hold that mass (a uniform mixture needs 90% of them)."""
+FEW = 2.0
+"""A mixture of an effective number below this has collapsed: it is more one prototype than two."""
 VANISHED = 0.01
 """A mass has vanished below this share of the mass at the inputs themselves, and grown above its inverse."""
 
@@ -42,7 +44,7 @@ class Dial(NamedTuple):
     largest: float
     """The largest share."""
     retrieval: str
-    """single, metastable or global mean: of the prototypes on the support, since no temperature reaches another."""
+    """single, metastable or global mean, by :func:`retrieval`."""
     from_top: float
     """‖Σπv − v_top‖ over ‖v_top − centroid‖: 0 at the top prototype, 1 at the centroid; zero where the two are one point."""
     from_centroid: float
@@ -50,11 +52,15 @@ class Dial(NamedTuple):
 
 
 @torch.no_grad()
-def dial(readout: Readout, place: int = -1, temperatures: Sequence[float] = TEMPERATURES) -> Rows[Dial]:
+def dial(readout: Readout, place: int = -1, temperatures: Sequence[float] = TEMPERATURES, support: bool = False) -> Rows[Dial]:
     """One token's mixture (row ``place`` of coefficients (tokens, prototypes)) as the temperature turns: shares ∝ c^(1/τ) on the
     support, for a kernel readout or an attention head. At τ = 1 they are the record's own; toward 0 the top prototype (or the mean
     of those that tie), toward infinity the support's centroid. For a softmax this is the layer's own temperature, relative to the one
     it has; a truncated map would change its support as well.
+
+    Args:
+        support: only prototypes that fire count as stored patterns; for an attention head those are the tokens that the position
+            sees. Otherwise all do, and a mixture of few prototypes is metastable at best, however flat.
 
     Raises:
         InputError: the record is signed, nothing fires at this token, or a temperature is not positive.
@@ -67,10 +73,10 @@ def dial(readout: Readout, place: int = -1, temperatures: Sequence[float] = TEMP
     if not temperatures or not all(0 < t < math.inf for t in temperatures):
         raise InputError(f"found temperatures {list(temperatures)}, expected positive finite numbers")
     pi = shares(readout)[place]
-    support = pi > 0
-    if not support.any():
+    fires = pi > 0
+    if not fires.any():
         raise InputError(f"found nothing firing at place {place}, expected a mixture: choose another token")
-    v, logs = readout.dictionary.double()[support], pi[support].log()
+    v, logs = readout.dictionary.double()[fires], pi[fires].log()
     top, centroid = v[logs.argmax()], v.mean(0)
     scale = (top - centroid).norm()
     found = Rows[Dial]()
@@ -79,7 +85,8 @@ def dial(readout: Readout, place: int = -1, temperatures: Sequence[float] = TEMP
         distances = [((turned @ v - end).norm() / scale).nan_to_num(0.0).item() for end in (top, centroid)]
         entropy = -torch.special.xlogy(turned, turned).sum().item()
         effective = 1 / turned.square().sum().item()
-        found.append(Dial(temperature, entropy, effective, turned.max().item(), retrieval(turned), *distances))
+        regime = retrieval(turned if support else torch.zeros_like(pi).masked_scatter(fires, turned))
+        found.append(Dial(temperature, entropy, effective, turned.max().item(), regime, *distances))
     return found
 
 
@@ -89,7 +96,9 @@ def retrieval(shares: Tensor) -> str:
     InputError unless they are nonnegative and sum to one."""
     p = shares.double()
     if p.ndim != 1 or (p < 0).any() or abs(p.sum().item() - 1) > 1e-3:
-        raise InputError(f"found shares of shape {tuple(p.shape)} and sum {p.sum():.4g}, expected one mixture, (patterns,) and sum 1")
+        raise InputError(
+            f"found shares of shape {tuple(p.shape)} and sum {p.sum():.4g}, expected one mixture, (patterns,) and sum 1"
+        )
     if p.max() >= MOST:
         return "single"
     needed = 1 + int((p.sort(descending=True).values.cumsum(0) < MOST - 1e-9).sum())
@@ -110,7 +119,7 @@ class FarField(NamedTuple):
     log_mass: float
     """log Σκ; −inf if at some token nothing fires."""
     verdict: str
-    """``collapses`` (one prototype takes MOST) or ``stays a smoother``; and ``mass vanishes``, ``remains`` or ``grows``, against the
+    """``collapses`` (fewer than FEW effective prototypes) or ``stays a smoother``; and ``mass vanishes``, ``remains`` or ``grows``, against the
     inputs themselves."""
 
 
@@ -156,8 +165,8 @@ def far_field(
             largest = pi.max(-1)
             nearest = (largest.indices == distance2.argmin(-1)).double().mean().item()
             change = (mass - here).nan_to_num(0.0).mean().item()
-            effective = (1 / pi.square().sum(-1).clamp_min(1e-300))[pi.sum(-1) > 0].mean().item()
-            verdict = _verdict(largest.values.mean().item(), change)
+            effective = (pi.sum(-1) / pi.square().sum(-1).clamp_min(1e-300)).mean().item()
+            verdict = _verdict(effective, change)
             found.append(FarField(name, factor, effective, largest.values.mean().item(), nearest, mass.mean().item(), verdict))
     return found
 
@@ -166,7 +175,7 @@ def _startable(kernel: Kernel) -> bool:
     return all(isinstance(start, (int, float)) or start in ("distance", "bandwidth") for start in kernel.parameters.values())
 
 
-def _verdict(largest: float, change: float) -> str:
-    shape = "collapses" if largest >= MOST else "stays a smoother"
+def _verdict(effective: float, change: float) -> str:
+    shape = "collapses" if effective < FEW else "stays a smoother"
     mass = "vanishes" if change < math.log(VANISHED) else "grows" if change > -math.log(VANISHED) else "remains"
     return f"{shape}, mass {mass}"
