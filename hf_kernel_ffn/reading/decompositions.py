@@ -24,6 +24,9 @@ EXACT = 1e-6
 FORCED = 1e-6
 """A share whose largest and smallest possible values are this close is forced; shares this close are equal."""
 
+TRIES = 4
+"""Directions tried for each alternative wanted: two may end in one vertex."""
+
 
 class _Mixtures(NamedTuple):
     """All shares π with Σπ = 1 and the same Σπv: {π ≥ 0, equalities @ π[kept] = targets}."""
@@ -53,8 +56,8 @@ def caratheodory(readout: Readout, place: int = -1) -> Tensor:
 @torch.no_grad()
 def alternatives(readout: Readout, place: int = -1, count: int = 5, seed: int = 0, support: bool = False) -> Tensor:
     """(count or fewer, P) float64 shares that give the same Σπv as those at ``place`` of (tokens, P), all different: the record's own
-    in row 0, then vertices of the set of all such shares, in random directions. One row: the decomposition is the only one, or no
-    direction of the ``count`` − 1 found another.
+    in row 0, then vertices of the set of all such shares, in random directions. One row: the decomposition is the only one. Fewer
+    than ``count``: the set has few vertices.
 
     Args:
         support: only prototypes that fire may take part; for an attention head those are the tokens that the position sees.
@@ -64,9 +67,12 @@ def alternatives(readout: Readout, place: int = -1, count: int = 5, seed: int = 
     """
     mixtures = _mixtures(readout, place, support)
     generator, found = torch.Generator().manual_seed(seed), [mixtures.own]
-    for _ in range(count - 1):
-        cost = torch.randn(len(mixtures.own), generator=generator, dtype=torch.float64).to(mixtures.own.device)
-        other = _vertex(readout, mixtures, cost)
+    for attempt in range(TRIES * (count - 1)):
+        if len(found) == count or (attempt == 2 and len(found) == 1):
+            break  # enough; or the same shares are least and most in a random direction: with probability one there are no others
+        if attempt % 2 == 0:
+            cost = torch.randn(len(mixtures.own), generator=generator, dtype=torch.float64).to(mixtures.own.device)
+        other = _vertex(readout, mixtures, cost if attempt % 2 == 0 else -cost)
         if all((other - known).abs().max() > FORCED for known in found):
             found.append(other)
     return torch.stack(found)
