@@ -44,13 +44,20 @@ class _Mixtures(NamedTuple):
 @torch.no_grad()
 def caratheodory(readout: Readout, place: int = -1) -> Tensor:
     """(P,) float64 coefficients with the same Σ c v and the same Σ c as those at ``place`` of (tokens, P), at most d + 1 of them not
-    zero, all among the record's own: a vertex of the mixtures of these. Intensity and output stay, only the choice is another.
+    zero, all among the record's own. Intensity and output stay, only the choice is another. Needs no solver.
 
     Raises:
-        InputError: the record is signed, nothing fires there, or no such vertex was reached to 1e-6.
+        InputError: the record is signed, nothing fires there, or the output was not reached to 1e-6.
     """
     mixtures = _mixtures(readout, place, support=True)
-    return _vertex(readout, mixtures, -mixtures.own) * readout.coefficients[place].double().sum()
+    equalities, rank = mixtures.equalities, len(mixtures.targets)
+    x, alive = mixtures.own[mixtures.kept].clone(), torch.zeros_like(mixtures.kept, dtype=torch.bool)
+    for some in mixtures.kept.new_tensor(range(len(x))).split(rank):  # in portions: a null space of all would be n² large
+        alive[some] = True
+        active = alive.nonzero()[:, 0]
+        x[active] = _eliminate(x[active], equalities[:, active])
+        alive = x > 0
+    return _exact(readout, mixtures, x) * readout.coefficients[place].double().sum()
 
 
 @torch.no_grad()
@@ -125,16 +132,41 @@ def _mixtures(readout: Readout, place: int, support: bool) -> _Mixtures:
     )
 
 
+def _eliminate(x: Tensor, equalities: Tensor) -> Tensor:
+    """x ≥ 0 (n,) with the same ``equalities`` (m, n) @ x and at most m numbers that are not zero: a step along a null vector until one
+    number is zero, then only null vectors that leave it so (Carathéodory's own proof, on an orthonormal basis)."""
+    null = torch.linalg.qr(equalities.T, mode="complete").Q[:, len(equalities) :].contiguous()
+    free = torch.ones_like(x, dtype=torch.bool)
+    while null.shape[1]:
+        step = null[:, 0]
+        reach = (x / step).where(free & (step > 1e-14), torch.inf)
+        first = int(reach.argmin())
+        x = (x - reach[first] * step).clamp_min(0) * free
+        x[first], free[first] = 0.0, False
+        # Householder: all of the row's length into the first null vector, which is dropped.
+        mirror = null[first].clone()
+        mirror[0] += mirror.norm().copysign(mirror[0])
+        mirror /= mirror.norm()
+        null = null.addr_(null @ mirror, mirror, alpha=-2)[:, 1:]
+    return x
+
+
 def _vertex(readout: Readout, mixtures: _Mixtures, cost: Tensor) -> Tensor:
     """(P,) the shares of the least ``cost`` (P,)."""
     size = len(mixtures.kept)
     x = minimise(cost[mixtures.kept], mixtures.equalities, mixtures.targets * size)  # shares near one: tolerances are absolute
+    return _exact(readout, mixtures, mixtures.own.new_zeros(size) if x is None else x / size)
+
+
+def _exact(readout: Readout, mixtures: _Mixtures, x: Tensor) -> Tensor:
+    """(P,) the shares ``x`` (n,) with their rounding put right over those that are not zero."""
+    basis = (x > 1e-9 * x.max()).nonzero()[:, 0]
+    some = mixtures.equalities[:, basis]
+    off = mixtures.targets - some @ x[basis]
     found, v = torch.zeros_like(mixtures.own), readout.dictionary.double()
-    if x is not None:
-        # A vertex is fixed by which prototypes take part: solved once more, it is exact.
-        basis = (x > 1e-9 * x.max()).nonzero()[:, 0]
-        exact = torch.linalg.lstsq(mixtures.equalities[:, basis], mixtures.targets[:, None], driver="gelsd").solution[:, 0]
-        found[mixtures.kept[basis]] = exact.clamp_min(0)
+    found[mixtures.kept[basis]] = (x[basis] + torch.linalg.lstsq(some, off[:, None], driver="gelsd").solution[:, 0]).clamp_min(
+        0
+    )
     off = ((found - mixtures.own) @ v).norm() / (mixtures.own @ v.norm(dim=-1))
     if not (off <= EXACT and abs(found.sum().item() - 1) <= EXACT and (found > 0).sum() <= len(mixtures.targets)):
         raise InputError(
