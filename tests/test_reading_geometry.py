@@ -1,6 +1,7 @@
 """Geometry, temperature and decompositions: laws, limits, and what is refused by name."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -246,6 +247,21 @@ def test_known_prices():
     assert (prices[3].nonnegative, prices[3].signed) == (math.inf, math.inf)
     with pytest.raises(InputError, match="none of them zero"):
         write_price(v, torch.zeros(1, 3))
+
+
+def test_opposite_directions_share_their_signed_price():
+    v, u = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), inputs(0, 1, 4)
+    pair = write_price(v, torch.cat([u, -u]))
+    assert {r.direction: r.signed for r in pair}[1] == pytest.approx(write_price(v, -u)[0].signed)
+
+
+def test_without_scipy_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    record = make_ffn().readout(inputs())
+    for needs in (lambda: write_price(record, inputs()), lambda: share_spread(record, 0), lambda: alternatives(record, 0)):
+        with pytest.raises(InputError, match=r"pip install 'hf-kernel-ffn\[read\]'"):
+            needs()
+    assert (caratheodory(record, 0) > 0).sum() <= SIZE + 1
 
 
 def test_principal_directions_come_in_pairs():
