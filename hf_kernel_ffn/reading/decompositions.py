@@ -3,7 +3,8 @@
 With more prototypes than dimensions a point of their hull may be mixed in many ways. Carathéodory (1911): some mixture needs at most
 d + 1 of them. That none of this changes the output is why a share is a fact about the readout that made it (Bouhsine 2026, "The Readout
 is a Convex Combination of Prototypes"). But a mixture of few may be the only one, even over all prototypes: sparse nonnegative
-solutions are unique where the hull is neighbourly (Donoho & Tanner 2005, PNAS 102:9446). :func:`share_spread` tells.
+solutions are unique where the hull is neighbourly (Donoho & Tanner 2005, PNAS 102:9446). :func:`share_spread` tells. The total Σc is
+kept throughout: what is asked is how the same mass could have been shared out. Results are on the CPU, where the solver is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ EXACT = 1e-6
 """Furthest that a decomposition's output may be from the record's, relative to Σπ‖v‖; those found are about 1e-14 from it."""
 FORCED = 1e-6
 """A share whose largest and smallest possible values are this close is forced; shares this close are equal."""
-
 TRIES = 4
 """Directions tried for each alternative wanted: two may end in one vertex."""
 
@@ -33,6 +33,8 @@ class _Mixtures(NamedTuple):
 
     own: Tensor
     """(P,) the record's."""
+    dictionary: Tensor
+    """(P, d)."""
     kept: Tensor
     """(n,) rows of the dictionary that may take part."""
     equalities: Tensor
@@ -57,7 +59,7 @@ def caratheodory(readout: Readout, place: int = -1) -> Tensor:
         active = alive.nonzero()[:, 0]
         x[active] = _eliminate(x[active], equalities[:, active])
         alive = x > 0
-    return _exact(readout, mixtures, x) * readout.coefficients[place].double().sum()
+    return _exact(mixtures, x) * readout.coefficients[place].double().sum().item()
 
 
 @torch.no_grad()
@@ -78,8 +80,8 @@ def alternatives(readout: Readout, place: int = -1, count: int = 5, seed: int = 
         if len(found) == count or (attempt == 2 and len(found) == 1):
             break  # enough; or the same shares are least and most in a random direction: with probability one there are no others
         if attempt % 2 == 0:
-            cost = torch.randn(len(mixtures.own), generator=generator, dtype=torch.float64).to(mixtures.own.device)
-        other = _vertex(readout, mixtures, cost if attempt % 2 == 0 else -cost)
+            cost = torch.randn(len(mixtures.own), generator=generator, dtype=torch.float64)
+        other = _vertex(mixtures, cost if attempt % 2 == 0 else -cost)
         if all((other - known).abs().max() > FORCED for known in found):
             found.append(other)
     return torch.stack(found)
@@ -111,25 +113,24 @@ def share_spread(readout: Readout, place: int = -1, top: int = 10, support: bool
             break
         cost = torch.zeros_like(mixtures.own)
         cost[i] = 1.0
-        ends = [_vertex(readout, mixtures, sign * cost)[i].item() for sign in (1, -1)]
+        ends = [_vertex(mixtures, sign * cost)[i].item() for sign in (1, -1)]
         least, most = min(own, *ends), max(own, *ends)
         found.append(Spread(readout.names[i], i, own, least, most, most - least <= FORCED))
     return found
 
 
 def _mixtures(readout: Readout, place: int, support: bool) -> _Mixtures:
-    own, v = shares(readout)[place], readout.dictionary.double()
+    own, v = shares(readout)[place].cpu(), readout.dictionary.double().cpu()
     if not (own > 0).any():
         raise InputError(f"found nothing firing at place {place}, expected a mixture: choose another token")
-    kept = (own > 0).nonzero()[:, 0] if support else torch.arange(len(own), device=own.device)
-    # In coordinates of the rows' own span, at unit size: a head's rows span head_dim dimensions, and the solver's tolerance is absolute.
+    kept = (own > 0).nonzero()[:, 0] if support else torch.arange(len(own))
+    # In coordinates of the rows' own span, at unit size: a head's rows span head_dim dimensions; the solver's tolerance is absolute.
     centred = v - own @ v
     centred = centred / centred.square().mean().sqrt().clamp_min(1e-300)
     coordinates = centred[kept] @ span(centred[kept]).T
     ones = own.new_ones(1, len(kept))
-    return _Mixtures(
-        own, kept, torch.cat([coordinates.T, ones]), torch.cat([coordinates.new_zeros(coordinates.shape[1]), ones[0, :1]])
-    )
+    targets = torch.cat([coordinates.new_zeros(coordinates.shape[1]), ones[0, :1]])
+    return _Mixtures(own, v, kept, torch.cat([coordinates.T, ones]), targets)
 
 
 def _eliminate(x: Tensor, equalities: Tensor) -> Tensor:
@@ -151,23 +152,22 @@ def _eliminate(x: Tensor, equalities: Tensor) -> Tensor:
     return x
 
 
-def _vertex(readout: Readout, mixtures: _Mixtures, cost: Tensor) -> Tensor:
+def _vertex(mixtures: _Mixtures, cost: Tensor) -> Tensor:
     """(P,) the shares of the least ``cost`` (P,)."""
     size = len(mixtures.kept)
     x = minimise(cost[mixtures.kept], mixtures.equalities, mixtures.targets * size)  # shares near one: tolerances are absolute
-    return _exact(readout, mixtures, mixtures.own.new_zeros(size) if x is None else x / size)
+    return _exact(mixtures, mixtures.own.new_zeros(size) if x is None else x / size)
 
 
-def _exact(readout: Readout, mixtures: _Mixtures, x: Tensor) -> Tensor:
+def _exact(mixtures: _Mixtures, x: Tensor) -> Tensor:
     """(P,) the shares ``x`` (n,) with their rounding put right over those that are not zero."""
     basis = (x > 1e-9 * x.max()).nonzero()[:, 0]
     some = mixtures.equalities[:, basis]
-    off = mixtures.targets - some @ x[basis]
-    found, v = torch.zeros_like(mixtures.own), readout.dictionary.double()
-    found[mixtures.kept[basis]] = (x[basis] + torch.linalg.lstsq(some, off[:, None], driver="gelsd").solution[:, 0]).clamp_min(
-        0
-    )
-    off = ((found - mixtures.own) @ v).norm() / (mixtures.own @ v.norm(dim=-1))
+    rounding = mixtures.targets - some @ x[basis]
+    exact = x[basis] + torch.linalg.lstsq(some, rounding[:, None], driver="gelsd").solution[:, 0]
+    found = torch.zeros_like(mixtures.own)
+    found[mixtures.kept[basis]] = exact.clamp_min(0)
+    off = ((found - mixtures.own) @ mixtures.dictionary).norm() / (mixtures.own @ mixtures.dictionary.norm(dim=-1))
     if not (off <= EXACT and abs(found.sum().item() - 1) <= EXACT and (found > 0).sum() <= len(mixtures.targets)):
         raise InputError(
             f"found no decomposition to {EXACT:g} of the output (the nearest is {off:.1g} off), expected one: its prototypes are "
