@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run the blocks of a tutorial in order, and write what they print into the text block after each: every output is real.
 
-    python scripts/tutorial.py recipes/tutorial.md
+python scripts/tutorial.py recipes/tutorial.md
 """
 
 import contextlib
@@ -19,7 +19,9 @@ import typer  # noqa: E402
 BLOCK = re.compile(r"```(bash|python)\n(.*?)```\n(?:\n```text\n.*?```\n)?", re.DOTALL)
 
 
-def main(tutorial: Annotated[Path, typer.Argument(help="Markdown with bash and python blocks; all python blocks are one session")]):
+def main(
+    tutorial: Annotated[Path, typer.Argument(help="Markdown with bash and python blocks; all python blocks are one session")],
+):
     """Run TUTORIAL from the project's root, and rewrite its outputs. Bash blocks print nothing into it."""
     session: dict = {}
 

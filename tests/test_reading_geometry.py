@@ -13,6 +13,7 @@ from hf_kernel_ffn import InputError, KernelFFN, KernelFFNConfig, Readout, conve
 from hf_kernel_ffn.configuration import LayerConfig
 from hf_kernel_ffn.kernels import KERNELS, Kernel, register_kernel
 from hf_kernel_ffn.reading import trace
+from hf_kernel_ffn.reading.attention import symmetrised_attention
 from hf_kernel_ffn.reading.decompositions import alternatives, caratheodory, share_spread
 from hf_kernel_ffn.reading.dial import dial, far_field, retrieval
 from hf_kernel_ffn.reading.geometry import (
@@ -20,12 +21,10 @@ from hf_kernel_ffn.reading.geometry import (
     embedding_norms,
     function_distance,
     function_norm,
-    principal_directions,
     prototype_kernel,
-    symmetrised_attention,
     token_geometry,
-    write_price,
 )
+from hf_kernel_ffn.reading.prices import principal_directions, write_price
 
 SIZE, PROTOTYPES = 6, 20
 MEMORY = [name for name, kernel in KERNELS.items() if kernel.positive_definite]

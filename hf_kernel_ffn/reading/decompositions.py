@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..readout import Readout
-from .geometry import minimise, span
+from .prices import minimise, span
 from .regimes import shares
 from .rows import Rows
 
