@@ -58,14 +58,15 @@ def prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
     signs = (1.0, -1.0) if both_signs(settings, weights.gate is not None) else (0.0,)
     expansion = settings.expansion or len(signs)
     pieces, kept = math.ceil(expansion / len(signs)), round(expansion * len(weights.up))
-    if settings.init == "firing-means":
+    if length is not None and settings.init == "firing-means":
         means = {sign: _firing_means(weights, settings, sign, inputs, length) for sign in signs}
 
-        def rows_of(units: slice, ratio: Tensor, sign: float) -> tuple[Tensor, ...]:
-            return tuple(tensor[units] for tensor in means[sign])
+        def rows_of(units: slice, ratio: Tensor, sign: float) -> tuple[Tensor, Tensor, Tensor]:
+            rows, bias, stretch = means[sign]
+            return rows[units], bias[units], stretch[units]
     else:
 
-        def rows_of(units: slice, ratio: Tensor, sign: float) -> tuple[Tensor, ...]:
+        def rows_of(units: slice, ratio: Tensor, sign: float) -> tuple[Tensor, Tensor, Tensor]:
             return _rows(_some(weights, units), ratio, sign, length)
 
     every = slice(None)
