@@ -137,6 +137,9 @@ def read(
     teacher: Annotated[Optional[str], typer.Option(help="stock model to set beside it in the report")] = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write all of it")] = None,
     html: Annotated[Optional[Path], typer.Option(help="where to write the report, one page that opens from disk")] = None,
+    alternatives: Annotated[
+        int, typer.Option(min=0, help="other mixtures of the last token's outputs in the report; seconds each, minutes if wide")
+    ] = 3,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")
     ] = False,
@@ -165,10 +168,10 @@ def read(
     if json_file is not None:
         write_text(json_file, json.dumps({"model": model, "prompt": prompt, **found}, indent=1, ensure_ascii=False) + "\n")
     if html is not None:
-        from .reading.report import report_data, write_report
+        from .reading.report import other_mixtures, report_data, write_report
 
         beside = None if teacher is None else trace(load_teacher(teacher, dtype, device), tokenizer, prompt)
-        write_report(html, report_data(passed, beside))
+        write_report(html, report_data(passed, beside, tokenizer=tokenizer, alternatives=other_mixtures(passed, alternatives)))
     _print_reading(found)
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import write_text
 from ..readout import Readout, effective
+from .decompositions import alternatives as alternative_shares
+from .naming import written
 from .regimes import mixtures, regime
-from .tracing import Trace, family_of, layer_of, unembedding
+from .tracing import Trace, layer_of
 
 Namer = Callable[[str, list[int], Tensor], list[list[str]]]
 """(path of the FFN, N rows of its dictionary by number, those rows (N, hidden_size)) -> the tokens that each row promotes."""
@@ -88,38 +89,33 @@ def report_data(
     }
 
 
-def write_report(file: str | os.PathLike, data: dict) -> None:
+def other_mixtures(trace: Trace, count: int, seed: int = 0) -> dict[str, Tensor]:
+    """For :func:`report_data`: up to ``count`` other mixtures of the last kept position's output, by the path of every layer that has
+    shares and any."""
+    found = {}
+    for path in trace.ffn_inputs if count else ():
+        record = trace.ffn(path)
+        if regime(record).has_shares and (record.coefficients[-1] > 0).any():
+            rows = alternative_shares(record, -1, count + 1, seed)
+            if len(rows) > 1:
+                found[path] = rows
+    return found
+
+
+def write_report(file: str | Path, data: dict) -> None:
     """The page of ``data`` (from :func:`report_data`) at ``file``, whole or not at all; it needs no network."""
-    file = Path(file)
     # "<" could end the script element or open a comment in it; in JSON it stands in strings only
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    page = TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text, 1)
-    made = None
-    try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, suffix=".html", delete=False) as out:
-            made = out.name
-            out.write(page)
-        os.chmod(made, 0o644)
-        os.replace(made, file)
-    except OSError as error:
-        if made is not None and os.path.exists(made):
-            os.unlink(made)
-        raise InputError(f"could not write {file} ({error.strerror or error}): give a file in a folder that exists") from error
+    write_text(file, TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text, 1))
 
 
 def logit_lens(model: Any, tokenizer: Any, count: int = 4) -> Namer:
-    """A namer by the ``count`` largest logits of a dictionary row behind the final norm's weight; names nothing without a
-    ``tokenizer``."""
+    """A namer by the ``count`` tokens that a dictionary row promotes most; names nothing without a ``tokenizer``."""
 
     def name(path: str, indices: list[int], rows: Tensor) -> list[list[str]]:
         if tokenizer is None:
             return [[] for _ in indices]
-        weight = model.base_model.get_submodule(family_of(model).final_norm).weight
-        found = []
-        for part in rows.split(256):  # logits over a large vocabulary
-            logits = (part.to(weight.dtype) * weight) @ unembedding(model).T
-            found += logits.topk(count, dim=-1).indices.tolist()
-        return [[tokenizer.decode([i]) for i in ids] for ids in found]
+        return [[token for token, _ in write.promoted] for write in written(model, tokenizer, rows, count)]
 
     return name
 
