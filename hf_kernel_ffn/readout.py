@@ -112,7 +112,7 @@ class KernelFFN(nn.Module):
             bias=bias,
             shares=pi,
             intensity=intensity.squeeze(-1),
-            names=tuple(f"{abs(u) - 1}{'+' if u > 0 else '-'}" for u in self.units.tolist()),
+            names=_names(self.units.tolist()),
         )
 
     def positive(self, name: str) -> Tensor:
@@ -204,6 +204,17 @@ class KernelFFN(nn.Module):
         if self.config.settings.values == "fixed":
             return choice
         return choice * _at_least_float32(self.value_proj(hidden_states))
+
+
+def _names(units: list) -> tuple:
+    """``17+`` and ``17-`` by the teacher's unit and the sign of its column; a second piece of the same is ``17+.2``."""
+    seen: dict = {}
+    names = []
+    for unit in units:
+        name = f"{abs(unit) - 1}{'+' if unit > 0 else '-'}"
+        seen[name] = seen.get(name, 0) + 1
+        names.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
+    return tuple(names)
 
 
 def effective(linear: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
