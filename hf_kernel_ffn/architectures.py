@@ -87,7 +87,9 @@ class StockFFN:
         """Paths of what the readout makes needless: activation and output projection of a split FFN, and its hidden dropout."""
         if not self.shape.split:
             return ()
-        return tuple(join(self.host_path, name) for name in (self.shape.act, self.shape.down, self.shape.hidden_dropout) if name)
+        return tuple(
+            join(self.host_path, name) for name in (self.shape.act, self.shape.down, self.shape.hidden_dropout) if name
+        )
 
     @property
     def output_path(self) -> str:
@@ -243,7 +245,9 @@ def choose_layers(layers: str, ffns: dict[str, StockFFN]) -> list[int]:
         return parse_layers(layers, len(numbers))
     chosen = sorted({ffn.number for path, ffn in ffns.items() if fnmatchcase(path, layers)})
     if not chosen:
-        raise InputError(f"found layers {layers!r}, expected a pattern that some FFN's path matches, such as {next(iter(ffns))}")
+        raise InputError(
+            f"found layers {layers!r}, expected a pattern that some FFN's path matches, such as {next(iter(ffns))}"
+        )
     return chosen
 
 

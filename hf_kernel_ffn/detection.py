@@ -38,9 +38,7 @@ def candidates(base: nn.Module) -> list[Candidate]:
         for down, (inner, outer) in projections.items():
             if outer not in streams:
                 continue
-            ups = [
-                up for up, (a, b) in projections.items() if a == outer != inner and b in (inner, 2 * inner) and up != down
-            ]
+            ups = [up for up, (a, b) in projections.items() if a == outer != inner and b in (inner, 2 * inner) and up != down]
             if not ups:
                 continue
             near = max(_common(up, down) for up in ups)
@@ -77,7 +75,9 @@ def _projections(block: nn.Module) -> list[tuple[str, tuple[int, int]]]:
 
 def _stream_widths(base: Any, block: nn.Module) -> set[int]:
     """What may be the width of the residual stream in ``block``: that of its norms, or what the config says."""
-    norms = [module for name, module in block.named_modules() if re.search(r"norm|ln_", name, re.I) and not ATTENTION.search(name)]
+    norms = [
+        module for name, module in block.named_modules() if re.search(r"norm|ln_", name, re.I) and not ATTENTION.search(name)
+    ]
     sizes = {norm.weight.numel() for norm in norms if isinstance(getattr(norm, "weight", None), Tensor)}
     return sizes or {base.config.hidden_size}
 
@@ -139,7 +139,9 @@ def explain(model: Any) -> list[dict[str, str]]:
     for path, some in groups.items():
         outer, inner = some[0].sizes
         names = ", ".join(name for found in some for name in (*found.up, found.down))
-        rows.append({"path": path, "sizes": f"{outer} → {inner}", "activation": "?", "entry": failed or f"no entry for {names}"})
+        rows.append(
+            {"path": path, "sizes": f"{outer} → {inner}", "activation": "?", "entry": failed or f"no entry for {names}"}
+        )
     if not rows:
         raise InputError(failed or f"found nothing like an FFN in a {type(model).__name__}, expected blocks that have one")
     return rows

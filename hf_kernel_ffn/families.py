@@ -66,6 +66,11 @@ class Architecture:
         """Config attributes in which the guard against stock classes stands."""
         return self.guard or ((self.activation,) if self.activation else ())
 
+    @property
+    def gated(self) -> bool:
+        """Whether a hidden unit has two rows, one of them inside the activation."""
+        return self.gate is not None or self.gate_half is not None
+
     def shapes(self) -> Iterator[Architecture]:
         """The entry itself, then its variants."""
         yield self

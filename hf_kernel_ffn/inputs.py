@@ -41,7 +41,9 @@ def arguments(model: Any, inputs: Inputs) -> dict[str, Any]:
         start = getattr(model.config, "decoder_start_token_id", None) or 0
         named["decoder_input_ids"] = torch.full((rows(inputs), 1), start) if ids is None else ids
     device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in named.items()} | ({"use_cache": False} if reads(model, "use_cache") else {})
+    return {name: tensor.to(device) for name, tensor in named.items()} | (
+        {"use_cache": False} if reads(model, "use_cache") else {}
+    )
 
 
 def reads(model: Any, argument: str) -> bool:
@@ -58,7 +60,11 @@ def own_inputs(model: Any, tokens: int, seed: int) -> Inputs:
     limit = getattr(text, "max_position_embeddings", None) or 128
     length = min(128, limit)
     names = {"input_ids", "pixel_values", "input_features"} & {*signature(model.forward).parameters}
-    if names == {"input_ids", "pixel_values"} and model.main_input_name == "input_ids" and not hasattr(config, "projection_dim"):
+    if (
+        names == {"input_ids", "pixel_values"}
+        and model.main_input_name == "input_ids"
+        and not hasattr(config, "projection_dim")
+    ):
         names = {"input_ids"}  # a language model that may be shown an image
     count = max(4, tokens // (length if names == {"input_ids"} else OTHER_TOKENS))
     if "input_ids" in names:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from .architectures import get_architecture
@@ -36,7 +36,13 @@ def load_teacher(name: str, dtype: str = "float32", device: str | torch.device =
     get_architecture(entry.get("model_type"))
     if entry.get("quantization_config") is not None:
         raise InputError(f"found quantised weights at {name}, expected floating-point ones: load the unquantised model")
-    model, info = _loaded(_teacher_class(entry, name, trust_remote_code), name, trust_remote_code=trust_remote_code, dtype=torch_dtype(dtype), output_loading_info=True)
+    model, info = _loaded(
+        _teacher_class(entry, name, trust_remote_code),
+        name,
+        trust_remote_code=trust_remote_code,
+        dtype=torch_dtype(dtype),
+        output_loading_info=True,
+    )
     lost = sorted(info["missing_keys"])
     if lost:
         raise InputError(
@@ -68,6 +74,20 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
     return _placed(_loaded(getattr(module, head), name, dtype=torch_dtype(dtype)), device)
 
 
+def empty_teacher(name: str, trust_remote_code: bool = False) -> Any:
+    """The stock model at ``name`` without its weights, on the meta device; it need not be of a known family."""
+    entry = read_config(name)
+    if entry.get("kernel_ffn") is not None:
+        raise InputError(f"found {name} converted already, expected a stock model: give its teacher")
+    config = _loaded(AutoConfig, name, trust_remote_code=trust_remote_code)
+    head = (entry.get("architectures") or [""])[0]
+    with torch.device("meta"):
+        if hasattr(transformers, head):
+            return getattr(transformers, head)(config)
+        auto = _auto_class(entry, head) if entry.get("auto_map") else AutoModel
+        return auto.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def _auto_class(entry: dict, head: str) -> Any:
     """The Auto class that ``entry`` (of config.json) maps to the class ``head``; that for causal language models if none is."""
     autos = [auto for auto, ref in (entry.get("auto_map") or {}).items() if str(ref).rpartition(".")[2] == head]
@@ -81,7 +101,9 @@ def _teacher_class(entry: dict, name: str, trust_remote_code: bool) -> Any:
         known = {stock for auto, stock in heads.items() if auto not in ("AutoConfig", "AutoModel")}
         return getattr(transformers, head) if head in known or "AutoModelForCausalLM" not in heads else AutoModelForCausalLM
     if not trust_remote_code:
-        raise InputError(f"found a {entry['model_type']!r} at {name}, which brings its own code: read it, then allow it by --trust-remote-code")
+        raise InputError(
+            f"found a {entry['model_type']!r} at {name}, which brings its own code: read it, then allow it by --trust-remote-code"
+        )
     return _auto_class(entry, head)
 
 

@@ -31,8 +31,8 @@ from .architectures import (
 )
 from .calibration import calibrate, ffn_inputs, fit_sample, fitted_and_held, own_text
 from .configuration import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
-from .errors import InputError
 from .detection import refuse_undescribed
+from .errors import InputError
 from .initialization import gate_bias, prototypes
 from .inputs import Inputs, row_tokens, rows, take
 from .loading import load_tokenizer, stored_dtype
@@ -104,9 +104,7 @@ def convert(
     base = teacher.base_model
     chosen = {path: ffn for path, ffn in ffns.items() if ffn.number in per_layer}
     weights = {path: stock_weights(teacher, ffn) for path, ffn in chosen.items()}
-    resolved = {
-        path: with_defaults(per_layer[ffn.number], weights[path].gate is not None) for path, ffn in chosen.items()
-    }
+    resolved = {path: with_defaults(per_layer[ffn.number], weights[path].gate is not None) for path, ffn in chosen.items()}
     for name, parameter in teacher.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"found NaN or infinite values in {name}, expected finite weights: repair the teacher")

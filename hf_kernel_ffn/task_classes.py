@@ -40,11 +40,11 @@ class Kernel{config}(KernelConfigMixin, {config}):
 # The stock classification heads build their base model through AutoModel; the key is this very class.
 AutoModel.register(Kernel{config}, Kernel{base})
 '''
-CLASS = '''
+CLASS = """
 class Kernel{name}(KernelModelMixin, {name}):
     config_class = Kernel{config}
 
-'''
+"""
 
 
 def modeling_source(model_type: str, heads: dict[str, str], stock: dict[str, str], package: str = "") -> str:
@@ -93,7 +93,9 @@ def task_classes(model_type: str, teacher: Any = None) -> ModuleType:
     """
     heads = stock_heads(model_type)
     if heads:
-        return _made(f"{__package__}.modeling_kernel_{model_type}", model_type, heads, dict.fromkeys(heads.values(), "transformers"), {})
+        return _made(
+            f"{__package__}.modeling_kernel_{model_type}", model_type, heads, dict.fromkeys(heads.values(), "transformers"), {}
+        )
     auto_map = {} if teacher is None else {
         auto: ref.rpartition("--")[2] for auto, ref in (getattr(teacher.config, "auto_map", None) or {}).items() if isinstance(ref, str)
     }  # fmt: skip
@@ -129,7 +131,7 @@ def _made(name: str, model_type: str, heads: dict[str, str], stock: dict[str, st
         spec = spec_from_loader(name, loader)
         assert spec is not None
         module = module_from_spec(spec)
-        setattr(module, "CODE_FILES", {f"{name.rpartition('.')[2]}.py": modeling_source(model_type, heads, stock), **sources})
+        module.CODE_FILES = {f"{name.rpartition('.')[2]}.py": modeling_source(model_type, heads, stock), **sources}
         sys.modules[name] = module
         try:
             loader.exec_module(module)
