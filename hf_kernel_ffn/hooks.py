@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Input and output of each module at its next call, by its name."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    with _hooked(modules, lambda path: lambda module, args, output: seen.update({path: (args[0], output)})):
+
+    def keep(path: str) -> Callable:  # a copy, since some blocks add to what their FFN returned, in place
+        return lambda module, args, output: seen.update(
+            {path: (args[0], output.clone() if isinstance(output, Tensor) else output)}
+        )
+
+    with _hooked(modules, keep):
         yield seen
 
 
@@ -77,8 +83,8 @@ def collected(base: nn.Module, ffns: Mapping[str, StockFFN]) -> Iterator[dict[st
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(path: str, x: Tensor, y: Tensor) -> None:
-        before = seen.get(path)
-        seen[path] = (x, y) if before is None else (torch.cat([before[0], x]), torch.cat([before[1], y]))
+        before = seen.get(path)  # a copy, since some blocks add to what their FFN returned, in place
+        seen[path] = (x, y.clone()) if before is None else (torch.cat([before[0], x]), torch.cat([before[1], y]))
 
     with recorded_ffns(base, ffns, see):
         yield seen

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import cache
 from importlib.abc import InspectLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.auto import modeling_auto
 
 from .configuration import TRAVELLING
 from .errors import InputError
@@ -68,17 +70,21 @@ def modeling_source(model_type: str, heads: dict[str, str], stock: dict[str, str
     )
 
 
+@cache
 def stock_heads(model_type: str) -> dict[str, str]:
     """Stock class by Auto class name of every head that the installed transformers has for ``model_type``, config first; empty
     if it has none."""
     if model_type not in CONFIG_MAPPING:
         return {}
-    heads = {"AutoConfig": CONFIG_MAPPING[model_type].__name__}
-    for auto in (name for name in dir(transformers) if name.startswith("AutoModel")):
-        mapping: Any = getattr(getattr(transformers, auto), "_model_mapping", None)
+    config = CONFIG_MAPPING[model_type]
+    heads = {"AutoConfig": config.__name__}
+    for auto in sorted(name for name in vars(modeling_auto) if name.startswith("AutoModel")):
+        mapping: Any = getattr(getattr(modeling_auto, auto), "_model_mapping", None)
         name = None if mapping is None else mapping._model_mapping.get(model_type)
-        if name is not None:
-            heads[auto] = name if isinstance(name, str) else name[0]
+        name = name[0] if isinstance(name, tuple) else name
+        # A name may be of another family's model, of which this one is a part.
+        if name is not None and getattr(getattr(transformers, name, None), "config_class", None) is config:
+            heads[auto] = name
     return heads
 
 
