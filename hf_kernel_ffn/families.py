@@ -97,7 +97,7 @@ _FAIRSEQ: Any = dict(
 )  # fmt: skip
 _BART: Any = dict(_FAIRSEQ, layers=("encoder.layers", "decoder.layers", "layers"), hidden_dropout="activation_dropout")
 _T5: Any = dict(
-    layers=("encoder.block", "decoder.block"), act="act", down="wo", hidden_dropout="dropout_rate", guard=("feed_forward_proj",),
+    layers=("encoder.block", "decoder.block"), act="act", down="wo", hidden_dropout="dropout_rate", guard=("num_heads",),
 )  # fmt: skip
 _CLIP: Any = dict(ffn="mlp", up="fc1", down="fc2", act="activation_fn")
 _EXPERTS: Any = dict(
