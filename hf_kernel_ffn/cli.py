@@ -176,14 +176,34 @@ def read(
 
 
 @app.command()
-def families() -> None:
+def families(
+    explain: Annotated[
+        Optional[str], typer.Option(metavar="MODEL", help="what looks like an FFN in this model, and which entry describes it")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="run the model's own code")] = False,
+) -> None:
     """List the architectures that can be converted."""
-    from .architectures import ARCHITECTURES
+    from .architectures import ARCHITECTURES, join
 
+    if explain is not None:
+        from .detection import explain as rows
+        from .loading import empty_teacher
+
+        _quieten()
+        found = rows(empty_teacher(explain, trust_remote_code))
+        _table(["FFN", "sizes", "activation", "entry"], [list(row.values()) for row in found])
+        return
     _table(
         ["model_type", "FFN", "W_in", "gate", "W_out", "default"],
         [
-            [a.model_type, f"{a.layers}.*.{a.ffn}", a.up, a.gate or "–", a.down, "polarised" if a.gate else "single"]
+            [
+                a.model_type,
+                " ".join(join(stack, "*", a.ffn) for stack in a.stacks),
+                a.up,
+                a.gate or ("–" if a.gate_half is None else f"half {a.gate_half}"),
+                a.down,
+                "polarised" if a.gated else "single",
+            ]
             for a in ARCHITECTURES.values()
         ],
     )

@@ -4,10 +4,11 @@ This file travels inside converted checkpoints: it imports nothing but torch and
 """
 
 import ast
+import copy
 import difflib
 import inspect
 import re
-import shutil
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,18 @@ class LayerConfig:
     kernel's parameters. The weights hold learned log-ratios to these, zero at conversion, so that half precision loses nothing."""
     dropout: float = 0.0
     """The teacher FFN's dropout on its output."""
+    hidden_dropout: float = 0.0
+    """The teacher FFN's dropout on its hidden units, here on the coefficients."""
+    number: int = 0
+    """Of the block, counted over all stacks."""
+    absorbed: tuple[str, ...] = ()
+    """Paths under the base model of what the readout makes needless, where the FFN was no module of its own: modules there
+    become the identity, numbers zero."""
+    experts: int = 0
+    """If this is one expert of a mixture, how many there are."""
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        return {**asdict(self), "absorbed": list(self.absorbed)}
 
     @classmethod
     def from_dict(cls, entry: dict) -> "LayerConfig":
@@ -144,6 +154,7 @@ class LayerConfig:
                 lambda v: 0 < v < float("inf"),
                 "a positive number: config.json is damaged",
             )
+        entry["absorbed"] = tuple(entry.get("absorbed", ()))
         return cls(settings=settings, **entry)
 
 
@@ -205,37 +216,48 @@ class KernelConfigMixin:
                     f"version {entry.get('package_version')!r}"
                 )
             for name, value in _mapping("kernel_ffn activation", entry.get("activation")).items():
-                if getattr(self, name, kwargs.get(name)) == STOCK_GUARD:
+                if "." not in name and getattr(self, name, kwargs.get(name)) == STOCK_GUARD:
                     setattr(self, name, value)
                     kwargs.pop(name, None)
             self.kernel_ffn_layers()
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As the stock method. The guard is taken out first: where it stands for a number, no config would accept it."""
+        config_dict = copy.deepcopy(config_dict)
+        entry = config_dict.get("kernel_ffn")
+        for name, value in (entry.get("activation") or {} if isinstance(entry, dict) else {}).items():
+            _put(config_dict, name, value, only=STOCK_GUARD)
+        return super().from_dict(config_dict, **kwargs)
+
     def kernel_ffn_layers(self) -> dict:
         """LayerConfig of every converted FFN by its path under the base model, in layer order."""
         layers = _mapping("kernel_ffn layers", (self.kernel_ffn or {}).get("layers"))
+        found = {path: LayerConfig.from_dict(layer) for path, layer in layers.items()}
+
         # By number, not as it stands: config.json is written with its keys in alphabetical order, 10 before 2.
-        order = sorted(
-            layers, key=lambda path: [(part.isdigit(), int(part) if part.isdigit() else part) for part in path.split(".")]
-        )
-        return {path: LayerConfig.from_dict(layers[path]) for path in order}
+        def place(path):
+            return found[path].number, [(part.isdigit(), int(part) if part.isdigit() else part) for part in path.split(".")]
+
+        return {path: found[path] for path in sorted(found, key=place)}
 
     def to_dict(self):
         output = super().to_dict()
         if self.kernel_ffn is not None:
-            output.update(dict.fromkeys(self.kernel_ffn["activation"], STOCK_GUARD))
+            for name in self.kernel_ffn["activation"]:
+                _put(output, name, STOCK_GUARD)
         return output
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """As the stock method; also writes the code that loads the checkpoint, and an auto_map for every head."""
         custom = get_custom_kernel_file(self)  # before anything is written: it may refuse
-        module = Path(__file__).with_name(f"{type(self).__module__.rsplit('.', 1)[-1]}.py")
-        self.auto_map = {auto: f"{module.stem}.{name}" for auto, name in self.auto_classes.items()}
+        files = code_files(type(self))
+        stem = type(self).__module__.rpartition(".")[2]
+        self.auto_map = {auto: f"{stem}.{name}" for auto, name in self.auto_classes.items()}
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for file in (*TRAVELLING, module.name):
-            target = Path(save_directory, file)
-            if target.resolve() != Path(__file__).with_name(file).resolve():
-                shutil.copyfile(Path(__file__).with_name(file), target)
+        for file, source in files.items():
+            Path(save_directory, file).write_text(source, encoding="utf-8")
         if custom is not None:
             Path(save_directory, "custom_kernel.py").write_text(custom, encoding="utf-8")
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -243,6 +265,21 @@ class KernelConfigMixin:
 
 TRAVELLING = ("errors.py", "kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "readout.py", "modeling.py")
 """Files that every checkpoint carries, beside its family's own modelling file."""
+
+
+def code_files(config_class) -> dict:
+    """Source by file name of the code that a checkpoint of ``config_class`` carries."""
+    own = {file: Path(__file__).with_name(file).read_text(encoding="utf-8") for file in TRAVELLING}
+    module = sys.modules[config_class.__module__]
+    made = getattr(module, "CODE_FILES", None)  # in the package, whose modelling files are written when they are needed
+    if made is None:
+        made, wanted = {}, [Path(module.__file__).stem]
+        while wanted:
+            file = f"{wanted.pop()}.py"
+            made[file] = Path(__file__).with_name(file).read_text(encoding="utf-8")
+            imported = re.findall(r"^from \.(\w+) import", made[file], flags=re.MULTILINE)
+            wanted += [name for name in imported if f"{name}.py" not in {**own, **made}]
+    return {**own, **made}
 
 
 def get_custom_kernel_file(config) -> str | None:
@@ -306,6 +343,15 @@ def _number(name, value, accept, expected):
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not accept(value):
         raise InputError(f"found {name}={value!r}, expected {expected}")
+
+
+def _put(mapping, path, value, only=None):
+    """Set ``value`` at a dotted ``path`` of nested dicts, as far as it exists; only over the value ``only``, if that is given."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        mapping = mapping.get(parent) if isinstance(mapping, dict) else None
+    if isinstance(mapping, dict) and (only is None or mapping.get(name) == only):
+        mapping[name] = value
 
 
 def _mapping(what, value):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import sys
@@ -10,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from .architectures import ARCHITECTURES
+from .architectures import get_architecture
 from .errors import InputError
+from .task_classes import stock_heads, task_classes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,23 +27,26 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_teacher(name: str, dtype: str = "float32", device: str | torch.device = "cpu") -> Any:
-    """The stock causal language model at ``name``, in eval mode. Its config remembers the dtype it is stored in."""
+def load_teacher(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:
+    """The stock model at ``name``, with the head it is stored with, or as a causal language model if it has none; in eval mode. Its
+    config remembers the dtype it is stored in. A family that transformers does not have needs ``trust_remote_code``."""
     entry = read_config(name)
     if entry.get("kernel_ffn") is not None:
         raise InputError(f"found {name} converted already, expected a stock model: give its teacher")
-    if entry.get("model_type") not in ARCHITECTURES:
-        raise InputError(
-            f"found model type {entry.get('model_type')!r} at {name}, expected one of {', '.join(ARCHITECTURES)}: "
-            "describe yours by hf_kernel_ffn.register_architecture(Architecture(...))"
-        )
+    get_architecture(entry.get("model_type"))
     if entry.get("quantization_config") is not None:
         raise InputError(f"found quantised weights at {name}, expected floating-point ones: load the unquantised model")
-    model, info = _loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), output_loading_info=True)
+    model, info = _loaded(
+        _teacher_class(entry, name, trust_remote_code),
+        name,
+        trust_remote_code=trust_remote_code,
+        dtype=torch_dtype(dtype),
+        output_loading_info=True,
+    )
     lost = sorted(info["missing_keys"])
     if lost:
         raise InputError(
-            f"found {len(lost)} tensors missing at {name}, the first {lost[0]!r}, expected a whole causal language model: "
+            f"found {len(lost)} tensors missing at {name}, the first {lost[0]!r}, expected a whole model: "
             "they would be random; copy it again"
         )
     return _placed(model, device)
@@ -55,25 +59,58 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
     if entry.get("kernel_ffn") is None:
         raise InputError(f"found {name} not converted, expected a kernel_ffn entry in its config: run hf-kernel-ffn convert")
     family = entry["kernel_ffn"].get("family") if isinstance(entry["kernel_ffn"], dict) else None
-    if family not in ARCHITECTURES:
-        raise InputError(f"found family {family!r} at {name}, expected one of {', '.join(ARCHITECTURES)}")
-    if has_custom_kernel(name):
+    get_architecture(family)
+    head = (entry.get("architectures") or [""])[0]
+    own = "custom_kernel.py" if has_custom_kernel(name) else "" if stock_heads(str(family)) else f"modeling_kernel_{family}.py"
+    if own:
         if not trust_remote_code:
             raise InputError(
-                f"found a kernel of its author's own at {name}: read {name}/custom_kernel.py, then allow it by --trust-remote-code (in a recipe: trust_remote_code)"
+                f"found code of its author's own at {name}: read {name}/{own}, then allow it by --trust-remote-code (in a recipe: trust_remote_code)"
             )
-        return _placed(_loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), trust_remote_code=True), device)
-    module = importlib.import_module(ARCHITECTURES[family].modeling)
-    head = (entry.get("architectures") or [""])[0]
+        return _placed(_loaded(_auto_class(entry, head), name, dtype=torch_dtype(dtype), trust_remote_code=True), device)
+    module = task_classes(str(family))
     if not hasattr(module, head):
         raise InputError(f"found class {head!r} at {name}, expected one of this package's: the checkpoint is damaged")
     return _placed(_loaded(getattr(module, head), name, dtype=torch_dtype(dtype)), device)
 
 
+def empty_teacher(name: str, trust_remote_code: bool = False) -> Any:
+    """The stock model at ``name`` without its weights, on the meta device; it need not be of a known family."""
+    entry = read_config(name)
+    if entry.get("kernel_ffn") is not None:
+        raise InputError(f"found {name} converted already, expected a stock model: give its teacher")
+    config = _loaded(AutoConfig, name, trust_remote_code=trust_remote_code)
+    head = (entry.get("architectures") or [""])[0]
+    with torch.device("meta"):
+        if hasattr(transformers, head):
+            return getattr(transformers, head)(config)
+        auto = _auto_class(entry, head) if entry.get("auto_map") else AutoModel
+        return auto.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _auto_class(entry: dict, head: str) -> Any:
+    """The Auto class that ``entry`` (of config.json) maps to the class ``head``; that for causal language models if none is."""
+    autos = [auto for auto, ref in (entry.get("auto_map") or {}).items() if str(ref).rpartition(".")[2] == head]
+    return getattr(transformers, autos[0]) if autos else AutoModelForCausalLM
+
+
+def _teacher_class(entry: dict, name: str, trust_remote_code: bool) -> Any:
+    head = (entry.get("architectures") or [""])[0]
+    heads = stock_heads(entry["model_type"])
+    if heads:
+        known = {stock for auto, stock in heads.items() if auto not in ("AutoConfig", "AutoModel")}
+        return getattr(transformers, head) if head in known or "AutoModelForCausalLM" not in heads else AutoModelForCausalLM
+    if not trust_remote_code:
+        raise InputError(
+            f"found a {entry['model_type']!r} at {name}, which brings its own code: read it, then allow it by --trust-remote-code"
+        )
+    return _auto_class(entry, head)
+
+
 def load_model(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:
     """The model at ``name``, converted or stock."""
     if read_config(name).get("kernel_ffn") is None:
-        return load_teacher(name, dtype, device)
+        return load_teacher(name, dtype, device, trust_remote_code)
     return load_student(name, dtype, device, trust_remote_code)
 
 

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 
 from .errors import InputError
-from .readout import KernelFFN
+from .readout import KernelExperts, KernelFFN
 
 
 class KernelModelMixin:
@@ -30,15 +31,12 @@ class KernelModelMixin:
                 f"{type(self).__name__} needs a config with a kernel_ffn entry: make one by hf_kernel_ffn.convert()"
             )
         for path, layer in layers.items():
-            parent, _, name = path.rpartition(".")
             try:
-                owner = self.base_model.get_submodule(parent)
-                getattr(owner, name)
+                install(self.base_model, path, KernelFFN(layer))
             except AttributeError:
                 raise InputError(
                     f"found no module {path!r} in {type(self).__name__}: the kernel_ffn entry is of another model"
                 ) from None
-            setattr(owner, name, KernelFFN(layer))
         super().post_init()
 
     def kernel_ffns(self) -> dict:
@@ -69,6 +67,33 @@ class KernelModelMixin:
                 f"the first {lost[0]!r}: the checkpoint is incomplete; copy or convert it again"
             )
         return (model, info) if output_loading_info else model
+
+
+def install(base, path, ffn) -> list:
+    """Put ``ffn`` at ``path`` under ``base``, and what passes its output on where the teacher's FFN was no module of its own.
+
+    Returns:
+        (owner, name, what it was) of every attribute changed, in order; AttributeError if there is nothing at the path.
+    """
+    changed = []
+
+    def put(path, make):
+        parent, _, name = path.rpartition(".")
+        owner = base.get_submodule(parent)
+        before = getattr(owner, name)
+        changed.append((owner, name, before))
+        setattr(owner, name, make(before))
+
+    parent, _, number = path.rpartition(".")
+    if ffn.config.experts:
+        if not isinstance(base.get_submodule(parent), KernelExperts):
+            put(parent, lambda before: KernelExperts())
+        base.get_submodule(parent).add_module(number, ffn)
+    else:
+        put(path, lambda before: ffn)
+    for other in ffn.config.absorbed:
+        put(other, lambda before: nn.Identity() if isinstance(before, nn.Module) else 0.0)
+    return changed
 
 
 @contextmanager

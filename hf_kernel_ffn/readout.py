@@ -83,6 +83,7 @@ class KernelFFN(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to (..., hidden_size), in the dtype of the input."""
         coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
+        coefficients = nn.functional.dropout(coefficients, self.config.hidden_dropout, self.training)
         return self.dropout(self.output_prototypes(coefficients))
 
     def coefficients(self, hidden_states: Tensor) -> Tensor:
@@ -215,6 +216,21 @@ def _names(units: list) -> tuple:
         seen[name] = seen.get(name, 0) + 1
         names.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
     return tuple(names)
+
+
+class KernelExperts(nn.Module):
+    """The experts of a mixture, a :class:`KernelFFN` each, numbered; called as the stock experts are."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``hidden_states`` (tokens, hidden_size), the experts chosen for them (tokens, k) and those's weights (tokens, k), to
+        (tokens, hidden_size)."""
+        written = torch.zeros_like(hidden_states)
+        for number, expert in self.named_children():
+            token, place = torch.where(top_k_index == int(number))
+            if len(token):
+                output = expert(hidden_states[token]) * top_k_weights[token, place, None]
+                written.index_add_(0, token, output.to(written.dtype))
+        return written
 
 
 def effective(linear: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy as copying
-import importlib
 import json
 import math
 import os
@@ -11,7 +10,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,24 @@ from transformers import PreTrainedModel
 
 from . import __version__
 from .architectures import (
-    ARCHITECTURES,
-    Architecture,
+    StockFFN,
     architecture_of,
-    ffn_paths,
-    ffn_weights,
+    attribute,
+    choose_layers,
     parse_layers,
+    stock_ffns,
+    stock_weights,
 )
 from .calibration import calibrate, ffn_inputs, fit_sample, fitted_and_held, own_text
 from .configuration import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
+from .detection import refuse_undescribed
 from .errors import InputError
 from .initialization import gate_bias, prototypes
+from .inputs import Inputs, row_tokens, rows, take
 from .loading import load_tokenizer, stored_dtype
+from .modeling import install
 from .readout import KernelFFN
+from .task_classes import task_classes
 
 CALIBRATION_TOKENS = 16_384
 """Tokens that a conversion reads, of the user's text or of the model's own making."""
@@ -61,7 +66,7 @@ def convert(
     config: KernelFFNConfig | Mapping[int, KernelFFNConfig] | None = None,
     layers: str | list[int] | None = None,
     *,
-    calibration_ids: Tensor | None = None,
+    calibration_ids: Inputs | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     copy: bool = False,
     seed: int = 0,
@@ -75,8 +80,10 @@ def convert(
 
     Args:
         config: settings for every layer, or one per layer number (then those layers are converted).
-        layers: which layers, as numbers or ``"0-5,7"``; None for all.
-        calibration_ids: (rows, length) token ids of text; None: the teacher makes its own.
+        layers: which layers, as numbers or ``"0-5,7"``, or by a pattern of FFN paths, such as ``"text_model.*"``; None for all.
+            Several stacks are counted on; the experts of a layer have its number.
+        calibration_ids: (rows, length) token ids of text, or whatever the model's main input is, or a mapping of its arguments;
+            None: the teacher makes its own.
         calibration_tokens: how many of them are read.
         copy: own copies of the parameters that teacher and student have in common, instead of sharing their memory.
         seed: of the teacher's own tokens.
@@ -86,40 +93,49 @@ def convert(
         the student, in the teacher's dtype, on its device, in eval mode; and a report.
 
     Raises:
-        InputError: the model is unsupported, converted already, quantised or not finite; a layer does not exist; or a
-            combination of settings is refused.
+        InputError: the model is unsupported, converted already, quantised or not finite; it has FFNs that its family's entry does
+            not describe, and all layers are asked for; a layer does not exist; or a combination of settings is refused.
     """
     architecture = architecture_of(teacher)
-    paths = ffn_paths(teacher, architecture)
-    per_layer = _settings(config, layers, len(paths))
+    ffns = stock_ffns(teacher, architecture)
+    per_layer = _settings(config, layers, ffns)
+    if layers is None and not isinstance(config, Mapping):
+        refuse_undescribed(teacher, ffns)
     base = teacher.base_model
-    stock = {paths[i]: base.get_submodule(paths[i]) for i in per_layer}
-    weights = {i: ffn_weights(stock[paths[i]], architecture, teacher.config, paths[i]) for i in per_layer}
-    resolved = {i: with_defaults(settings, weights[i].gate is not None) for i, settings in per_layer.items()}
+    chosen = {path: ffn for path, ffn in ffns.items() if ffn.number in per_layer}
+    weights = {path: stock_weights(teacher, ffn) for path, ffn in chosen.items()}
+    resolved = {path: with_defaults(per_layer[ffn.number], weights[path].gate is not None) for path, ffn in chosen.items()}
     for name, parameter in teacher.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"found NaN or infinite values in {name}, expected finite weights: repair the teacher")
 
     was_training = teacher.training
     teacher.eval()
-    ffns: dict[str, KernelFFN] = {}
+    made: dict[str, KernelFFN] = {}
+    changed: list[tuple] = []
     try:
         ids = calibration_ids if calibration_ids is not None else own_text(teacher, calibration_tokens, seed)
-        ids = ids[: max(1, calibration_tokens // ids.shape[1])]
-        report = ConversionReport(architecture.model_type, "own tokens" if calibration_ids is None else "text", ids.numel())
-        for i in _with_progress(resolved, "converting", progress):
-            ffn, figures = _convert_ffn(teacher, paths[i], weights[i], resolved[i], ids, _dropout(architecture, teacher))
-            ffns[paths[i]] = ffn.to(next(teacher.parameters()).dtype)
-            report.layers[paths[i]] = figures
-            base.set_submodule(paths[i], ffns[paths[i]])  # later layers are calibrated on what the student feeds them
+        ids = take(ids, slice(max(1, calibration_tokens // row_tokens(ids))))
+        source = "own tokens" if calibration_ids is None else "text"
+        report = ConversionReport(architecture.model_type, source, rows(ids) * row_tokens(ids))
+        for _, block in groupby(_with_progress(chosen, "converting", progress), lambda path: chosen[path].number):
+            here = {}
+            for path in block:
+                ffn, figures = _convert_ffn(teacher, chosen[path], weights[path], resolved[path], ids)
+                here[path] = ffn.to(next(teacher.parameters()).dtype)
+                report.layers[path] = figures
+            for path, ffn in here.items():  # later layers are calibrated on what the student feeds them
+                changed += install(base, path, ffn)
+            made.update(here)
     finally:
-        for path in ffns:
-            base.set_submodule(path, stock[path])
+        for owner, name, before in reversed(changed):
+            setattr(owner, name, before)
         teacher.train(was_training)
-    return _assemble(teacher, architecture, ffns, copy), report
+    return _assemble(teacher, architecture, made, copy), report
 
 
-def _settings(config, layers, count) -> dict[int, KernelFFNConfig]:
+def _settings(config, layers, ffns) -> dict[int, KernelFFNConfig]:
+    count = len({ffn.number for ffn in ffns.values()})
     if isinstance(config, Mapping):
         if layers is not None:
             raise InputError("found both layers and one config per layer, expected one of them: leave layers out")
@@ -129,16 +145,13 @@ def _settings(config, layers, count) -> dict[int, KernelFFNConfig]:
     if layers is None:
         chosen = list(range(count))
     else:
-        chosen = parse_layers(layers if isinstance(layers, str) else ",".join(map(str, layers)), count)
+        chosen = choose_layers(layers if isinstance(layers, str) else ",".join(map(str, layers)), ffns)
     return dict.fromkeys(chosen, config)
 
 
-def _dropout(architecture: Architecture, teacher: PreTrainedModel) -> float:
-    return float(getattr(teacher.config, architecture.dropout)) if architecture.dropout else 0.0
-
-
-def _convert_ffn(model, path, weights, settings, ids, dropout) -> tuple[KernelFFN, dict]:
-    """One calibrated kernel readout, in float32, for the stock FFN at ``path``, and its figures."""
+def _convert_ffn(model, stock: StockFFN, weights, settings, ids) -> tuple[KernelFFN, dict]:
+    """One calibrated kernel readout, in float32, for the FFN ``stock``, and its figures."""
+    path, config = stock.path, model.config
     sample = fit_sample(model, path, ids)
     weights32 = weights._replace(**{k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)})
     start = prototypes(weights32, settings, sample)
@@ -148,7 +161,17 @@ def _convert_ffn(model, path, weights, settings, ids, dropout) -> tuple[KernelFF
         reference["temperature"] = settings.temperature or 1.0
     if settings.simplex == "threshold":
         reference["threshold"] = 1.0  # found below
-    layer = LayerConfig(settings, start.rows.shape[1], len(start.rows), reference, dropout)
+    layer = LayerConfig(
+        settings,
+        start.rows.shape[1],
+        len(start.rows),
+        reference,
+        dropout=float(attribute(config, stock.shape.dropout)) if stock.shape.dropout else 0.0,
+        hidden_dropout=float(attribute(config, stock.shape.hidden_dropout)) if stock.shape.hidden_dropout else 0.0,
+        number=stock.number,
+        absorbed=stock.absorbed,
+        experts=len(attribute(stock.host, stock.shape.down)) if stock.expert is not None else 0,
+    )
     ffn = KernelFFN(layer).to(sample.device).eval().requires_grad_(False)
     ffn.input_prototypes.weight.copy_(start.rows)
     if ffn.kernel.uses_bias:
@@ -170,8 +193,8 @@ def _convert_ffn(model, path, weights, settings, ids, dropout) -> tuple[KernelFF
         ffn.reference["threshold"] = math.exp(ffn.log_threshold().item())
         ffn.threshold_log_ratio.zero_()
     fitted, held = (ffn_inputs(model, path, rows) for rows in fitted_and_held(ids))
-    figures = calibrate(ffn, model.base_model.get_submodule(path), sample, fitted, held, settings.temperature)
-    ffn.config = LayerConfig(settings, layer.hidden_size, layer.prototypes, dict(ffn.reference), dropout)
+    figures = calibrate(ffn, stock, sample, fitted, held, settings.temperature)
+    ffn.config = replace(layer, reference=dict(ffn.reference))
     parameters = sum(p.numel() for p in ffn.parameters())
     return ffn, {"prototypes": layer.prototypes, "parameters": parameters, "reference": dict(ffn.reference), **figures}
 
@@ -183,7 +206,7 @@ def _assemble(teacher, architecture, ffns: dict[str, KernelFFN], copy: bool) -> 
         "package_version": __version__,
         "family": architecture.model_type,
         "teacher_class": type(teacher).__name__,
-        "activation": {architecture.activation: getattr(teacher.config, architecture.activation)},
+        "activation": {name: attribute(teacher.config, name) for name in architecture.guards},
         "layers": {path: ffn.config.to_dict() for path, ffn in ffns.items()},
     }
     student = student_from_entry(teacher, entry, copy)
@@ -195,7 +218,7 @@ def _assemble(teacher, architecture, ffns: dict[str, KernelFFN], copy: bool) -> 
 def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False) -> Any:
     """A model of the family's own class with the FFNs that ``entry`` (of config.json) describes, zero until they are loaded,
     around the teacher's other parameters."""
-    student_class = _student_class(teacher, ARCHITECTURES[entry["family"]])
+    student_class = _student_class(teacher, entry["family"])
     settings = {
         k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "auto_map", "transformers_version")
     }
@@ -228,16 +251,18 @@ def share_equal(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 
 def _inside(student: PreTrainedModel, entry: dict) -> tuple[str, ...]:
     """What the names of all parameters of converted FFNs start with."""
-    return tuple(f"{_prefix(student)}{path}." for path in entry["layers"])
+    paths = [path for layer in entry["layers"] for path in (layer, *entry["layers"][layer].get("absorbed", ()))]
+    paths += [path.rpartition(".")[0] for path, layer in entry["layers"].items() if layer.get("experts")]
+    return tuple(f"{_prefix(student)}{path}." for path in paths)
 
 
 def _prefix(model: PreTrainedModel) -> str:
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
-def _student_class(teacher, architecture) -> Any:
+def _student_class(teacher, family: str) -> Any:
     name = f"Kernel{type(teacher).__name__}"
-    module = importlib.import_module(architecture.modeling)
+    module = task_classes(family, teacher)
     if not hasattr(module, name):
         heads = ", ".join(
             n.removeprefix("Kernel") for n in vars(module) if n.startswith("Kernel") and "Mixin" not in n and "Config" not in n
@@ -302,7 +327,7 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             f"found a teacher of type {teacher.config.model_type!r}, expected a stock {entry['family']!r}: give the student's own"
         )
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        mine, other = getattr(student.config, name), getattr(teacher.config, name)
+        mine, other = getattr(student.config, name, None), getattr(teacher.config, name, None)
         if mine != other:
             raise InputError(
                 f"found {name} {mine} in the student and {other} in the teacher, expected equal: give the student's own teacher"

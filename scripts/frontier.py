@@ -203,15 +203,13 @@ def run(
     device: str = "cpu",
 ) -> None:
     """Run the rows that OUT does not hold yet."""
-    from hf_kernel_ffn.architectures import architecture_of, ffn_paths, ffn_weights
+    from hf_kernel_ffn.architectures import architecture_of, stock_ffns, stock_weights
     from hf_kernel_ffn.data import token_ids
     from hf_kernel_ffn.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.probes import load_questions, multiple_choice
 
     model, tokenizer = load_teacher(teacher, device=device), load_tokenizer(teacher)
-    architecture = architecture_of(model)
-    path = ffn_paths(model, architecture)[0]
-    weights = ffn_weights(model.base_model.get_submodule(path), architecture, model.config, path)
+    weights = stock_weights(model, next(iter(stock_ffns(model, architecture_of(model)).values())))
     ids = token_ids(tokenizer, [test], 256, test_tokens)
     questions = load_questions(cloze)[:QUESTIONS] if cloze else []
     teacher_cloze = multiple_choice(model, tokenizer, questions)["accuracy"] if questions else None

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..architectures import stock_ffn
+from ..hooks import recorded_ffns
+from ..inputs import Inputs, arguments
 from .recipe import Stage
 
 Backward = Callable[[Tensor], None]
@@ -24,7 +27,7 @@ def layer_wise(
     teacher: PreTrainedModel,
     student: nn.Module,
     ffns: dict[str, nn.Module],
-    ids: Tensor,
+    ids: Inputs,
     backward: Backward,
     price: Price = _free,
 ) -> Tensor:
@@ -36,24 +39,17 @@ def layer_wise(
     """
     losses: list[Tensor] = []
 
-    def regress(path: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            with torch.enable_grad():
-                target = output.detach().float()
-                error = (ffns[path](args[0].detach()).float() - target).square().mean()
-                loss = error / target.var(dim=tuple(range(target.ndim - 1)), correction=0).mean().clamp_min(1e-12)
-                backward(loss + price(path))
-            losses.append(loss.detach())
+    def regress(path: str, x: Tensor, output: Tensor) -> None:
+        with torch.enable_grad():
+            target = output.detach().float()
+            error = (ffns[path](x.detach()).float() - target).square().mean()
+            loss = error / target.var(dim=0, correction=0).mean().clamp_min(1e-12)
+            backward(loss + price(path))
+        losses.append(loss.detach())
 
-        return hook
-
-    hooks = [teacher.base_model.get_submodule(path).register_forward_hook(regress(path)) for path in ffns]
-    try:
-        with torch.no_grad():
-            teacher.base_model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    base = teacher.base_model
+    with recorded_ffns(base, {path: stock_ffn(teacher, path) for path in ffns}, regress), torch.no_grad():
+        base(**arguments(base, ids))
     return torch.stack(losses).mean()
 
 
@@ -73,8 +69,8 @@ def logits(
         the loss, detached.
     """
     with torch.no_grad():
-        wanted = (teacher(input_ids=ids, use_cache=False).logits.float() / stage.temperature).log_softmax(-1)
-    output = student(input_ids=ids, use_cache=False).logits.float()
+        wanted = (teacher(**arguments(teacher, ids)).logits.float() / stage.temperature).log_softmax(-1)
+    output = student(**arguments(teacher, ids)).logits.float()
     predicted = (output / stage.temperature).log_softmax(-1)
     loss = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1).mean() * stage.temperature**2
     loss = loss * stage.kl
