@@ -72,10 +72,14 @@ def distill(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the state an interrupted run left")] = False,
 ) -> None:
     """Distil a converted model back to its teacher by RECIPE. Also: accelerate launch scripts/distill.py RECIPE …"""
-    from .distillation import distill, load_recipe
+    from .distillation import Terminated, distill, load_recipe
 
     _quieten()
-    out = distill(load_recipe(recipe, overrides), resume=resume)
+    try:
+        out = distill(load_recipe(recipe, overrides), resume=resume)
+    except Terminated as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        raise typer.Exit(143) from stopped  # 128 + SIGTERM, as a shell reports it
     typer.echo(f"saved in {out}")
 
 

@@ -31,6 +31,7 @@ from .architectures import (
 from .calibration import calibrate, ffn_inputs, fit_sample, fitted_and_held, own_text
 from .configuration import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
 from .errors import InputError
+from .files import sync, writing
 from .initialization import gate_bias, prototypes
 from .loading import load_tokenizer, stored_dtype
 from .readout import KernelFFN
@@ -318,14 +319,16 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     """
     out = Path(out)
     require_empty(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        made = Path(scratch, "made")
-        made.mkdir()
-        yield made
-        if out.is_dir():
-            out.rmdir()
-        os.replace(made, out)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            made = Path(scratch, "made")
+            made.mkdir()
+            yield made
+            sync(made)
+            if out.is_dir():
+                out.rmdir()
+            os.replace(made, out)
 
 
 def require_empty(out: str | os.PathLike) -> None:

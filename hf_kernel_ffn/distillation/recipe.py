@@ -110,6 +110,9 @@ class Recipe(_Section):
     """Tokens of the training text that the conversion reads."""
     save_every_tokens: int = Field(500_000, ge=1)
     """How often the state to resume from is written."""
+    skip_steps: int = Field(0, ge=0)
+    """Steps with a loss or a gradient that is not finite to leave out, in all; the next one stops the run. distillation.json in
+    output_dir says how many there were."""
     trackers: list[str] = Field(default_factory=list)
     """accelerate's trackers: tensorboard, wandb, …"""
     gradient_checkpointing: bool = False
