@@ -175,6 +175,20 @@ def read(
 
 
 @app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="local folder of a converted model")]) -> None:
+    """Check that FOLDER is whole and carries no code but this package's: config, weights, checksums, code. Runs none of it."""
+    from .errors import InputError
+    from .verification import verify
+
+    _quieten()
+    found = verify(folder)
+    _table(["", "found", ""], [[f.what, f.found, "ok" if f.good else "NOT OK"] for f in found])
+    bad = [f.what for f in found if not f.good]
+    if bad:
+        raise InputError(f"found {folder} not as it was saved ({', '.join(bad)}): see the table, and copy or convert it again")
+
+
+@app.command()
 def families() -> None:
     """List the architectures that can be converted."""
     from .architectures import ARCHITECTURES

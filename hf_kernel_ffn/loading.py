@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from transformers.utils.hub import cached_file
 
 from .architectures import ARCHITECTURES
 from .errors import InputError
+from .integrity import read_json
+from .modeling import KernelModelMixin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,14 +32,14 @@ def load_teacher(name: str, dtype: str = "float32", device: str | torch.device =
     entry = read_config(name)
     if entry.get("kernel_ffn") is not None:
         raise InputError(f"found {name} converted already, expected a stock model: give its teacher")
-    if entry.get("model_type") not in ARCHITECTURES:
+    if str(entry.get("model_type")) not in ARCHITECTURES:
         raise InputError(
             f"found model type {entry.get('model_type')!r} at {name}, expected one of {', '.join(ARCHITECTURES)}: "
             "describe yours by hf_kernel_ffn.register_architecture(Architecture(...))"
         )
     if entry.get("quantization_config") is not None:
         raise InputError(f"found quantised weights at {name}, expected floating-point ones: load the unquantised model")
-    model, info = _loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), output_loading_info=True)
+    model, info = loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), output_loading_info=True, use_safetensors=True)
     lost = sorted(info["missing_keys"])
     if lost:
         raise InputError(
@@ -54,20 +55,38 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
     entry = read_config(name)
     if entry.get("kernel_ffn") is None:
         raise InputError(f"found {name} not converted, expected a kernel_ffn entry in its config: run hf-kernel-ffn convert")
-    family = entry["kernel_ffn"].get("family") if isinstance(entry["kernel_ffn"], dict) else None
-    if family not in ARCHITECTURES:
-        raise InputError(f"found family {family!r} at {name}, expected one of {', '.join(ARCHITECTURES)}")
+    kind = student_class(entry, name)
     if has_custom_kernel(name):
         if not trust_remote_code:
             raise InputError(
                 f"found a kernel of its author's own at {name}: read {name}/custom_kernel.py, then allow it by --trust-remote-code (in a recipe: trust_remote_code)"
             )
-        return _placed(_loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), trust_remote_code=True), device)
-    module = importlib.import_module(ARCHITECTURES[family].modeling)
-    head = (entry.get("architectures") or [""])[0]
-    if not hasattr(module, head):
+        found = loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), trust_remote_code=True, output_loading_info=True)
+    else:
+        found = loaded(kind, name, dtype=torch_dtype(dtype), output_loading_info=True)
+    model, info = found
+    odd = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    if odd and entry.get("quantization_config") is None:
+        raise InputError(
+            f"found {len(odd)} tensors missing or too many at {name}, the first {odd[0]!r}: the weights are not those of its "
+            "config.json; copy or convert it again"
+        )
+    return _placed(model, device)
+
+
+def student_class(entry: dict, name: str) -> Any:
+    """This package's own class for the converted model at ``name`` with config.json ``entry``."""
+    kernel_ffn = entry.get("kernel_ffn")
+    family = kernel_ffn.get("family") if isinstance(kernel_ffn, dict) else None
+    if str(family) not in ARCHITECTURES:
+        raise InputError(f"found family {family!r} at {name}, expected one of {', '.join(ARCHITECTURES)}")
+    module = importlib.import_module(ARCHITECTURES[str(family)].modeling)
+    heads = entry.get("architectures")
+    head = heads[0] if isinstance(heads, list) and heads and isinstance(heads[0], str) else ""
+    kind = getattr(module, head, None)
+    if not (isinstance(kind, type) and issubclass(kind, KernelModelMixin) and kind is not KernelModelMixin):
         raise InputError(f"found class {head!r} at {name}, expected one of this package's: the checkpoint is damaged")
-    return _placed(_loaded(getattr(module, head), name, dtype=torch_dtype(dtype)), device)
+    return kind
 
 
 def load_model(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:
@@ -79,7 +98,7 @@ def load_model(name: str, dtype: str = "float32", device: str | torch.device = "
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer at ``name``; no code of its author's runs."""
-    return _loaded(AutoTokenizer, name, trust_remote_code=False)  # None would ask at the terminal about the model's code
+    return loaded(AutoTokenizer, name, trust_remote_code=False)  # None would ask at the terminal about the model's code
 
 
 def check_vocabularies(student: str, teacher: str) -> None:
@@ -94,7 +113,7 @@ def check_vocabularies(student: str, teacher: str) -> None:
 
 def stored_dtype(name: str) -> torch.dtype:
     """The dtype in which the model at ``name`` is stored; float32 if its config does not say."""
-    dtype = _loaded(AutoConfig, name).dtype if read_config(name).get("kernel_ffn") is None else None
+    dtype = loaded(AutoConfig, name).dtype if read_config(name).get("kernel_ffn") is None else None
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -104,14 +123,11 @@ def read_config(name: str) -> dict:
         raise InputError(f"found no config.json in {name}, expected the folder of a saved model: check the path")
     try:
         file = cached_file(name, "config.json")
-        entry = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"found no readable model at {name!r} ({_first_line(error)}): give a local folder or a hub id"
         ) from error
-    if not isinstance(entry, dict):
-        raise InputError(f"found a {type(entry).__name__} in {name}/config.json, expected a mapping: the checkpoint is damaged")
-    return entry
+    return read_json(str(file))
 
 
 def has_custom_kernel(name: str) -> bool:
@@ -146,7 +162,8 @@ def import_kernel(kernel: str) -> str:
     return name
 
 
-def _loaded(auto_class, name: str, **kwargs) -> Any:
+def loaded(auto_class, name: str, **kwargs) -> Any:
+    """``auto_class.from_pretrained(name, **kwargs)``; whatever goes wrong is an InputError."""
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except InputError:

@@ -19,6 +19,7 @@ from ..files import sync, writing
 from ..loading import check_vocabularies, load_student, load_teacher, load_tokenizer
 from ..surgery import check_pair, convert, require_empty, save_converted, share_equal, student_from_entry
 from .recipe import Recipe
+from .sharding import unsharded
 from .state import REMAINS, find_state, load_facts, load_rng, load_trained, remove_remains, remove_state
 from .stopping import Stop, on_sigterm
 from .training import Run, make_accelerator
@@ -85,6 +86,8 @@ def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
     stop.between_steps = True
     run.stages(facts, state)
     stop.between_steps = False
+    if run.sharded:
+        student = trainee = unsharded(student, teacher)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _finish(out, trainee, student, recipe, run.skipped)

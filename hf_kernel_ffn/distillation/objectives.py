@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,9 +40,10 @@ def layer_wise(
     def regress(path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             with torch.enable_grad():
-                target = output.detach().float()
-                error = (ffns[path](args[0].detach()).float() - target).square().mean()
-                loss = error / target.var(dim=tuple(range(target.ndim - 1)), correction=0).mean().clamp_min(1e-12)
+                target = _at_least_float32(output.detach())
+                error = (_at_least_float32(ffns[path](args[0].detach())) - target).square().mean()
+                apart = target - mean_over_processes(target.flatten(0, -2).mean(0))
+                loss = error / mean_over_processes(apart.square().mean()).clamp_min(1e-12)
                 backward(loss + price(path))
             losses.append(loss.detach())
 
@@ -73,8 +75,8 @@ def logits(
         the loss, detached.
     """
     with torch.no_grad():
-        wanted = (teacher(input_ids=ids, use_cache=False).logits.float() / stage.temperature).log_softmax(-1)
-    output = student(input_ids=ids, use_cache=False).logits.float()
+        wanted = (_at_least_float32(teacher(input_ids=ids, use_cache=False).logits) / stage.temperature).log_softmax(-1)
+    output = _at_least_float32(student(input_ids=ids, use_cache=False).logits)
     predicted = (output / stage.temperature).log_softmax(-1)
     loss = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1).mean() * stage.temperature**2
     loss = loss * stage.kl
@@ -82,6 +84,19 @@ def logits(
         loss = loss + stage.cross_entropy * nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     backward(loss + sum(price(path) for path in ffns) / len(ffns))
     return loss.detach()
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """``tensor`` averaged over all processes, which have as many tokens each; no gradient runs through it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 OBJECTIVES = {"layer-wise": layer_wise, "logits": logits}

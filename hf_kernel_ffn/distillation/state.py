@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import sync, writing
+from .sharding import like, whole
 
 FOLDER = "resume"
 """Folder of the state, inside output_dir while a distillation runs."""
@@ -22,8 +23,11 @@ REMAINS = (f"{FOLDER}.new", f"{FOLDER}.done", "finished.new")
 """What a killed run may leave beside the state: half-written, or about to be removed."""
 
 
-def save_state(output_dir: Path, trained: dict[str, Tensor], optimizers: Sequence[torch.optim.Optimizer], facts: dict) -> None:
-    """Replace the state in ``output_dir`` by this one; killed at any moment, either the old or the new one is there.
+def save_state(
+    output_dir: Path, trained: dict[str, Tensor], optimizers: Sequence[torch.optim.Optimizer], facts: dict, writes: bool = True
+) -> None:
+    """Replace the state in ``output_dir`` by this one; killed at any moment, either the old or the new one is there. Every process
+    calls this, since tensors may be sharded; one writes.
 
     Args:
         trained: every tensor that a stage may train or that is not the teacher's, by name.
@@ -31,7 +35,10 @@ def save_state(output_dir: Path, trained: dict[str, Tensor], optimizers: Sequenc
         facts: JSON: where the distillation stands, and what it needs to start again.
     """
     target, fresh, old = (output_dir / f"{FOLDER}{suffix}" for suffix in ("", ".new", ".old"))
+    trained = {name: whole(tensor.detach()).contiguous() for name, tensor in trained.items()}
     tensors, groups = _flat(optimizers)
+    if not writes:
+        return
     tensors["rng"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -39,7 +46,7 @@ def save_state(output_dir: Path, trained: dict[str, Tensor], optimizers: Sequenc
         with writing(f"the state of the distillation in {output_dir}"):
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
-            save_file({name: tensor.detach().contiguous() for name, tensor in trained.items()}, fresh / "trained.safetensors")
+            save_file(trained, fresh / "trained.safetensors")
             save_file(tensors, fresh / "optimizer.safetensors")
             (fresh / "state.json").write_text(json.dumps({**facts, "groups": groups}))
             sync(fresh)
@@ -95,7 +102,7 @@ def load_trained(folder: Path, trained: dict[str, Tensor]) -> None:
     if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in trained.items()}:
         raise _damaged(folder, "other tensors than the recipe trains")
     for name, tensor in tensors.items():
-        trained[name].data.copy_(tensor)
+        trained[name].data.copy_(like(tensor, trained[name]))
 
 
 def load_rng(folder: Path) -> None:
@@ -111,10 +118,11 @@ def load_optimizers(folder: Path, optimizers: Sequence[torch.optim.Optimizer]) -
     tensors = {k: v for k, v in _tensors(folder / "optimizer.safetensors").items() if not k.startswith("rng")}
     for number, (optimizer, groups) in enumerate(zip(optimizers, load_facts(folder)["groups"], strict=True)):
         state: dict[int, dict[str, Tensor]] = {}
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for key, tensor in tensors.items():
             owner, index, name = key.split(".", 2)
             if int(owner) == number:
-                state.setdefault(int(index), {})[name] = tensor
+                state.setdefault(int(index), {})[name] = like(tensor, parameters[int(index)])
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -132,7 +140,7 @@ def _damaged(what: Path, why: object) -> InputError:
 def _flat(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list]:
     packed = [optimizer.state_dict() for optimizer in optimizers]
     tensors = {
-        f"{number}.{index}.{name}": value.contiguous()
+        f"{number}.{index}.{name}": whole(value).contiguous()
         for number, part in enumerate(packed)
         for index, entry in part["state"].items()
         for name, value in entry.items()

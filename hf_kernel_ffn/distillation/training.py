@@ -20,6 +20,7 @@ from ..loading import torch_dtype
 from .objectives import OBJECTIVES
 from .optimizers import optimizers, schedule
 from .recipe import Data, Recipe, Stage
+from .sharding import shard, share
 from .sparsity import Watch
 from .state import find_state, load_facts, load_optimizers, save_state
 from .stopping import Stop, Terminated
@@ -101,6 +102,10 @@ class Run:
         """Steps left out because their numbers were not finite."""
         self.recipe, self.accelerator, self.tokenizer = recipe, accelerator, tokenizer
         self.teacher, self.student, self.trainee, self.progress = teacher, student, trainee, progress
+        self.sharded = recipe.shard and accelerator.num_processes > 1
+        if self.sharded:
+            reshard = not any(stage.write_mass for stage in recipe.stages)  # its price reads the weights after the forward pass
+            shard(student.kernel_ffns().values(), accelerator.device, reshard)
         self.trained = {name: p for name, p in trainee.named_parameters() if p.requires_grad}
         self.kept: dict[str, Tensor] = dict(self.trained)  # with what else a converted FFN holds: its units
         self.fired: dict[str, Tensor] = {}
@@ -122,8 +127,9 @@ class Run:
 
             def keep(step: int, sequences: int, optimizers=(), number: int = number) -> None:
                 position = {"part": number, "step": step, "sequences": sequences, "skipped": self.skipped}
-                if facts is not None and self.accelerator.is_main_process:
-                    save_state(Path(self.recipe.output_dir), self.kept, optimizers, {**facts, "position": position})
+                if facts is not None:
+                    writes, now = self.accelerator.is_main_process, {**facts, "position": position}
+                    save_state(Path(self.recipe.output_dir), self.kept, optimizers, now, writes)
 
             sequences = self._stage(stage, ffns, step, sequences, here, keep)
             keep(0, sequences, (), number + 1)
@@ -156,7 +162,7 @@ class Run:
             generator=torch.Generator(),
         )
         loader = accelerator.prepare_data_loader(loader)
-        student = self.trainee if layer_wise else accelerator.prepare_model(self.trainee)
+        student = self.trainee if layer_wise or self.sharded else accelerator.prepare_model(self.trainee)
         every = max(1, self.recipe.save_every_tokens // (per_step * data.sequence_length))
         batches = iter(loader)
         shown = self.progress and accelerator.is_main_process
@@ -170,7 +176,7 @@ class Run:
                     loss = OBJECTIVES[stage.name](stage, self.teacher, student, ffns, ids, accelerator.backward, watch.price)
                 value, stopping = self._agreed(loss)
                 if self._usable(value, parameters):
-                    if layer_wise and accelerator.num_processes > 1:
+                    if layer_wise and accelerator.num_processes > 1 and not self.sharded:
                         for parameter in parameters:
                             parameter.grad = accelerator.reduce(parameter.grad, "mean")
                     if not layer_wise:
@@ -185,7 +191,7 @@ class Run:
                     optimizer.zero_grad()
                 sequences += per_step
                 saves = stopping or (step + 1) % every == 0 or step + 1 == steps
-                if saves and not all(torch.isfinite(parameter).all() for parameter in parameters):
+                if saves and not self._finite(parameters):
                     raise self._diverged("weights that are not finite", stage, step, ffns, ids)
                 if self.recipe.trackers:
                     accelerator.log({f"{stage.name}/loss": value, f"{stage.name}/step": step})
@@ -206,7 +212,11 @@ class Run:
         before they are saved."""
         if not math.isfinite(loss) or not self.recipe.skip_steps:
             return math.isfinite(loss)
-        finite = torch.stack([torch.isfinite(p.grad).all() for p in parameters if p.grad is not None]).all().float()
+        return self._finite([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    def _finite(self, tensors: list) -> bool:
+        """Whether all of ``tensors`` are, on every process."""
+        finite = torch.stack([torch.isfinite(share(tensor)).all() for tensor in tensors]).all().float()
         self._average(finite)
         return finite.item() == 1
 
@@ -216,8 +226,11 @@ class Run:
         self.skipped += 1
 
     def _diverged(self, what: str, stage: Stage, step: int, ffns, ids) -> FloatingPointError:
-        layer = first_bad(ffns, self.student, self.teacher, ids, stage.name == "layer-wise")
-        where = f"first in {layer}" if layer else "in no FFN's own numbers"
+        if self.sharded:
+            where = "in a layer that is not looked for in a sharded run"
+        else:
+            layer = first_bad(ffns, self.student, self.teacher, ids, stage.name == "layer-wise")
+            where = f"first in {layer}" if layer else "in no FFN's own numbers"
         skips = f" after {self.skipped} skipped steps" if self.skipped else ""
         state = find_state(Path(self.recipe.output_dir))
         left = "no state was saved before" if state is None else f"the last good state is {state}, of {_where(state)}"

@@ -1,0 +1,126 @@
+"""More than one process: the same losses as one, states and models that load anywhere, and what ships for larger machines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_kernel_ffn import InputError, KernelFFNConfig, convert
+from hf_kernel_ffn.distillation import load_recipe
+
+SCRIPT = Path(__file__).with_name("processes.py")
+STAGE = {"tokens": 512, "learning_rate": 0.002, "optimizer": "adamw", "weight_decay": 0.01}
+STEPS = 4  # of each stage: 512 tokens, four sequences of 32 in a step
+
+
+@pytest.fixture(scope="module")
+def content(teacher_folder, text_file, tmp_path_factory, ids):
+    """A recipe for a sparse student with every term in its losses, without batch size and output_dir."""
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder("llama"), dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("student")
+    settings = KernelFFNConfig(simplex="threshold", top_k=24)
+    convert(teacher, settings, calibration_ids=ids, calibration_tokens=256)[0].save_pretrained(folder)
+    stages = [{"name": "layer-wise", **STAGE, "write_mass": 0.01}, {"name": "logits", **STAGE, "cross_entropy": 0.5}]
+    return {
+        "teacher": str(teacher_folder("llama")),
+        "student": str(folder),
+        "data": {"train": str(text_file), "sequence_length": 32, "shuffle_buffer": 16},
+        "stages": stages,
+        "save_every_tokens": 128,
+    }
+
+
+def of(content, out, processes=1, optimizer="adamw", write_mass=0.01, **changes):
+    stages = [{**stage, "batch_size": 4 // processes, "optimizer": optimizer} for stage in content["stages"]]
+    stages[0]["write_mass"] = write_mass
+    return {**content, "stages": stages, "output_dir": str(out), **changes}
+
+
+def start(work, processes, scratch):
+    """Losses by job name, from a fresh interpreter on that many processes."""
+    file = scratch / "work.json"
+    file.write_text(json.dumps({**work, "out": str(scratch / "losses.json")}))
+    command = [sys.executable, SCRIPT, file]
+    if processes > 1:
+        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+        command = [sys.executable, *launch, "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPT, file]
+    environment = dict(os.environ, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((scratch / "losses.json").read_text())
+
+
+def jobs(content, scratch, processes, shard):
+    """The same runs for every layout: to the end, in parts, and in float32 with Muon."""
+
+    def job(name, dtype="float64", out=None, until=None, **changes):
+        made = of(content, scratch / (out or name), processes, shard=shard, **changes)
+        return {"name": name, "dtype": dtype, "until": until, "content": made}
+
+    return {"jobs": [
+        job("whole"), job("float32", "float32"), job("muon", "float32", optimizer="muon"), job("no price", write_mass=0.0),
+        job("part", out="parts", until=STEPS + 2), job("rest", out="parts"),
+        job("left", out="left", until=2),  # to be gone on with by another number of processes
+    ]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one(content, tmp_path_factory):
+    scratch = tmp_path_factory.mktemp("one")
+    return start(jobs(content, scratch, 1, False), 1, scratch), scratch
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["DDP", "FSDP2"])
+def two(request, content, tmp_path_factory):
+    scratch = tmp_path_factory.mktemp("two")
+    return start(jobs(content, scratch, 2, request.param), 2, scratch), scratch, request.param
+
+
+def apart(losses, others):
+    assert len(losses) == len(others)
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, others))
+
+
+@pytest.mark.slow
+def test_two_processes_lose_as_one_does(one, two, content, tmp_path):
+    (single, alone), (double, together, shard) = one, two
+    assert (single["processes"], double["processes"]) == (1, 2)
+    for name, room in (("whole", 1e-9), ("no price", 1e-9), ("float32", 1e-4), ("muon", 2e-2)):
+        assert len(single[name]) == 2 * STEPS
+        assert apart(double[name], single[name]) < room, name
+    assert single["whole"][STEPS - 1] < single["whole"][0]
+    assert apart(double["calibrated"], single["calibrated"]) < 1e-4
+    # resumed on as many processes
+    assert len(double["part"]) == STEPS + 2
+    assert apart(double["part"] + double["rest"], double["whole"]) < 1e-12
+    # resumed on one
+    here = of(content, together / "left", 1, shard=shard)
+    (tmp_path / "one").mkdir()
+    rest = start({"jobs": [{"name": "rest", "dtype": "float64", "content": here}]}, 1, tmp_path / "one")["rest"]
+    assert apart(double["left"] + rest, single["whole"]) < 1e-9
+    # the finished model loads on one process, and is the same
+    mine, theirs = (load_file(folder / "whole" / "done" / "model.safetensors") for folder in (alone, together))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-9, atol=1e-12)
+    loaded = AutoModelForCausalLM.from_pretrained(together / "whole" / "done", trust_remote_code=True)
+    assert torch.isfinite(loaded(torch.arange(3, 20)[None]).logits).all()
+
+
+@pytest.mark.parametrize(
+    "change, reason", [({"lora": {}}, "shard with lora"), ({"revive_after": 5}, "shard with revive_after")]
+)
+def test_what_sharding_does_not_go_with_is_refused(content, tmp_path, change, reason):
+    made = of(content, tmp_path / "out", shard=True)
+    made["stages"][0].update({k: v for k, v in change.items() if k == "revive_after"})
+    made.update({k: v for k, v in change.items() if k == "lora"})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made))
+    with pytest.raises(InputError, match=reason):
+        load_recipe(tmp_path / "recipe.yaml")
