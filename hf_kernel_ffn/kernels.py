@@ -56,9 +56,9 @@ class Kernel:
         fires = value > 0
         return torch.where(fires, value.where(fires, torch.ones_like(value)).log(), -torch.inf)
 
-    def scaled(self, score: Tensor, distance2: Tensor | None, scale: Tensor, **parameters: Tensor) -> Tensor:
-        """κ(x, w) · scale. Override it where κ may overflow and the product does not."""
-        return self.value(score, distance2, **parameters) * scale
+    def scaled(self, score: Tensor, distance2: Tensor | None, log_scale: Tensor, **parameters: Tensor) -> Tensor:
+        """κ(x, w) · e^log_scale. Override it where κ may overflow and the product does not."""
+        return self.value(score, distance2, **parameters) * log_scale.exp()
 
 
 def register_kernel(kernel: Kernel) -> Kernel:
@@ -97,8 +97,8 @@ class Exponential(Kernel):
     def log(self, score, distance2=None):
         return score
 
-    def scaled(self, score, distance2, scale):
-        return (score + scale.log()).exp()
+    def scaled(self, score, distance2, log_scale):
+        return (score + log_scale).exp()
 
 
 class Gaussian(Kernel):
@@ -148,10 +148,10 @@ class ExponentialYat(Kernel):
     (w, b), being a product of two such kernels (Schur), and all but one-sided: it vanishes where x·w + b is far below zero."""
 
     def value(self, score, distance2, epsilon, rate):
-        return self.scaled(score, distance2, torch.ones_like(score[..., :1]), epsilon, rate)
+        return self.scaled(score, distance2, torch.zeros_like(rate), epsilon, rate)
 
-    def scaled(self, score, distance2, scale, epsilon, rate):
-        root = score * ((score * rate + scale.log()) / 2).exp()  # no factor overflows before the product does
+    def scaled(self, score, distance2, log_scale, epsilon, rate):
+        root = score * ((score * rate + log_scale) / 2).exp()  # no factor overflows before the product does
         return root * (root / (distance2 + epsilon))
 
     def log(self, score, distance2, epsilon, rate):

@@ -119,6 +119,10 @@ class KernelFFN(nn.Module):
         """A constrained value, ``reference · exp(learned log-ratio)`` > 0, shape (1,), at least float32."""
         return self.reference[name] * _at_least_float32(self.log_ratio[name]).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
+    def log_positive(self, name: str) -> Tensor:
+        """Its logarithm, also where the value itself is too small or too large for float32."""
+        return math.log(self.reference[name]) + _at_least_float32(self.log_ratio[name]).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
     def scores(self, hidden_states):
         """s = x·w + b and, if the kernel asks for it, ‖x − w‖², in float32 at least."""
         # From the weight in use at every call: a norm kept from earlier would be wrong after a step or an adapter.
@@ -162,12 +166,12 @@ class KernelFFN(nn.Module):
 
     def _scaled_kernel(self, hidden_states):
         """scale · κ over the support."""
-        scale = self.positive("scale")
-        kernel = self.kernel.scaled(*self.scores(hidden_states), scale, **self.kernel_parameters())
+        log_scale = self.log_positive("scale")
+        kernel = self.kernel.scaled(*self.scores(hidden_states), log_scale, **self.kernel_parameters())
         if self.config.settings.simplex == "top-k":
             return kernel * top_k_mask(self._loudness(kernel, hidden_states), self.top_k)
         if self.config.settings.simplex == "threshold":
-            return kernel * (self._loudness(kernel, hidden_states) >= self.threshold() * scale)
+            return kernel * (self._loudness(kernel, hidden_states) >= (self.log_threshold() + log_scale).exp())
         return kernel
 
     def _loudness(self, kernel, hidden_states):
@@ -198,7 +202,7 @@ class KernelFFN(nn.Module):
             gate = _at_least_float32(self.gate(hidden_states))
             return pi, nn.functional.softplus(gate) * self.reference["scale"]
         support = pi.detach() > 0
-        finite = log_kernel.where(support, torch.zeros_like(log_kernel)) + self.positive("scale").log()
+        finite = log_kernel.where(support, torch.zeros_like(log_kernel)) + self.log_positive("scale")
         return pi, (finite.exp() * support).sum(-1, keepdim=True)
 
     def _values(self, hidden_states, choice):

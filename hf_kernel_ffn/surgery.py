@@ -31,9 +31,10 @@ from .architectures import (
 from .calibration import calibrate, ffn_inputs, fit_sample, fitted_and_held, own_text
 from .configuration import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
 from .errors import InputError
-from .files import sync, writing
+from .files import sync, write_text, writing
 from .initialization import gate_bias, prototypes
 from .loading import load_tokenizer, stored_dtype
+from .publishing import model_card
 from .readout import KernelFFN
 
 CALIBRATION_TOKENS = 16_384
@@ -98,6 +99,10 @@ def convert(
     weights = {i: ffn_weights(stock[paths[i]], architecture, teacher.config, paths[i]) for i in per_layer}
     resolved = {i: with_defaults(settings, weights[i].gate is not None) for i, settings in per_layer.items()}
     for name, parameter in teacher.named_parameters():
+        if parameter.is_meta:
+            raise InputError(
+                f"found {name} offloaded, expected it in memory: load the teacher without device_map to convert it"
+            )
         if not torch.isfinite(parameter).all():
             raise InputError(f"found NaN or infinite values in {name}, expected finite weights: repair the teacher")
 
@@ -210,7 +215,7 @@ def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False
         ffn = student.base_model.get_submodule(path).to(weight.dtype).to_empty(device=weight.device)
         for tensor in ffn.state_dict().values():
             tensor.zero_()
-    _share(teacher, student, _inside(student, entry), copy)
+    _share(teacher, student, inside(student, entry), copy)
     student.tie_weights()
     if teacher.can_generate():
         student.generation_config = copying.deepcopy(teacher.generation_config)
@@ -220,14 +225,14 @@ def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False
 def share_equal(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Let ``student`` use the teacher's memory for every parameter outside its FFNs that is equal to the teacher's."""
     theirs = dict(teacher.named_parameters())
-    inside = _inside(student, student.config.kernel_ffn)
+    within = inside(student, student.config.kernel_ffn)
     for name, parameter in student.named_parameters():
         other = theirs.get(name)
-        if not name.startswith(inside) and other is not None and torch.equal(parameter, other):
+        if not name.startswith(within) and other is not None and torch.equal(parameter, other):
             parameter.data = other.data
 
 
-def _inside(student: PreTrainedModel, entry: dict) -> tuple[str, ...]:
+def inside(student: PreTrainedModel, entry: dict) -> tuple[str, ...]:
     """What the names of all parameters of converted FFNs start with."""
     return tuple(f"{_prefix(student)}{path}." for path in entry["layers"])
 
@@ -274,9 +279,9 @@ def restore(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedMod
         raise InputError(
             f"found a teacher of type {teacher.config.model_type!r}, expected {entry['family']!r}: give the student's own"
         )
-    inside = _inside(student, entry)
-    mine = {n: p.shape for n, p in student.named_parameters() if not n.startswith(inside)}
-    other = {n: p.shape for n, p in teacher.named_parameters() if not n.startswith(inside)}
+    within = inside(student, entry)
+    mine = {n: p.shape for n, p in student.named_parameters() if not n.startswith(within)}
+    other = {n: p.shape for n, p in teacher.named_parameters() if not n.startswith(within)}
     if mine != other:
         raise InputError(
             "found a teacher whose parameters differ in name or shape from the student's: give the student's own teacher"
@@ -284,7 +289,7 @@ def restore(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedMod
     with torch.device("meta"):
         stock = type(teacher)(teacher.config)
     _share(teacher, stock, (), copy=False)
-    _share(student, stock, inside, copy=False)
+    _share(student, stock, within, copy=False)
     stock.tie_weights()
     if teacher.can_generate():
         stock.generation_config = copying.deepcopy(student.generation_config)
@@ -349,6 +354,7 @@ def save_converted(student: Any, source: str, out: Path, **reports: dict) -> Non
                 shutil.copyfile(file, out / file.name)
     else:
         load_tokenizer(source).save_pretrained(out)
+    write_text(out / "README.md", model_card(out, source))
     for name, report in reports.items():
         (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 

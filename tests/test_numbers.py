@@ -65,7 +65,7 @@ def module(kernel, simplex, intensity, values, kind, norm, row_norm, seed, dtype
     log_kernel = exact.kernel.log(*exact.scores(x.double()), **exact.kernel_parameters())
     firing = log_kernel[log_kernel > -math.inf]
     if len(firing):  # loud enough to matter, as a calibrated scale makes it
-        scale = math.exp(max(-80.0, min(80.0, -firing.max().item())))
+        scale = math.exp(max(-80.0, min(80.0, -firing.max().item()))) if intensity == "mass" else 1.0
         threshold = math.exp(max(-80.0, min(80.0, firing.median().item())))
         for one in (ffn, exact):
             one.reference.update(scale=scale, threshold=threshold)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import RECIPES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -124,3 +125,64 @@ def test_what_sharding_does_not_go_with_is_refused(content, tmp_path, change, re
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made))
     with pytest.raises(InputError, match=reason):
         load_recipe(tmp_path / "recipe.yaml")
+
+
+# what ships for larger machines
+
+
+@pytest.mark.slow
+def test_the_multi_node_line_runs_with_two_machines_on_one(content, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(of(content, tmp_path / "out", 2)))
+    environment = dict(
+        os.environ, CPU="1", ACCELERATE_USE_CPU="1", MACHINES="2", PROCESSES="2", PORT="29571", PYTHON=sys.executable
+    )
+    command = ["bash", RECIPES / "launch" / "multi-node.sh"]
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), "127.0.0.1", file, "shard=true"], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in (0, 1)
+    ]
+    for process in running:
+        _, error = process.communicate(timeout=600)
+        assert process.returncode == 0, error[-3000:]
+    assert torch.isfinite(
+        torch.cat([t.flatten().float() for t in load_file(tmp_path / "out" / "model.safetensors").values()])
+    ).all()
+
+
+def test_the_launch_line_is_one_that_accelerate_takes():
+    from accelerate.commands.launch import launch_command_parser
+
+    text = (RECIPES / "launch" / "multi-node.sh").read_text()
+    line = text[text.index("accelerate.commands.launch") :].split()[2:]
+    words = [word.strip('"') for word in line if word != "\\"]
+    values = {"${MACHINES:-2}": "2", "${PROCESSES:-16}": "16", "$rank": "1", "$main": "10.0.0.1", "${PORT:-29500}": "29500"}
+    read = launch_command_parser().parse_args(["--multi_gpu", *(values.get(word, word) for word in words)])
+    assert (read.num_machines, read.num_processes, read.machine_rank, read.main_process_ip) == (2, 16, 1, "10.0.0.1")
+    assert read.training_script == "scripts/distill.py" and (RECIPES.parent / read.training_script).is_file()
+
+
+def test_the_deepspeed_configuration_is_valid():
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    file = RECIPES / "launch" / "zero2.json"
+    read = HfDeepSpeedConfig(str(file))
+    assert read.is_zero2() and read.is_offload() and not read.is_zero3()
+    deepspeed = pytest.importorskip("deepspeed", reason="deepspeed is not installed: its own check of the file does not run")
+    content = {k: v for k, v in json.loads(file.read_text()).items() if v != "auto" and k != "bf16"}
+    deepspeed.DeepSpeedConfig({**content, "train_batch_size": 2, "gradient_clipping": 1.0})
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_a_launch_whose_gradients_would_go_unshared_is_refused(content, tmp_path, monkeypatch, kind):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    from hf_kernel_ffn.distillation import Recipe
+    from hf_kernel_ffn.distillation.training import make_accelerator
+
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType[kind]))
+    with pytest.raises(InputError, match="shard: true"):
+        make_accelerator(Recipe(**of(content, tmp_path / "out")))

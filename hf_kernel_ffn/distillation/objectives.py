@@ -40,8 +40,9 @@ def layer_wise(
     def regress(path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             with torch.enable_grad():
-                target = _at_least_float32(output.detach())
-                error = (_at_least_float32(ffns[path](args[0].detach())) - target).square().mean()
+                device = next(ffns[path].parameters()).device  # the teacher may be on another one
+                target = _at_least_float32(output.detach()).to(device)
+                error = (_at_least_float32(ffns[path](args[0].detach().to(device))) - target).square().mean()
                 apart = target - mean_over_processes(target.flatten(0, -2).mean(0))
                 loss = error / mean_over_processes(apart.square().mean()).clamp_min(1e-12)
                 backward(loss + price(path))
@@ -52,7 +53,7 @@ def layer_wise(
     hooks = [teacher.base_model.get_submodule(path).register_forward_hook(regress(path)) for path in ffns]
     try:
         with torch.no_grad():
-            teacher.base_model(input_ids=ids, use_cache=False)
+            teacher.base_model(input_ids=placed(teacher, ids), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -75,7 +76,8 @@ def logits(
         the loss, detached.
     """
     with torch.no_grad():
-        wanted = (_at_least_float32(teacher(input_ids=ids, use_cache=False).logits) / stage.temperature).log_softmax(-1)
+        wanted = _at_least_float32(teacher(input_ids=placed(teacher, ids), use_cache=False).logits) / stage.temperature
+        wanted = wanted.to(ids.device).log_softmax(-1)
     output = _at_least_float32(student(input_ids=ids, use_cache=False).logits)
     predicted = (output / stage.temperature).log_softmax(-1)
     loss = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1).mean() * stage.temperature**2
@@ -84,6 +86,11 @@ def logits(
         loss = loss + stage.cross_entropy * nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     backward(loss + sum(price(path) for path in ffns) / len(ffns))
     return loss.detach()
+
+
+def placed(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """``ids`` where ``model`` takes them; one that device_map has spread moves them by itself."""
+    return ids if hasattr(model, "hf_device_map") else ids.to(model.device)
 
 
 def mean_over_processes(tensor: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..data import blocks
+from ..errors import InputError
 from ..hooks import recorded
 from ..loading import torch_dtype
 from .objectives import OBJECTIVES
@@ -72,8 +73,12 @@ def train(recipe: Recipe, tokenizer, teacher, student, *, progress: bool = False
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """The accelerator that a recipe's stages run on."""
-    return Accelerator(
+    """The accelerator that a recipe's stages run on.
+
+    Raises:
+        InputError: it was launched with DeepSpeed, Megatron or accelerate's own FSDP, under which gradients would go unshared.
+    """
+    accelerator = Accelerator(
         log_with=recipe.trackers or None,
         project_dir=recipe.output_dir,
         gradient_accumulation_steps=1,
@@ -81,6 +86,12 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         # A dispatching loader drops the generator it is given, and draws from the one that LoRA's dropout draws from.
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
     )
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise InputError(
+            f"found a launch with {accelerator.distributed_type.value}, expected plain processes: "
+            "leave it out and say shard: true in the recipe"
+        )
+    return accelerator
 
 
 class Run:
