@@ -148,7 +148,7 @@ class ExponentialYat(Kernel):
     (w, b), being a product of two such kernels (Schur), and all but one-sided: it vanishes where x·w + b is far below zero."""
 
     def value(self, score, distance2, epsilon, rate):
-        return self.scaled(score, distance2, torch.zeros_like(rate), epsilon, rate)
+        return self.scaled(score, distance2, score.new_zeros(1), epsilon, rate)
 
     def scaled(self, score, distance2, log_scale, epsilon, rate):
         root = score * ((score * rate + log_scale) / 2).exp()  # no factor overflows before the product does
