@@ -23,7 +23,9 @@ def convert(
     simplex: Annotated[str, typer.Option(help="softmax, sparsemax, entmax-1.5 or top-k")] = "softmax",
     top_k: Annotated[Optional[int], typer.Option(help="prototypes kept by top-k")] = None,
     intensity: Annotated[str, typer.Option(help="none, mass or gate")] = "mass",
-    init: Annotated[Optional[str], typer.Option(help="single, polarised or data-scale  [default: the family's]")] = None,
+    init: Annotated[
+        Optional[str], typer.Option(help="single, polarised, data-scale or firing-means  [default: the family's]")
+    ] = None,
     values: Annotated[str, typer.Option(help="fixed or gated")] = "fixed",
     expansion: Annotated[
         Optional[float], typer.Option(help="prototypes per hidden unit, 1 to 8  [default: 2 polarised, else 1]")

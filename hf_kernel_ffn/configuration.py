@@ -25,7 +25,9 @@ STOCK_GUARD = "kernel_ffn checkpoint: load it by an Auto class with trust_remote
 """Stands in config.json where the teacher's activation name was, so that stock classes refuse the checkpoint."""
 
 INTENSITIES = ("none", "mass", "gate")
-INITIALISERS = ("single", "polarised", "data-scale")
+AT_THE_DATA = ("data-scale", "firing-means")
+"""Initialisers whose input prototypes are as long as the inputs, so that distance can matter."""
+INITIALISERS = ("single", "polarised", *AT_THE_DATA)
 VALUES = ("fixed", "gated")
 
 
@@ -43,7 +45,8 @@ class KernelFFNConfig:
     gate (a learned softplus of the input)."""
     init: str | None = None
     """Input prototypes from the rows of W_in: single, polarised (gated FFNs, both signs of every output
-    prototype), or data-scale (those rows made as long as the inputs). None: the family's default."""
+    prototype), or data-scale (those rows made as long as the inputs); or firing-means (the mean input that fires a unit, one
+    for each sign of a gated unit). None: the family's default."""
     values: str = "fixed"
     """fixed output prototypes, or gated: each multiplied by its unit's u·x (gated FFNs)."""
     temperature: float | None = None
@@ -176,7 +179,7 @@ def with_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConf
     if init is None and kernel.uses_distance and not kernel.uses_bias:
         init = "data-scale"  # a kernel of distance alone sees nothing of rows much shorter than the inputs
     init = init or ("polarised" if gated_teacher and config.values == "fixed" else "single")
-    if "bandwidth" in kernel.parameters.values() and config.intensity == "mass" and init != "data-scale":
+    if "bandwidth" in kernel.parameters.values() and config.intensity == "mass" and init not in AT_THE_DATA:
         raise InputError(
             f"found intensity 'mass' with kernel {config.kernel!r} and init {init!r}: its mass vanishes on prototypes much shorter "
             "than the inputs; use init 'data-scale' or another intensity"

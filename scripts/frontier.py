@@ -60,6 +60,7 @@ def rows(units: int, gated: bool, family: str) -> dict[str, Row]:
         f"half-yat, threshold {few}, write mass": Row("kernel", some(few), mass),
         f"half-yat, {2 * pieces} per unit, threshold {k}, write mass": Row("kernel", some(k, expansion=2.0 * pieces), mass),
         f"half-yat, data-scale, threshold {k}, write mass": Row("kernel", some(k, init="data-scale"), mass),
+        f"half-yat, firing means, threshold {k}, write mass": Row("kernel", some(k, init="firing-means"), mass),
         f"ReLU², threshold {k}, write mass": Row("kernel", some(k, kernel=relu2), mass),
         f"ReLU, threshold {k}, write mass": Row("kernel", some(k, kernel=relu), mass),
         "half-yat, entmax-1.5 with gate": Row("kernel", {"simplex": "entmax-1.5", "intensity": "gate"}),

@@ -21,6 +21,10 @@ SETTINGS = {
     "yat, data-scale": {"kernel": "yat", "init": "data-scale"},
     "imq, data-scale": {"kernel": "imq"},
     "gaussian, data-scale": {"kernel": "gaussian"},
+    "half-yat, firing means": {"init": "firing-means"},
+    "yat, firing means": {"kernel": "yat", "init": "firing-means"},
+    "imq, firing means": {"kernel": "imq", "init": "firing-means"},
+    "gaussian, firing means": {"kernel": "gaussian", "init": "firing-means"},
 }
 
 

@@ -269,7 +269,7 @@ def test_calibration_on_text_beats_the_mean_and_its_start(teacher, ids):
         assert figures["fvu"] < min(1, figures["fvu_start"] + 1e-9)
 
 
-@pytest.mark.parametrize("init", ["single", "polarised", "data-scale"])
+@pytest.mark.parametrize("init", ["single", "polarised", "data-scale", "firing-means"])
 def test_rows_come_from_the_rows_of_w_in(llama, run, ids, init):
     student, _ = run(llama, KernelFFNConfig(init=init), layers="1")
     [ffn] = ffns(student)
