@@ -96,13 +96,14 @@ def convert(
     per_layer = _settings(config, layers, len(paths))
     base = teacher.base_model
     stock = {paths[i]: base.get_submodule(paths[i]) for i in per_layer}
-    weights = {i: ffn_weights(stock[paths[i]], architecture, teacher.config, paths[i]) for i in per_layer}
-    resolved = {i: with_defaults(settings, weights[i].gate is not None) for i, settings in per_layer.items()}
     for name, parameter in teacher.named_parameters():
         if parameter.is_meta:
             raise InputError(
                 f"found {name} offloaded, expected it in memory: load the teacher without device_map to convert it"
             )
+    weights = {i: ffn_weights(stock[paths[i]], architecture, teacher.config, paths[i]) for i in per_layer}
+    resolved = {i: with_defaults(settings, weights[i].gate is not None) for i, settings in per_layer.items()}
+    for name, parameter in teacher.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"found NaN or infinite values in {name}, expected finite weights: repair the teacher")
 

@@ -141,6 +141,7 @@ def test_bitsandbytes_int8(student, folder, ids):
 # evaluation, pipelines, caches, padding
 
 
+@pytest.mark.slow
 def test_lm_evaluation_harness(folder, tmp_path):
     pytest.importorskip("lm_eval")
     from lm_eval import simple_evaluate
@@ -361,6 +362,12 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer({"id": "me/student", "sha": "0", "siblings": [], "name": "me", "type": "user"})
 
+    def do_HEAD(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def do_POST(self):
         length = self.headers.get("Content-Length")
         if length is not None:
@@ -400,6 +407,7 @@ def online(hub, *command):
     return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_push_uploads_everything_with_a_card(folder, hub, tmp_path, ids):
     report = {"tokens": 1000, **dict.fromkeys(FIGURES, 0.125)}
     (tmp_path / "report.json").write_text(json.dumps(report))
@@ -420,6 +428,7 @@ def test_push_uploads_everything_with_a_card(folder, hub, tmp_path, ids):
     assert torch.equal(output(load(fetched), ids), output(load(folder), ids))
 
 
+@pytest.mark.slow
 def test_push_to_hub_of_a_model_uploads_what_loads(folder, hub, tmp_path, ids):
     code = f"""
 from transformers import AutoModelForCausalLM
