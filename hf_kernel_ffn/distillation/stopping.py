@@ -34,7 +34,9 @@ def on_sigterm() -> Iterator[Stop]:
         signal.signal(signal.SIGTERM, before)
         stop.asked = True
         if not stop.between_steps:
-            raise Terminated("stopped by SIGTERM outside of training: nothing new is saved; run the same command again")
+            raise Terminated(
+                "stopped by SIGTERM outside of training: nothing new is saved; start again, by --resume if it had begun to train"
+            )
 
     before = signal.signal(signal.SIGTERM, asked)
     try:
