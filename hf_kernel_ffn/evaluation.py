@@ -114,6 +114,7 @@ def evaluate_student(
 
     Keys: those of :class:`Fidelity`, and ``layers``, one entry per converted FFN: ``path``, ``fvu`` (on the teacher's inputs),
     ``fvu_student_inputs``, the means of :func:`readability` (on the teacher's inputs), ``write_mass_ratio``,
+    ``active_prototypes_student_inputs`` (what a token reads when the student runs),
     ``dead_prototypes`` (how many fire on no token of ``ids``), and under ``teacher`` the same for the teacher's own FFN.
 
     Raises:
@@ -141,6 +142,7 @@ def evaluate_student(
             (x, y), (x_student, y_student) = seen[path], seen_by_student[path]
             _add_errors(sums[path], "", ffn(x), y)
             _add_errors(sums[path], "student_inputs_", y_student, stock[path](x_student))
+            sums[path]["active"] = sums[path]["active"] + (ffn.coefficients(x_student) != 0).sum()
             for who, record in _records(ffn, weights[path], x).items():
                 sums[path][f"{who} c"] = sums[path][f"{who} c"] + record.coefficients.double().sum(0)
                 sums[path][f"{who} fires"] = sums[path][f"{who} fires"] + (record.coefficients != 0).sum(0)
@@ -171,6 +173,7 @@ def evaluate_student(
             "fvu_student_inputs": _fvu(sums[path], "student_inputs_", count),
         }
         entry.update(_readable(figures[path, "student"], figures[path, "teacher"]))
+        entry["active_prototypes_student_inputs"] = (sums[path]["active"] / count).item()
         entry["dead_prototypes"] = int((sums[path]["student fires"] == 0).sum())
         entry["teacher"] = {
             "fvu": 0.0,

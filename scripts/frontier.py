@@ -179,6 +179,8 @@ def summary(report: dict) -> dict:
     for name in ("fvu", "write_mass_ratio", *(name for name in Readability.FIGURES if name != "write_mass")):
         for prefix, layers in (("", report["layers"]), ("teacher_", [layer["teacher"] for layer in report["layers"]])):
             kept[prefix + name] = sum(layer[name] for layer in layers) / len(layers)
+    own = [layer["active_prototypes_student_inputs"] for layer in report["layers"]]
+    kept["active_prototypes_student_inputs"] = sum(own) / len(own)
     kept["dead_prototypes"] = sum(layer["dead_prototypes"] for layer in report["layers"]) / len(report["layers"])
     return {**kept, "teacher_cross_entropy": report["teacher"]["cross_entropy"]}
 
@@ -236,7 +238,8 @@ def run(
 
 
 COLUMNS = (
-    "row", "regime", "tokens", "parameters_per_layer", "prototypes", "active_prototypes", "dead_prototypes",
+    "row", "regime", "tokens", "parameters_per_layer", "prototypes", "active_prototypes",
+    "active_prototypes_student_inputs", "dead_prototypes",
     "delta_cross_entropy", "kl", "top1_agreement", "loss_recovered", "cloze", "fvu", "coherence", "orthogonal_coherence",
     "effective_prototypes", "opposed_share", "write_mass_ratio", "seed",
 )  # fmt: skip
@@ -273,26 +276,31 @@ def show(out: Annotated[Path, typer.Argument(help="folder of reports that run ha
 
 
 def markdown(found: list[dict]) -> str:
-    """The table; ``read`` is how many rows of the dictionary a token reads, of how many."""
+    """The table; ``read`` is how many rows of the dictionary a token reads, of how many, at the teacher's inputs (as all figures of
+    readability are), ``own`` the same when the student itself runs."""
     first = found[0]
     lines = [
-        "| # | | regime | parameters | tokens | ΔCE | KL | top-1 | cloze | read | dead | coherence | 1/√n_eff | opposed | mass |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| # | | regime | parameters | tokens | ΔCE | KL | top-1 | cloze | read | own | dead | coherence | 1/√n_eff | opposed | mass |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         f"| | *the teacher, untouched* | linear | | | 0 | 0 | 100% | {_share(first['teacher_cloze'])} "
-        f"| {first['teacher_active_prototypes']:.0f} | | {first['teacher_coherence']:.3f} "
+        f"| {first['teacher_active_prototypes']:.0f} | | | {first['teacher_coherence']:.3f} "
         f"| {first['teacher_orthogonal_coherence']:.3f} | {first['teacher_opposed_share']:.3f} | 1 |",
     ]
     for number, row in enumerate(found, 1):
         if number == 1 or group(row) != group(found[number - 2]):
-            lines.append(f"| | *{GROUPS[group(row)]}* {'| ' * 13}|")
+            lines.append(f"| | *{GROUPS[group(row)]}* {'| ' * 14}|")
         lines.append(
             f"| {number} | {row['row']} | {row['regime']} | {row['parameters_per_layer'] / 1000:.0f}k "
             f"| {row['tokens'] / 1e6:.1f}M | {row['delta_cross_entropy']:.4f} | {row['kl']:.4f} | {row['top1_agreement']:.1%} "
             f"| {_share(row.get('cloze'))} | {row['active_prototypes']:.1f} of {row['prototypes']} "
-            f"| {row['dead_prototypes']:.0f} | {row['coherence']:.3f} | {row['orthogonal_coherence']:.3f} "
+            f"| {_number(row.get('active_prototypes_student_inputs'))} | {row['dead_prototypes']:.0f} | {row['coherence']:.3f} | {row['orthogonal_coherence']:.3f} "
             f"| {row['opposed_share']:.3f} | {row['write_mass_ratio']:.2f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
 
 
 def _share(value: float | None) -> str:
