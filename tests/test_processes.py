@@ -38,9 +38,8 @@ def content(teacher_folder, text_file, tmp_path_factory, ids):
     }
 
 
-def of(content, out, processes=1, optimizer="adamw", write_mass=0.01, **changes):
+def of(content, out, processes=1, optimizer="adamw", **changes):
     stages = [{**stage, "batch_size": 4 // processes, "optimizer": optimizer} for stage in content["stages"]]
-    stages[0]["write_mass"] = write_mass
     return {**content, "stages": stages, "output_dir": str(out), **changes}
 
 
@@ -66,7 +65,7 @@ def jobs(content, scratch, processes, shard):
         return {"name": name, "dtype": dtype, "until": until, "content": made}
 
     return {"jobs": [
-        job("whole"), job("float32", "float32"), job("muon", "float32", optimizer="muon"), job("no price", write_mass=0.0),
+        job("whole"), job("float32", "float32"), job("muon", "float32", optimizer="muon"),
         job("part", out="parts", until=STEPS + 2), job("rest", out="parts"),
         job("left", out="left", until=2),  # to be gone on with by another number of processes
     ]}  # fmt: skip
@@ -93,7 +92,7 @@ def apart(losses, others):
 def test_two_processes_lose_as_one_does(one, two, content, tmp_path):
     (single, alone), (double, together, shard) = one, two
     assert (single["processes"], double["processes"]) == (1, 2)
-    for name, room in (("whole", 1e-9), ("no price", 1e-9), ("float32", 1e-4), ("muon", 2e-2)):
+    for name, room in (("whole", 1e-9), ("float32", 1e-4), ("muon", 2e-2)):
         assert len(single[name]) == 2 * STEPS
         assert apart(double[name], single[name]) < room, name
     assert single["whole"][STEPS - 1] < single["whole"][0]
