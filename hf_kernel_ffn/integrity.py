@@ -150,8 +150,8 @@ def check_folder(folder, subfolder="") -> dict | None:
         shapes = {shape for name, (_, shape) in tensors.items() if f".{name}".endswith(f".{path}.input_prototypes.weight")}
         if wanted not in shapes:
             raise InputError(
-                f"found input_prototypes.weight of {sorted(shapes) or 'no shape'} at {path!r} in {folder}, expected {wanted} by its "
-                "config.json: the checkpoint is incomplete; copy or convert it again"
+                f"found {path}.input_prototypes.weight of {sorted(shapes) or 'no shape'} in {folder}, expected {wanted} for {path!r} by "
+                "its config.json: the checkpoint is incomplete; copy or convert it again"
             )
     blocks = config.get("num_hidden_layers", config.get("n_layer"))
     if isinstance(blocks, int) and blocks > len(tensors):
