@@ -1,4 +1,4 @@
-"""The command line: convert, distill, evaluate, families. Bad input is one line on stderr and exit code 2."""
+"""The command line: convert, distill, evaluate, read, verify, export, apply, push, families. Bad input is one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -74,10 +74,14 @@ def distill(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the state an interrupted run left")] = False,
 ) -> None:
     """Distil a converted model back to its teacher by RECIPE. Also: accelerate launch scripts/distill.py RECIPE …"""
-    from .distillation import distill, load_recipe
+    from .distillation import Terminated, distill, load_recipe
 
     _quieten()
-    out = distill(load_recipe(recipe, overrides), resume=resume)
+    try:
+        out = distill(load_recipe(recipe, overrides), resume=resume)
+    except Terminated as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        raise typer.Exit(143) from stopped  # 128 + SIGTERM, as a shell reports it
     typer.echo(f"saved in {out}")
 
 
@@ -173,6 +177,69 @@ def read(
         beside = None if teacher is None else trace(load_teacher(teacher, dtype, device), tokenizer, prompt)
         write_report(html, report_data(passed, beside, tokenizer=tokenizer, alternatives=other_mixtures(passed, alternatives)))
     _print_reading(found)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="local folder of a converted model")]) -> None:
+    """Check that FOLDER is whole and carries no code but this package's: config, weights, checksums, code. Runs none of it."""
+    from .errors import InputError
+    from .verification import verify
+
+    _quieten()
+    found = verify(folder)
+    _table(["", "found", ""], [[f.what, f.found, "ok" if f.good else "NOT OK"] for f in found])
+    bad = [f.what for f in found if not f.good]
+    if bad:
+        raise InputError(f"found {folder} not as it was saved ({', '.join(bad)}): see the table, and copy or convert it again")
+
+
+@app.command()
+def export(
+    student: Annotated[str, typer.Argument(help="local folder or hub id of a converted model")],
+    file: Annotated[Path, typer.Argument(help="FILE.safetensors to write")],
+) -> None:
+    """Write the converted FFNs of STUDENT alone to FILE, which `apply` puts into the original model."""
+    from .exporting import export
+    from .loading import load_student
+    from .surgery import require_place
+
+    _quieten()
+    require_place(file)
+    export(load_student(student), file)
+    typer.echo(f"saved in {file}")
+
+
+@app.command()
+def apply(
+    file: Annotated[Path, typer.Argument(help="FILE.safetensors written by export")],
+    teacher: Annotated[str, typer.Argument(help="local folder or hub id of the model that it was made from")],
+    out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
+) -> None:
+    """Make the student of TEACHER that FILE was exported from; refused if TEACHER is another model."""
+    from .exporting import apply
+    from .loading import load_teacher
+    from .surgery import new_folder, require_empty, save_converted
+
+    _quieten()
+    require_empty(out_dir)
+    student = apply(file, load_teacher(teacher))
+    with new_folder(out_dir) as made:
+        save_converted(student, teacher, made)
+    typer.echo(f"saved in {out_dir}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="local folder of a converted model")],
+    repo: Annotated[str, typer.Argument(help="repository of the hub, such as me/llama-kernel")],
+    report: Annotated[Optional[Path], typer.Option(help="what evaluate --json wrote, for the model card")] = None,
+    base_model: Annotated[Optional[str], typer.Option(help="the teacher  [default: as the card in FOLDER has it]")] = None,
+    private: Annotated[bool, typer.Option("--private", help="if the repository has to be made")] = False,
+) -> None:
+    """Upload FOLDER to the hub with a model card: base model, settings, evaluation, how to load it."""
+    from .publishing import push
+
+    typer.echo(f"pushed to {push(folder, repo, base_model, report, private)}")
 
 
 @app.command()
@@ -286,6 +353,14 @@ def main() -> None:
         app()
     except (InputError, FloatingPointError) as error:
         sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+    except Exception as error:
+        from .versions import unsupported
+
+        reason = unsupported()
+        if reason is None:
+            raise
+        sys.stderr.write(f"error: {reason} ({type(error).__name__})\n")
         raise SystemExit(2) from error
 
 

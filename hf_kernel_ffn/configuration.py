@@ -20,6 +20,8 @@ from .simplex import SIMPLEX_MAPS
 
 FORMAT = 1
 """Version of the ``kernel_ffn`` entry that this code writes and reads."""
+ENTRY = ("format", "package_version", "family", "teacher_class", "activation", "layers")
+"""Keys of the ``kernel_ffn`` entry."""
 STOCK_GUARD = "kernel_ffn checkpoint: load it by an Auto class with trust_remote_code=True, or with hf_kernel_ffn installed"
 """Stands in config.json where the teacher's activation name was, so that stock classes refuse the checkpoint."""
 
@@ -160,7 +162,11 @@ class LayerConfig:
 
 def known(cls, entry: dict, what: str) -> None:
     """InputError, with the nearest right name, if ``entry`` has a key that is no field of dataclass ``cls``."""
-    names = [f.name for f in fields(cls)]
+    known_keys([f.name for f in fields(cls)], entry, what)
+
+
+def known_keys(names, entry: dict, what: str) -> None:
+    """The same, of keys that are given."""
     for key in entry:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, 1)
@@ -215,6 +221,7 @@ class KernelConfigMixin:
                     f"found kernel_ffn format {entry.get('format')!r}, expected {FORMAT}: install the hf_kernel_ffn that wrote it, "
                     f"version {entry.get('package_version')!r}"
                 )
+            known_keys(ENTRY, entry, "kernel_ffn entry")
             for name, value in _mapping("kernel_ffn activation", entry.get("activation")).items():
                 if "." not in name and getattr(self, name, kwargs.get(name)) == STOCK_GUARD:
                     setattr(self, name, value)
@@ -234,6 +241,11 @@ class KernelConfigMixin:
     def kernel_ffn_layers(self) -> dict:
         """LayerConfig of every converted FFN by its path under the base model, in layer order."""
         layers = _mapping("kernel_ffn layers", (self.kernel_ffn or {}).get("layers"))
+        for path in layers:
+            if not re.fullmatch(r"(?!.*__)\w+(\.\w+)*", path):  # it is looked up as attributes of the model
+                raise InputError(
+                    f"found {path!r} in the kernel_ffn layers, expected the path of an FFN: config.json is damaged"
+                )
         found = {path: LayerConfig.from_dict(layer) for path, layer in layers.items()}
 
         # By number, not as it stands: config.json is written with its keys in alphabetical order, 10 before 2.
@@ -263,7 +275,9 @@ class KernelConfigMixin:
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-TRAVELLING = ("errors.py", "kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "readout.py", "modeling.py")
+TRAVELLING = (
+    "errors.py", "kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "readout.py", "integrity.py", "modeling.py",
+)  # fmt: skip
 """Files that every checkpoint carries, beside its family's own modelling file."""
 
 

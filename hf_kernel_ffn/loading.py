@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from transformers.utils.hub import cached_file
 
 from .architectures import get_architecture
 from .errors import InputError
+from .integrity import read_json
+from .modeling import KernelModelMixin
 from .task_classes import stock_heads, task_classes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,12 +37,13 @@ def load_teacher(name: str, dtype: str = "float32", device: str | torch.device =
     get_architecture(entry.get("model_type"))
     if entry.get("quantization_config") is not None:
         raise InputError(f"found quantised weights at {name}, expected floating-point ones: load the unquantised model")
-    model, info = _loaded(
+    model, info = loaded(
         _teacher_class(entry, name, trust_remote_code),
         name,
         trust_remote_code=trust_remote_code,
         dtype=torch_dtype(dtype),
         output_loading_info=True,
+        use_safetensors=True,
     )
     lost = sorted(info["missing_keys"])
     if lost:
@@ -58,20 +60,42 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
     entry = read_config(name)
     if entry.get("kernel_ffn") is None:
         raise InputError(f"found {name} not converted, expected a kernel_ffn entry in its config: run hf-kernel-ffn convert")
-    family = entry["kernel_ffn"].get("family") if isinstance(entry["kernel_ffn"], dict) else None
-    get_architecture(family)
-    head = (entry.get("architectures") or [""])[0]
-    own = "custom_kernel.py" if has_custom_kernel(name) else "" if stock_heads(str(family)) else f"modeling_kernel_{family}.py"
+    kind, own = student_class(entry, name)
+    if has_custom_kernel(name):
+        own = "custom_kernel.py"
     if own:
         if not trust_remote_code:
             raise InputError(
                 f"found code of its author's own at {name}: read {name}/{own}, then allow it by --trust-remote-code (in a recipe: trust_remote_code)"
             )
-        return _placed(_loaded(_auto_class(entry, head), name, dtype=torch_dtype(dtype), trust_remote_code=True), device)
-    module = task_classes(str(family))
-    if not hasattr(module, head):
+        auto = _auto_class(entry, entry["architectures"][0])
+        found = loaded(auto, name, dtype=torch_dtype(dtype), trust_remote_code=True, output_loading_info=True)
+    else:
+        found = loaded(kind, name, dtype=torch_dtype(dtype), output_loading_info=True)
+    model, info = found
+    odd = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    if odd and entry.get("quantization_config") is None:
+        raise InputError(
+            f"found {len(odd)} tensors missing or too many at {name}, the first {odd[0]!r}: the weights are not those of its "
+            "config.json; copy or convert it again"
+        )
+    return _placed(model, device)
+
+
+def student_class(entry: dict, name: str) -> tuple[Any, str]:
+    """This package's own class for the converted model at ``name`` with config.json ``entry``, and an empty string; of a family whose
+    stock classes bring code of their own None, and the file that has it."""
+    kernel_ffn = entry.get("kernel_ffn")
+    family = kernel_ffn.get("family") if isinstance(kernel_ffn, dict) else None
+    get_architecture(family)
+    heads = entry.get("architectures")
+    head = heads[0] if isinstance(heads, list) and heads and isinstance(heads[0], str) else ""
+    if not stock_heads(str(family)):
+        return None, f"modeling_kernel_{family}.py"
+    kind = getattr(task_classes(str(family)), head, None)
+    if not (isinstance(kind, type) and issubclass(kind, KernelModelMixin) and kind is not KernelModelMixin):
         raise InputError(f"found class {head!r} at {name}, expected one of this package's: the checkpoint is damaged")
-    return _placed(_loaded(getattr(module, head), name, dtype=torch_dtype(dtype)), device)
+    return kind, ""
 
 
 def empty_teacher(name: str, trust_remote_code: bool = False) -> Any:
@@ -79,7 +103,7 @@ def empty_teacher(name: str, trust_remote_code: bool = False) -> Any:
     entry = read_config(name)
     if entry.get("kernel_ffn") is not None:
         raise InputError(f"found {name} converted already, expected a stock model: give its teacher")
-    config = _loaded(AutoConfig, name, trust_remote_code=trust_remote_code)
+    config = loaded(AutoConfig, name, trust_remote_code=trust_remote_code)
     head = (entry.get("architectures") or [""])[0]
     with torch.device("meta"):
         if hasattr(transformers, head):
@@ -116,7 +140,7 @@ def load_model(name: str, dtype: str = "float32", device: str | torch.device = "
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer at ``name``; no code of its author's runs."""
-    return _loaded(AutoTokenizer, name, trust_remote_code=False)  # None would ask at the terminal about the model's code
+    return loaded(AutoTokenizer, name, trust_remote_code=False)  # None would ask at the terminal about the model's code
 
 
 def check_vocabularies(student: str, teacher: str) -> None:
@@ -131,7 +155,7 @@ def check_vocabularies(student: str, teacher: str) -> None:
 
 def stored_dtype(name: str) -> torch.dtype:
     """The dtype in which the model at ``name`` is stored; float32 if its config does not say."""
-    dtype = _loaded(AutoConfig, name).dtype if read_config(name).get("kernel_ffn") is None else None
+    dtype = loaded(AutoConfig, name).dtype if read_config(name).get("kernel_ffn") is None else None
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -141,14 +165,11 @@ def read_config(name: str) -> dict:
         raise InputError(f"found no config.json in {name}, expected the folder of a saved model: check the path")
     try:
         file = cached_file(name, "config.json")
-        entry = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"found no readable model at {name!r} ({_first_line(error)}): give a local folder or a hub id"
         ) from error
-    if not isinstance(entry, dict):
-        raise InputError(f"found a {type(entry).__name__} in {name}/config.json, expected a mapping: the checkpoint is damaged")
-    return entry
+    return read_json(str(file))
 
 
 def has_custom_kernel(name: str) -> bool:
@@ -183,7 +204,8 @@ def import_kernel(kernel: str) -> str:
     return name
 
 
-def _loaded(auto_class, name: str, **kwargs) -> Any:
+def loaded(auto_class, name: str, **kwargs) -> Any:
+    """``auto_class.from_pretrained(name, **kwargs)``; whatever goes wrong is an InputError."""
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except InputError:

@@ -89,7 +89,7 @@ class KernelFFN(nn.Module):
     def coefficients(self, hidden_states: Tensor) -> Tensor:
         """(..., prototypes) in float32 (float64 for a float64 input): what multiplies the output prototypes."""
         if self.config.settings.coefficients_are_kernel:
-            choice = self._kernel(hidden_states) * self.positive("scale")
+            choice = self._scaled_kernel(hidden_states)
         else:
             choice, intensity = self._choice(hidden_states)
             choice = choice if intensity is None else choice * intensity
@@ -98,7 +98,7 @@ class KernelFFN(nn.Module):
     def readout(self, hidden_states: Tensor) -> Readout:
         """The record of this layer at ``hidden_states`` (..., hidden_size), coefficients in the dtype that mixes."""
         if self.config.settings.coefficients_are_kernel:
-            choice = self._kernel(hidden_states) * self.positive("scale")
+            choice = self._scaled_kernel(hidden_states)
             intensity = choice.sum(-1, keepdim=True)
             pi = choice / intensity.where(intensity > 0, torch.ones_like(intensity))
         else:
@@ -119,6 +119,10 @@ class KernelFFN(nn.Module):
     def positive(self, name: str) -> Tensor:
         """A constrained value, ``reference · exp(learned log-ratio)`` > 0, shape (1,), at least float32."""
         return self.reference[name] * _at_least_float32(self.log_ratio[name]).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+
+    def log_positive(self, name: str) -> Tensor:
+        """Its logarithm, also where the value itself is too small or too large for float32."""
+        return math.log(self.reference[name]) + _at_least_float32(self.log_ratio[name]).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
     def scores(self, hidden_states):
         """s = x·w + b and, if the kernel asks for it, ‖x − w‖², in float32 at least."""
@@ -161,13 +165,14 @@ class KernelFFN(nn.Module):
         """The κ from which on a prototype takes part, shape (1,), at least float32."""
         return self.log_threshold().exp()
 
-    def _kernel(self, hidden_states):
-        """κ over the support."""
-        kernel = self.kernel.value(*self.scores(hidden_states), **self.kernel_parameters())
+    def _scaled_kernel(self, hidden_states):
+        """scale · κ over the support."""
+        log_scale = self.log_positive("scale")
+        kernel = self.kernel.scaled(*self.scores(hidden_states), log_scale, **self.kernel_parameters())
         if self.config.settings.simplex == "top-k":
             return kernel * top_k_mask(self._loudness(kernel, hidden_states), self.top_k)
         if self.config.settings.simplex == "threshold":
-            return kernel * (self._loudness(kernel, hidden_states) >= self.threshold())
+            return kernel * (self._loudness(kernel, hidden_states) >= (self.log_threshold() + log_scale).exp())
         return kernel
 
     def _loudness(self, kernel, hidden_states):
@@ -198,8 +203,8 @@ class KernelFFN(nn.Module):
             gate = _at_least_float32(self.gate(hidden_states))
             return pi, nn.functional.softplus(gate) * self.reference["scale"]
         support = pi.detach() > 0
-        finite = log_kernel.where(support, torch.zeros_like(log_kernel))
-        return pi, ((finite.exp() * support).sum(-1, keepdim=True)) * self.positive("scale")
+        finite = log_kernel.where(support, torch.zeros_like(log_kernel)) + self.log_positive("scale")
+        return pi, (finite.exp() * support).sum(-1, keepdim=True)
 
     def _values(self, hidden_states, choice):
         if self.config.settings.values == "fixed":

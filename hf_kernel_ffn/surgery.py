@@ -33,10 +33,12 @@ from .calibration import calibrate, ffn_inputs, fit_sample, fitted_and_held, own
 from .configuration import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
 from .detection import refuse_undescribed
 from .errors import InputError
+from .files import sync, write_text, writing
 from .initialization import gate_bias, prototypes
 from .inputs import Inputs, row_tokens, rows, take
 from .loading import load_tokenizer, stored_dtype
 from .modeling import install
+from .publishing import model_card
 from .readout import KernelFFN
 from .task_classes import task_classes
 
@@ -102,6 +104,11 @@ def convert(
     if layers is None and not isinstance(config, Mapping):
         refuse_undescribed(teacher, ffns)
     base = teacher.base_model
+    for name, parameter in teacher.named_parameters():
+        if parameter.is_meta:
+            raise InputError(
+                f"found {name} offloaded, expected it in memory: load the teacher without device_map to convert it"
+            )
     chosen = {path: ffn for path, ffn in ffns.items() if ffn.number in per_layer}
     weights = {path: stock_weights(teacher, ffn) for path, ffn in chosen.items()}
     resolved = {path: with_defaults(per_layer[ffn.number], weights[path].gate is not None) for path, ffn in chosen.items()}
@@ -232,7 +239,7 @@ def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False
         ffn = student.base_model.get_submodule(path).to(weight.dtype).to_empty(device=weight.device)
         for tensor in ffn.state_dict().values():
             tensor.zero_()
-    _share(teacher, student, _inside(student, entry), copy)
+    _share(teacher, student, inside(student, entry), copy)
     student.tie_weights()
     if teacher.can_generate():
         student.generation_config = copying.deepcopy(teacher.generation_config)
@@ -242,14 +249,14 @@ def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False
 def share_equal(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Let ``student`` use the teacher's memory for every parameter outside its FFNs that is equal to the teacher's."""
     theirs = dict(teacher.named_parameters())
-    inside = _inside(student, student.config.kernel_ffn)
+    within = inside(student, student.config.kernel_ffn)
     for name, parameter in student.named_parameters():
         other = theirs.get(name)
-        if not name.startswith(inside) and other is not None and torch.equal(parameter, other):
+        if not name.startswith(within) and other is not None and torch.equal(parameter, other):
             parameter.data = other.data
 
 
-def _inside(student: PreTrainedModel, entry: dict) -> tuple[str, ...]:
+def inside(student: PreTrainedModel, entry: dict) -> tuple[str, ...]:
     """What the names of all parameters of converted FFNs start with."""
     paths = [path for layer in entry["layers"] for path in (layer, *entry["layers"][layer].get("absorbed", ()))]
     paths += [path.rpartition(".")[0] for path, layer in entry["layers"].items() if layer.get("experts")]
@@ -298,9 +305,9 @@ def restore(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedMod
         raise InputError(
             f"found a teacher of type {teacher.config.model_type!r}, expected {entry['family']!r}: give the student's own"
         )
-    inside = _inside(student, entry)
-    mine = {n: p.shape for n, p in student.named_parameters() if not n.startswith(inside)}
-    other = {n: p.shape for n, p in teacher.named_parameters() if not n.startswith(inside)}
+    within = inside(student, entry)
+    mine = {n: p.shape for n, p in student.named_parameters() if not n.startswith(within)}
+    other = {n: p.shape for n, p in teacher.named_parameters() if not n.startswith(within)}
     if mine != other:
         raise InputError(
             "found a teacher whose parameters differ in name or shape from the student's: give the student's own teacher"
@@ -308,7 +315,7 @@ def restore(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedMod
     with torch.device("meta"):
         stock = type(teacher)(teacher.config)
     _share(teacher, stock, (), copy=False)
-    _share(student, stock, inside, copy=False)
+    _share(student, stock, within, copy=False)
     stock.tie_weights()
     if teacher.can_generate():
         stock.generation_config = copying.deepcopy(student.generation_config)
@@ -343,14 +350,16 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     """
     out = Path(out)
     require_empty(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        made = Path(scratch, "made")
-        made.mkdir()
-        yield made
-        if out.is_dir():
-            out.rmdir()
-        os.replace(made, out)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            made = Path(scratch, "made")
+            made.mkdir()
+            yield made
+            sync(made)
+            if out.is_dir():
+                out.rmdir()
+            os.replace(made, out)
 
 
 def require_empty(out: str | os.PathLike) -> None:
@@ -371,6 +380,7 @@ def save_converted(student: Any, source: str, out: Path, **reports: dict) -> Non
                 shutil.copyfile(file, out / file.name)
     else:
         load_tokenizer(source).save_pretrained(out)
+    write_text(out / "README.md", model_card(out, source))
     for name, report in reports.items():
         (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 

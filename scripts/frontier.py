@@ -205,6 +205,7 @@ def run(
     """Run the rows that OUT does not hold yet."""
     from hf_kernel_ffn.architectures import architecture_of, stock_ffns, stock_weights
     from hf_kernel_ffn.data import token_ids
+    from hf_kernel_ffn.files import write_text
     from hf_kernel_ffn.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.probes import load_questions, multiple_choice
 
@@ -226,7 +227,9 @@ def run(
         recipe = make_recipe(teacher, row, train, tokens, seed)
         report = measure(name, row, model, tokenizer, recipe, ids, questions, students)
         report["teacher_cloze"] = teacher_cloze
-        file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(
+            file, json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        )  # whole or not at all: what is there is not run again
         typer.echo(
             "  " + "  ".join(f"{k} {report[k]:.4f}" for k in ("delta_cross_entropy", "kl", "top1_agreement", "coherence"))
         )
@@ -254,16 +257,18 @@ def show(out: Annotated[Path, typer.Argument(help="folder of reports that run ha
     """Write table.csv, table.md and frontier.png into OUT; print the Markdown."""
     import csv
 
+    from hf_kernel_ffn.files import replacing, write_text
+
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
     if not found:
         sys.exit(f"error: found no reports in {out}, expected those of 'frontier.py run': run it first")
     found.sort(key=lambda row: (group(row), row["kl"]))
-    with (out / "table.csv").open("w", encoding="utf-8", newline="") as file:
+    with replacing(out / "table.csv") as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)
     table = markdown(found)
-    (out / "table.md").write_text(table, encoding="utf-8")
+    write_text(out / "table.md", table)
     typer.echo(table, nl=False)
     plot(found, out / "frontier.png")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -41,15 +42,17 @@ def layer_wise(
 
     def regress(path: str, x: Tensor, output: Tensor) -> None:
         with torch.enable_grad():
-            target = output.detach().float()
-            error = (ffns[path](x.detach()).float() - target).square().mean()
-            loss = error / target.var(dim=0, correction=0).mean().clamp_min(1e-12)
+            device = next(ffns[path].parameters()).device  # the teacher may be on another one
+            target = _at_least_float32(output.detach()).to(device)
+            error = (_at_least_float32(ffns[path](x.detach().to(device))) - target).square().mean()
+            apart = target - mean_over_processes(target.flatten(0, -2).mean(0))
+            loss = error / mean_over_processes(apart.square().mean()).clamp_min(1e-12)
             backward(loss + price(path))
         losses.append(loss.detach())
 
     base = teacher.base_model
     with recorded_ffns(base, {path: stock_ffn(teacher, path) for path in ffns}, regress), torch.no_grad():
-        base(**arguments(base, ids))
+        base(**arguments(base, placed(teacher, ids)))
     return torch.stack(losses).mean()
 
 
@@ -69,8 +72,9 @@ def logits(
         the loss, detached.
     """
     with torch.no_grad():
-        wanted = (teacher(**arguments(teacher, ids)).logits.float() / stage.temperature).log_softmax(-1)
-    output = student(**arguments(teacher, ids)).logits.float()
+        wanted = _at_least_float32(teacher(**arguments(teacher, placed(teacher, ids))).logits) / stage.temperature
+        wanted = wanted.to(ids.device).log_softmax(-1)
+    output = _at_least_float32(student(**arguments(teacher, ids)).logits)
     predicted = (output / stage.temperature).log_softmax(-1)
     loss = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1).mean() * stage.temperature**2
     loss = loss * stage.kl
@@ -78,6 +82,24 @@ def logits(
         loss = loss + stage.cross_entropy * nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     backward(loss + sum(price(path) for path in ffns) / len(ffns))
     return loss.detach()
+
+
+def placed(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """``ids`` where ``model`` takes them; one that device_map has spread moves them by itself."""
+    return ids if hasattr(model, "hf_device_map") else ids.to(model.device)
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """``tensor`` averaged over all processes, which have as many tokens each; no gradient runs through it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 OBJECTIVES = {"layer-wise": layer_wise, "logits": logits}

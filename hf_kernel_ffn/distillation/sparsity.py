@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..readout import KernelFFN
+from .objectives import mean_over_processes
 from .recipe import Stage
 
 SEEN = 256
@@ -84,7 +85,8 @@ class Watch:
         coefficients, output = self.coefficients.pop(path), self.outputs.pop(path).float().flatten(0, -2)
         length = self.ffns[path].output_prototypes.weight.float().norm(dim=0)
         mass = (coefficients.flatten(0, -2).float().abs() @ length).mean()
-        return self.stage.write_mass * mass / (output - output.mean(0)).norm(dim=-1).mean().clamp_min(1e-12)
+        apart = (output - mean_over_processes(output.mean(0))).norm(dim=-1).mean()
+        return self.stage.write_mass * mass / mean_over_processes(apart).clamp_min(1e-12)
 
     def after(self, step: int, steps: int, tokens_per_step: int, reduce: Callable[[Tensor], None]) -> None:
         """Move the thresholds toward where the step's tokens keep as many prototypes as they should, and revive dead prototypes
