@@ -32,18 +32,18 @@ def row_tokens(inputs: Inputs) -> int:
     return inputs.shape[1] if inputs.ndim == 2 else OTHER_TOKENS
 
 
-def arguments(model: Any, inputs: Inputs) -> dict[str, Any]:
-    """Arguments for a forward pass of ``model`` over ``inputs``, on its device; a decoder without ids of its own reads those of the
-    encoder, or its start token."""
+def arguments(model: Any, inputs: Inputs, device: Any = None) -> dict[str, Any]:
+    """Arguments for a forward pass of ``model`` over ``inputs``, on ``device`` (None: the model's own; one that
+    device_map has spread moves them by itself); a decoder without ids of its own reads those of the encoder, or its start token."""
     named = {model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
     if model.config.is_encoder_decoder and "decoder_input_ids" not in named and reads(model, "decoder_input_ids"):
         ids = named.get("input_ids")
         start = getattr(model.config, "decoder_start_token_id", None) or 0
         named["decoder_input_ids"] = torch.full((rows(inputs), 1), start) if ids is None else ids
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in named.items()} | (
-        {"use_cache": False} if reads(model, "use_cache") else {}
-    )
+    device = device or next(model.parameters()).device
+    if device.type != "meta" and not hasattr(model, "hf_device_map"):
+        named = {name: tensor.to(device) for name, tensor in named.items()}
+    return named | ({"use_cache": False} if reads(model, "use_cache") else {})
 
 
 def reads(model: Any, argument: str) -> bool:

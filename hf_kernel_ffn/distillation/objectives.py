@@ -52,7 +52,7 @@ def layer_wise(
 
     base = teacher.base_model
     with recorded_ffns(base, {path: stock_ffn(teacher, path) for path in ffns}, regress), torch.no_grad():
-        base(**arguments(base, placed(teacher, ids)))
+        base(**arguments(base, ids))
     return torch.stack(losses).mean()
 
 
@@ -72,9 +72,10 @@ def logits(
         the loss, detached.
     """
     with torch.no_grad():
-        wanted = _at_least_float32(teacher(**arguments(teacher, placed(teacher, ids))).logits) / stage.temperature
-        wanted = wanted.to(ids.device).log_softmax(-1)
-    output = _at_least_float32(student(**arguments(teacher, ids)).logits)
+        wanted = _at_least_float32(teacher(**arguments(teacher, ids)).logits) / stage.temperature
+    read = arguments(teacher, ids, next(student.parameters()).device)  # the teacher may be on another one
+    output = _at_least_float32(student(**read).logits)
+    wanted = wanted.to(output.device).log_softmax(-1)
     predicted = (output / stage.temperature).log_softmax(-1)
     loss = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1).mean() * stage.temperature**2
     loss = loss * stage.kl
@@ -82,11 +83,6 @@ def logits(
         loss = loss + stage.cross_entropy * nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     backward(loss + sum(price(path) for path in ffns) / len(ffns))
     return loss.detach()
-
-
-def placed(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """``ids`` where ``model`` takes them; one that device_map has spread moves them by itself."""
-    return ids if hasattr(model, "hf_device_map") else ids.to(model.device)
 
 
 def mean_over_processes(tensor: Tensor) -> Tensor:
