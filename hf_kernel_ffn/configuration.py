@@ -211,6 +211,7 @@ class KernelConfigMixin:
     """
 
     auto_classes: dict = {}
+    _auto_class = None  # of a stock class that came with code of its own: save_pretrained() below saves the code
     kernel_ffn: Any
 
     def __post_init__(self, **kwargs):

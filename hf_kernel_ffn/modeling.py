@@ -20,6 +20,7 @@ class KernelModelMixin:
 
     config: Any
     base_model: Any
+    _auto_class = None  # of a stock class that came with code of its own: the config saves the code
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

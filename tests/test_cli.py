@@ -490,7 +490,7 @@ def test_a_loss_that_is_not_finite_is_one_line(cli, recipe):
 # families, scripts, processes
 
 
-def test_families_lists_the_three(cli):
+def test_families_lists_the_table(cli):
     code, printed, _ = cli("families")
     assert code == 0
     assert all(f" {family} " in printed for family in ("llama", "mistral", "gpt2"))
