@@ -49,7 +49,8 @@ def start(work, processes, scratch):
     file.write_text(json.dumps({**work, "out": str(scratch / "losses.json")}))
     command = [sys.executable, SCRIPT, file]
     if processes > 1:
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+        # "--cpu" alone would start one process; "multi_gpu" means torchrun, and ACCELERATE_USE_CPU gloo
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
         command = [sys.executable, *launch, "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPT, file]
     environment = dict(os.environ, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -158,7 +159,7 @@ def test_the_launch_line_is_one_that_accelerate_takes():
     line = text[text.index("accelerate.commands.launch") :].split()[2:]
     words = [word.strip('"') for word in line if word != "\\"]
     values = {"${MACHINES:-2}": "2", "${PROCESSES:-16}": "16", "$rank": "1", "$main": "10.0.0.1", "${PORT:-29500}": "29500"}
-    read = launch_command_parser().parse_args(["--multi_gpu", *(values.get(word, word) for word in words)])
+    read = launch_command_parser().parse_args([values.get(word, word) for word in words])
     assert (read.num_machines, read.num_processes, read.machine_rank, read.main_process_ip) == (2, 16, 1, "10.0.0.1")
     assert read.training_script == "scripts/distill.py" and (RECIPES.parent / read.training_script).is_file()
 

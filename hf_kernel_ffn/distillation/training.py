@@ -195,6 +195,9 @@ class Run:
                     for optimizer in made:
                         optimizer.step()
                     watch.after(step, steps, per_step * data.sequence_length, self._average)
+                    if self.sharded:  # fitting a threshold has gathered the weights
+                        for ffn in ffns.values():
+                            ffn.reshard()
                     bar.advance(value)
                 else:
                     self._skip_or_stop(f"loss {value}", stage, step, ffns, ids)

@@ -6,8 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 rank=$1 main=$2
 shift 2
-kind=${CPU:+--cpu}
-exec "${PYTHON:-python}" -m accelerate.commands.launch "${kind:---multi_gpu}" \
+[ -z "${CPU:-}" ] || export ACCELERATE_USE_CPU=1 # "--cpu" would start one process per machine, each for itself
+exec "${PYTHON:-python}" -m accelerate.commands.launch --multi_gpu \
     --num_machines "${MACHINES:-2}" --num_processes "${PROCESSES:-16}" --machine_rank "$rank" \
     --main_process_ip "$main" --main_process_port "${PORT:-29500}" --mixed_precision no --dynamo_backend no \
     scripts/distill.py "$@"
