@@ -288,7 +288,7 @@ def code_files(config_class) -> dict:
     module = sys.modules[config_class.__module__]
     made = getattr(module, "CODE_FILES", None)  # in the package, whose modelling files are written when they are needed
     if made is None:
-        made, wanted = {}, [config_class.__module__.rpartition(".")[2]]
+        made, wanted = {}, [Path(str(module.__file__)).stem]
         while wanted:
             file = f"{wanted.pop()}.py"
             made[file] = Path(__file__).with_name(file).read_text(encoding="utf-8")

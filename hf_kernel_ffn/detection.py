@@ -138,9 +138,9 @@ def explain(model: Any) -> list[dict[str, str]]:
         groups[candidate.path].append(candidate)
     for path, some in groups.items():
         outer, inner = some[0].sizes
-        names = ", ".join(name for found in some for name in (*found.up, found.down))
+        parts = ", ".join(name for found in some for name in (*found.up, found.down))
         rows.append(
-            {"path": path, "sizes": f"{outer} → {inner}", "activation": "?", "entry": failed or f"no entry for {names}"}
+            {"path": path, "sizes": f"{outer} → {inner}", "activation": "?", "entry": failed or f"no entry for {parts}"}
         )
     if not rows:
         raise InputError(failed or f"found nothing like an FFN in a {type(model).__name__}, expected blocks that have one")

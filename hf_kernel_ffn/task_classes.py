@@ -137,7 +137,8 @@ def _made(name: str, model_type: str, heads: dict[str, str], stock: dict[str, st
         spec = spec_from_loader(name, loader)
         assert spec is not None
         module = module_from_spec(spec)
-        vars(module)["CODE_FILES"] = {f"{name.rpartition('.')[2]}.py": modeling_source(model_type, heads, stock), **sources}
+        files = {f"{name.rpartition('.')[2]}.py": modeling_source(model_type, heads, stock), **sources}
+        vars(module)["CODE_FILES"] = files
         sys.modules[name] = module
         try:
             loader.exec_module(module)
