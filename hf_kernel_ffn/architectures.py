@@ -35,7 +35,7 @@ def register_architecture(architecture: Architecture) -> Architecture:
 
 def get_architecture(model_type: Any) -> Architecture:
     """The entry for ``model_type``: registered, or from another package's entry point; InputError if there is none."""
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         for point in entry_points(group=ENTRY_POINTS, name=str(model_type)):
             found = point.load()
             if not isinstance(found, Architecture) or found.model_type != model_type:

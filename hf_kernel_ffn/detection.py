@@ -123,8 +123,8 @@ def explain(model: Any) -> list[dict[str, str]]:
         ffns, failed = {}, str(error)
     for path, ffn in ffns.items():
         shape, weights = ffn.shape, stock_weights(model, ffn)
-        parts = {"W_in": shape.up, "gate": shape.gate or (f"half {shape.gate_half}" if shape.gate_half is not None else None)}
-        described = ", ".join(f"{role} {name}" for role, name in {**parts, "W_out": shape.down}.items() if name)
+        roles = {"W_in": shape.up, "gate": shape.gate or (f"half {shape.gate_half}" if shape.gate_half is not None else None)}
+        described = ", ".join(f"{role} {name}" for role, name in {**roles, "W_out": shape.down}.items() if name)
         rows.append(
             {
                 "path": path,

@@ -71,7 +71,9 @@ class KernelModelMixin:
                 f"found {len(lost)} tensors missing or misshapen in {pretrained_model_name_or_path}, "
                 f"the first {lost[0]!r}: the checkpoint is incomplete; copy or convert it again"
             )
-        extra = sorted(key for key in info["unexpected_keys"] if any(f".{path}" in f".{key}" for path in paths))
+        extra = sorted(
+            key for key in info["unexpected_keys"] if key.startswith(body) or any(f".{path}" in f".{key}" for path in paths)
+        )
         if extra:
             raise InputError(
                 f"found {len(extra)} tensors too many in {pretrained_model_name_or_path}, the first {extra[0]!r}: the weights are "

@@ -43,8 +43,8 @@ def layer_wise(
     def regress(path: str, x: Tensor, output: Tensor) -> None:
         with torch.enable_grad():
             device = next(ffns[path].parameters()).device  # the teacher may be on another one
-            target = _at_least_float32(output.detach()).to(device)
-            error = (_at_least_float32(ffns[path](x.detach().to(device))) - target).square().mean()
+            target = at_least_float32(output.detach()).to(device)
+            error = (at_least_float32(ffns[path](x.detach().to(device))) - target).square().mean()
             apart = target - mean_over_processes(target.flatten(0, -2).mean(0))
             loss = error / mean_over_processes(apart.square().mean()).clamp_min(1e-12)
             backward(loss + price(path))
@@ -72,9 +72,9 @@ def logits(
         the loss, detached.
     """
     with torch.no_grad():
-        wanted = _at_least_float32(teacher(**arguments(teacher, ids)).logits) / stage.temperature
+        wanted = at_least_float32(teacher(**arguments(teacher, ids)).logits) / stage.temperature
     read = arguments(teacher, ids, next(student.parameters()).device)  # the teacher may be on another one
-    output = _at_least_float32(student(**read).logits)
+    output = at_least_float32(student(**read).logits)
     wanted = wanted.to(output.device).log_softmax(-1)
     predicted = (output / stage.temperature).log_softmax(-1)
     loss = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1).mean() * stage.temperature**2
@@ -94,7 +94,8 @@ def mean_over_processes(tensor: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32, or as it is in float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
