@@ -144,7 +144,7 @@ def evaluate_student(
             if path in seen_by_student:
                 x, y = seen_by_student[path]
                 _add_errors(sums[path], "student_inputs_", y, stock[path](x))
-                sums[path]["active"] = sums[path]["active"] + (ffn.coefficients(x) != 0).sum()
+                sums[path]["active"] = sums[path]["active"] + (ffn.readout(x).coefficients != 0).sum()
             for who, record in _records(ffn, weights[path], seen[path][0]).items() if path in seen else ():
                 sums[path][f"{who} c"] = sums[path][f"{who} c"] + record.coefficients.double().sum(0)
                 sums[path][f"{who} fires"] = sums[path][f"{who} fires"] + (record.coefficients != 0).sum(0)
