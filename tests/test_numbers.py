@@ -163,14 +163,6 @@ def test_finite_and_close_to_float64(kernel, simplex, **case):
     check(kernel, simplex, **case)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel, simplex", EVERY)
-@settings(max_examples=100)
-@ANY
-def test_finite_and_close_to_float64_in_many_cases(kernel, simplex, **case):
-    check(kernel, simplex, **case)
-
-
 def test_most_cases_could_be_compared():
     """Runs after the others: a property that skips everything proves nothing."""
     total = sum(CASES.values())
