@@ -48,6 +48,7 @@ def rows(units: int, gated: bool, family: str) -> dict[str, Row]:
     table = {
         f"{single}half-yat": Row("kernel"),
         f"{single}half-yat, {2 * pieces} per unit": Row("kernel", {"expansion": 2.0 * pieces}),
+        "half-yat, firing means": Row("kernel", {"init": "firing-means"}),
         f"{single}yat": Row("kernel", {"kernel": "yat"}),
         f"{single}ReLU²": Row("kernel", {"kernel": relu2}),
         f"half-yat, top-k {k}": Row("kernel", some(k, "top-k")),
@@ -88,7 +89,9 @@ MASS = 0.03
 """Price on write mass layer-wise, in the rows that have one; half of it on the logits."""
 SPARSE = {"layer-wise": {"learning_rate": 0.008}, "logits": {"learning_rate": 0.003}}
 DENSE = {"layer-wise": {"learning_rate": 0.004}, "logits": {"learning_rate": 0.0005}}
-"""Learning rates of the stages: of dense rows, which start close to the teacher, and of sparse ones, which do not."""
+FRESH = {"layer-wise": {"learning_rate": 0.2}, "logits": {"learning_rate": 0.003}}
+"""Learning rates of the stages: of dense rows, which start close to the teacher, of sparse ones, which do not, and of transcoders,
+which start from nothing."""
 
 
 def make_recipe(teacher: str, row: Row, train: str, tokens: int, seed: int):
@@ -97,11 +100,11 @@ def make_recipe(teacher: str, row: Row, train: str, tokens: int, seed: int):
 
     if row.kind == "recipe":
         return load_recipe(row.settings["file"])
-    sparse = row.settings.get("top_k") is not None
+    rates = FRESH if row.kind == "transcoder" else SPARSE if row.settings.get("top_k") is not None else DENSE
     stages = []
     for name, share, optimizer in (("layer-wise", 0.5, "muon"), ("logits", 0.5, "adamw")):
         stage = {"name": name, "tokens": round(share * tokens), "optimizer": optimizer, "batch_size": 4}
-        stage.update((SPARSE if sparse else DENSE)[name])
+        stage.update(rates[name])
         stages.append({**stage, **row.stages.get(name, {}), **row.stages.get("*", {})})
     if stages[1].get("kl") == 0.0:  # there is nothing to regress on
         stages = [{**stages[1], "tokens": tokens}]
