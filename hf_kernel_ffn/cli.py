@@ -171,6 +171,58 @@ def read(
 
 
 @app.command()
+def benchmark(
+    shapes: Annotated[str, typer.Option(help="gpt2, llama-3.2-1b, llama-3-8b, mistral-7b, comma-separated")] = "gpt2,llama-3.2-1b",
+    model: Annotated[Optional[str], typer.Option(help="a checkpoint whose FFNs are timed instead of named shapes")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="read at once, forward and backward; fewer are faster")] = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; medians of them are reported")] = 7,
+    active: Annotated[int, typer.Option(min=1, help="prototypes per token of the sparse readouts")] = 64,
+    modes: Annotated[str, typer.Option(help="eager, compiled")] = "eager,compiled",
+    phases: Annotated[str, typer.Option(help="forward, forward+backward, decode")] = "forward,forward+backward,decode",
+    only: Annotated[Optional[str], typer.Option(help="readouts whose name has one of these parts, comma-separated")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="of a CPU")] = 1,
+    clock: Annotated[str, typer.Option(help="wall, or cpu: this process's own time, on a machine that others use")] = "wall",
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write all of it")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")
+    ] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Time readouts against the FFNs they replace: forward, forward+backward and one-token decode, as ratios."""
+    import torch
+
+    from . import benchmark as benchmarks
+    from .configuration import _one_of
+    from .files import write_text
+    from .loading import load_model, torch_dtype
+    from .surgery import require_place
+
+    if json_file is not None:
+        require_place(json_file)
+    _quieten()
+    for name, text, choices in (("mode", modes, ("eager", "compiled")), ("phase", phases, benchmarks.PHASES), ("clock", clock, ("wall", "cpu"))):
+        for part in text.split(","):
+            _one_of(name, part, choices)
+    own = None
+    if model is not None:
+        shape, own = benchmarks.checkpoint_ffns(load_model(model, dtype, device, trust_remote_code), model)
+        chosen = {model: shape}
+    else:
+        for part in shapes.split(","):
+            _one_of("shape", part, benchmarks.SHAPES)
+        chosen = {part: benchmarks.SHAPES[part] for part in shapes.split(",")}
+    torch.set_num_threads(threads)
+    found = benchmarks.benchmark(
+        chosen, tokens=tokens, repeats=repeats, active=active, modes=tuple(modes.split(",")), phases=tuple(phases.split(",")),
+        dtype=torch_dtype(dtype), device=device, clock=clock, own=own, only=only, progress=lambda line: typer.echo(line, err=True),
+    )  # fmt: skip
+    if json_file is not None:
+        write_text(json_file, json.dumps(found, indent=1) + "\n")
+    _print_benchmark(found)
+
+
+@app.command()
 def families() -> None:
     """List the architectures that can be converted."""
     from .architectures import ARCHITECTURES
@@ -211,6 +263,22 @@ def _print_report(report: dict) -> None:
         for who, figures in ((layer["path"], layer), ("  teacher", layer["teacher"])):
             rows.append([who, *(f"{figures[name]:.{1 if 'prototypes' in name else 4}f}" for name in columns)])
     _table(["layer", *columns.values()], rows)
+
+
+def _print_benchmark(found: dict) -> None:
+    rows = []
+    for row in found["rows"]:
+        spread, target, memory = row["ratio"], row["target"], row.get("memory_target")
+        rows.append([
+            row["shape"], row["mode"], row["phase"], row["variant"], f"{row['seconds']['median'] * 1e3:.2f}", row["against"],
+            f"{spread['median']:.2f} ({spread['low']:.2f}–{spread['high']:.2f})", "" if target is None else f"≤ {target}",
+            "" if "memory" not in row else f"{row['memory'] / 2**20:.1f}", "" if "memory" not in row else f"{row['memory_ratio']:.2f}",
+            "" if memory is None else f"≤ {memory}", "" if "bytes_moved" not in row else f"{row['bytes_moved'] / 2**20:.0f}",
+            f"{row['seconds_at_copy_bandwidth'] * 1e3:.2f}",
+        ])  # fmt: skip
+    _table(["shape", "mode", "phase", "what", "ms", "against", "time ratio", "aimed at", "MiB held", "ratio", "aimed at", "MiB moved",
+            "ms to copy weights"], rows)  # fmt: skip
+    typer.echo(f"{found['machine']}, torch {found['torch']}, {found['dtype']}, {found['tokens']} tokens, medians of {found['repeats']}")
 
 
 def _print_reading(found: dict) -> None:

@@ -13,11 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from .configuration import LayerConfig
-from .kernels import get_kernel
+from .kernels import HalfYat, Yat, get_kernel
+from .one_pass import YatMixture
 from .simplex import shares, top_k_mask
 
 LOG_RATIO_BOUND = 20.0
 """Learned log-ratios act as if no further from zero than this: no step, however wild, makes a constrained value 0 or ∞."""
+
+ACTIVATION_BYTES = 2**28
+"""What a layer's temporaries, and what it keeps for its backward pass, may take each: more tokens are read in chunks, and their
+scores computed again."""
+CACHED = 2**17
+"""Elements of a weight that stay in a CPU's cache between two uses."""
 
 
 class Readout(NamedTuple):
@@ -62,6 +69,7 @@ class KernelFFN(nn.Module):
         self.reference = dict(config.reference)
         self.top_k = settings.top_k
         """Prototypes kept now; a distillation lets it fall to the setting."""
+        self.activation_bytes = ACTIVATION_BYTES
         size, prototypes = config.hidden_size, config.prototypes
         self.input_prototypes = nn.Linear(size, prototypes, bias=self.kernel.uses_bias)
         self.output_prototypes = nn.Linear(prototypes, size)
@@ -82,32 +90,36 @@ class KernelFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to (..., hidden_size), in the dtype of the input."""
+        if self._has_one_pass(hidden_states):
+            return self.dropout(self._one_pass(hidden_states))
         coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
-        return self.dropout(self.output_prototypes(coefficients))
+        return self.dropout(self._mix(coefficients))
 
     def coefficients(self, hidden_states: Tensor) -> Tensor:
         """(..., prototypes) in float32 (float64 for a float64 input): what multiplies the output prototypes."""
+        ups = self._ups(hidden_states)
         if self.config.settings.coefficients_are_kernel:
-            choice = self._kernel(hidden_states) * self.positive("scale")
+            choice = self._kernel(hidden_states, ups) * self.positive("scale")
         else:
-            choice, intensity = self._choice(hidden_states)
+            choice, intensity = self._choice(hidden_states, ups)
             choice = choice if intensity is None else choice * intensity
-        return self._values(hidden_states, choice)
+        return choice if ups is None else choice * ups
 
     def readout(self, hidden_states: Tensor) -> Readout:
         """The record of this layer at ``hidden_states`` (..., hidden_size), coefficients in the dtype that mixes."""
+        ups = self._ups(hidden_states)
         if self.config.settings.coefficients_are_kernel:
-            choice = self._kernel(hidden_states) * self.positive("scale")
+            choice = self._kernel(hidden_states, ups) * self.positive("scale")
             intensity = choice.sum(-1, keepdim=True)
             pi = choice / intensity.where(intensity > 0, torch.ones_like(intensity))
         else:
-            pi, intensity = self._choice(hidden_states)
+            pi, intensity = self._choice(hidden_states, ups)
             if intensity is None:
                 intensity = (pi.sum(-1, keepdim=True) > 0).to(pi.dtype)
             choice = pi * intensity
         dictionary, bias = effective(self.output_prototypes, hidden_states)
         return Readout(
-            coefficients=self._values(hidden_states, choice).to(hidden_states.dtype),
+            coefficients=(choice if ups is None else choice * ups).to(hidden_states.dtype),
             dictionary=dictionary.T,
             bias=bias,
             shares=pi,
@@ -127,6 +139,10 @@ class KernelFFN(nn.Module):
         rounded = hidden_states.dtype.itemsize < 4 or weight.dtype.itemsize < 4 or torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False):
             x, weight = _at_least_float32(hidden_states), _at_least_float32(weight)
+            if not rounded and self.kernel.uses_distance and _one_token(hidden_states) and _is_plain(self.input_prototypes):
+                score, square = _scores_and_squares(x, weight, bias)
+                dot = score if bias is None else score - bias
+                return score, (x.square().sum(-1, keepdim=True) + square - 2 * dot).clamp_min(0)
             if rounded:  # a product rounded to half precision overflows, or leaves noise of a small distance
                 dot = nn.functional.linear(x, weight)
                 score = dot if bias is None else dot + bias
@@ -145,7 +161,7 @@ class KernelFFN(nn.Module):
         """Move the threshold of κ by the share ``rate`` of the way (of its logarithm) to where ``top_k`` prototypes pass on
         average over the tokens of ``hidden_states`` (..., hidden_size)."""
         log_kernel = self.kernel.log(*self.scores(hidden_states), **self.kernel_parameters())
-        loudness = self._log_loudness(log_kernel, hidden_states).flatten(0, -2)
+        loudness = self._log_loudness(log_kernel, self._ups(hidden_states)).flatten(0, -2)
         firing = int((loudness > -torch.inf).sum())
         passing = min((self.top_k or 0) * len(loudness), firing)  # those that do not fire set no limit
         if passing:
@@ -160,31 +176,75 @@ class KernelFFN(nn.Module):
         """The κ from which on a prototype takes part, shape (1,), at least float32."""
         return self.log_threshold().exp()
 
-    def _kernel(self, hidden_states):
+    def _has_one_pass(self, hidden_states) -> bool:
+        """Whether the layer at ``hidden_states`` is a dense Yat readout of plain weights. Adapters, quantised weights and
+        hooks are seen by the plain form alone; a compiler makes one pass of that by itself; one token has nothing to gain."""
+        settings, dtype = self.config.settings, hidden_states.dtype
+        linears = [self.input_prototypes, self.output_prototypes]
+        linears += [self.value_proj] if settings.values == "gated" else []
+        return (
+            settings.coefficients_are_kernel
+            and settings.simplex == "softmax"
+            and type(self.kernel) in (Yat, HalfYat)
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+            and not _one_token(hidden_states)
+            and all(_is_plain(linear) and linear.bias is not None for linear in linears)
+            and (torch.is_autocast_enabled(hidden_states.device.type) or all(linear.weight.dtype == dtype for linear in linears))
+        )
+
+    def _one_pass(self, hidden_states):
+        device = hidden_states.device.type
+        mix = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        up = self.value_proj if self.config.settings.values == "gated" else None
+        first, second = self.input_prototypes, self.output_prototypes
+        written = YatMixture.apply(
+            hidden_states.reshape(-1, hidden_states.shape[-1]), first.weight, first.bias, second.weight, self.positive("epsilon"),
+            self.positive("scale"), None if up is None else up.weight, None if up is None else up.bias,
+            type(self.kernel) is HalfYat, mix, self.activation_bytes,
+        )  # fmt: skip
+        return (written + second.bias.to(mix)).unflatten(0, hidden_states.shape[:-1])
+
+    def _mix(self, coefficients):
+        """Σ_i c_i v_i + b_out. For one token without gradients, only the output prototypes with c_i ≠ 0 are read."""
+        linear, simplex = self.output_prototypes, self.config.settings.simplex
+        fixed = torch.compiler.is_compiling() or coefficients.device.type != "cpu"  # a number that depends on the data costs there
+        if simplex == "softmax" or (fixed and simplex != "top-k") or not (_one_token(coefficients) and _is_plain(linear)):
+            return linear(coefficients)
+        if torch.is_autocast_enabled(coefficients.device.type) or coefficients.dtype != linear.weight.dtype:
+            return linear(coefficients)
+        flat = coefficients.flatten()
+        active = flat.abs().topk(min(self.top_k, len(flat)), sorted=False).indices if fixed else flat.nonzero()[:, 0]
+        if 4 * len(active) > len(flat):
+            return linear(coefficients)
+        if not fixed and not linear.weight.T.is_contiguous() and not self.training:
+            _lay_out_by_prototypes(linear)
+        written = flat[active] @ linear.weight.T.index_select(0, active)
+        return (written if linear.bias is None else written + linear.bias).view(*coefficients.shape[:-1], -1)
+
+    def _ups(self, hidden_states):
+        """u·x (..., prototypes), or None where the output prototypes are fixed."""
+        return _at_least_float32(self.value_proj(hidden_states)) if self.config.settings.values == "gated" else None
+
+    def _kernel(self, hidden_states, ups):
         """κ over the support."""
         kernel = self.kernel.value(*self.scores(hidden_states), **self.kernel_parameters())
         if self.config.settings.simplex == "top-k":
-            return kernel * top_k_mask(self._loudness(kernel, hidden_states), self.top_k)
+            return kernel * top_k_mask(_loudness(kernel, ups), self.top_k)
         if self.config.settings.simplex == "threshold":
-            return kernel * (self._loudness(kernel, hidden_states) >= self.threshold())
+            return kernel * (_loudness(kernel, ups) >= self.threshold())
         return kernel
 
-    def _loudness(self, kernel, hidden_states):
-        """What decides which prototypes a sparse map keeps: κ, or |κ u·x| with gated values."""
-        if self.config.settings.values == "fixed":
-            return kernel.detach()
-        return (kernel * _at_least_float32(self.value_proj(hidden_states)).abs()).detach()
+    def _log_loudness(self, log_kernel, ups):
+        """log of the loudness: a light-tailed kernel is 0 in float32 far from every prototype, and still has a nearest one."""
+        return log_kernel.detach() if ups is None else log_kernel.detach() + ups.detach().abs().log()
 
-    def _log_loudness(self, log_kernel, hidden_states):
-        """Its logarithm: a light-tailed kernel is 0 in float32 far from every prototype, and still has a nearest one."""
-        return log_kernel.detach() + self._loudness(torch.ones_like(log_kernel), hidden_states).log()
-
-    def _choice(self, hidden_states):
+    def _choice(self, hidden_states, ups):
         """Shares π and the intensity g (..., 1), or None where g is one by definition."""
         settings = self.config.settings
         log_kernel = self.kernel.log(*self.scores(hidden_states), **self.kernel_parameters())
         if settings.sparse:
-            loudness = self._log_loudness(log_kernel, hidden_states)
+            loudness = self._log_loudness(log_kernel, ups)
             if settings.simplex == "threshold":
                 kept = loudness >= self.log_threshold()
             else:
@@ -200,10 +260,44 @@ class KernelFFN(nn.Module):
         finite = log_kernel.where(support, torch.zeros_like(log_kernel))
         return pi, ((finite.exp() * support).sum(-1, keepdim=True)) * self.positive("scale")
 
-    def _values(self, hidden_states, choice):
-        if self.config.settings.values == "fixed":
-            return choice
-        return choice * _at_least_float32(self.value_proj(hidden_states))
+
+def _loudness(kernel, ups):
+    """What decides which prototypes a sparse map keeps: κ, or |κ u·x| with gated values."""
+    return (kernel if ups is None else kernel * ups.abs()).detach()
+
+
+def _one_token(hidden_states) -> bool:
+    """Whether this is decoding: one token, no gradients."""
+    return hidden_states.numel() == hidden_states.shape[-1] and not torch.is_grad_enabled()
+
+
+def _scores_and_squares(x, weight, bias):
+    """x·w + b (..., prototypes) of one token and ‖w‖² (prototypes,), the weight read once: its norms while the cache has it."""
+    if torch.compiler.is_compiling():  # which makes one loop of the two
+        dot, square = (weight * x.flatten()).sum(-1), (weight * weight).sum(-1)
+    else:
+        rows = max(1, CACHED // weight.shape[1]) if x.device.type == "cpu" else len(weight)
+        parts = [(part @ x.flatten(), torch.linalg.vector_norm(part, dim=-1)) for part in weight.split(rows)]
+        dot, norm = (torch.cat(found) for found in zip(*parts))
+        square = norm.square()
+    return (dot if bias is None else dot + bias).view(*x.shape[:-1], -1), square
+
+
+def _lay_out_by_prototypes(linear) -> None:
+    """The same weight, with the numbers of one output prototype side by side in memory, so that a few of them are quickly read."""
+    with torch.inference_mode(False):
+        linear.weight.data = linear.weight.data.T.contiguous().T
+
+
+def _is_plain(linear) -> bool:
+    """Whether ``linear`` is its weight and bias and nothing else: no adapter, quantisation, offloading or hook."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) in (nn.Parameter, Tensor)
+        and not linear.weight.is_meta
+        and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks)
+        and "forward" not in vars(linear)
+    )
 
 
 def effective(linear: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
