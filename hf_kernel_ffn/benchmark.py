@@ -171,11 +171,8 @@ def variants(shape: Shape, active: int, own: dict[str, nn.Module] | None = None)
     return found
 
 
-def _pieces(found: dict[str, Variant], phase: str, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable]:
+def _pieces(found: dict[str, Variant], phase: str, hidden: int, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable]:
     """What is to be timed in ``phase``, by name."""
-    size = next(iter(found.values())).module
-    hidden = next(p.shape[-1] for p in size.parameters() if p.ndim == 2)
-    hidden = getattr(getattr(size, "config", None), "hidden_size", hidden)
     count = 1 if phase == "decode" else tokens
     x = torch.randn(1, count, hidden, device=device, dtype=dtype)
     gradient = torch.randn_like(x)
@@ -252,7 +249,7 @@ def benchmark(
                           for n, v in found.items() if "floor" not in n}  # fmt: skip
             for phase in phases:
                 progress(f"{name}, {mode}, {phase}")
-                pieces = _pieces(chosen, phase, tokens, where, dtype)
+                pieces = _pieces(chosen, phase, shape.hidden_size, tokens, where, dtype)
                 rows += _measure(name, mode, phase, chosen, pieces, repeats, where, clock, bandwidth)
                 torch._dynamo.reset()
     return {

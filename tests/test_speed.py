@@ -1,0 +1,196 @@
+"""What makes readouts fast computes what the plain form computes."""
+
+import pytest
+import torch
+from test_readout import D, P, inputs, make_layer
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from hf_kernel_ffn import one_pass, readout
+from hf_kernel_ffn.readout import YatMixture
+
+dense = pytest.mark.parametrize(
+    "settings",
+    [dict(kernel=k, values=v, simplex="softmax", intensity="mass") for k in ("yat", "half-yat") for v in ("fixed", "gated")],
+    ids=lambda s: f"{s['kernel']}-{s['values']}",
+)
+SPARSE = ("top-k", "threshold", "sparsemax", "entmax-1.5")
+
+
+def plainly(ffn, x):
+    """The layer by its coefficients, the plain form."""
+    return ffn.output_prototypes(ffn.coefficients(x).to(x.dtype))
+
+
+def gradients(ffn, function, x):
+    x = x.clone().requires_grad_()
+    names, parameters = zip(*ffn.named_parameters())
+    y = function(x)
+    found = torch.autograd.grad(y.sin().sum(), (x, *parameters))
+    return dict(zip(("x", *names), found), y=y)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(one_pass, "BLOCK", 7 * P)
+
+
+@dense
+@pytest.mark.parametrize("limit", [2**28, 40 * P * 8, 1], ids=["kept", "in chunks", "token by token"])
+def test_one_pass_is_the_plain_form_with_its_gradients(settings, limit, small_blocks):
+    for seed in range(3):
+        ffn, x = make_layer(**settings), inputs(50, seed=seed).reshape(2, 25, D)
+        ffn.activation_bytes = limit
+        assert ffn._has_one_pass(x)
+        found, expected = gradients(ffn, ffn, x), gradients(ffn, lambda x: plainly(ffn, x), x)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+        with torch.no_grad():
+            torch.testing.assert_close(ffn(x), expected["y"], rtol=1e-9, atol=1e-11)
+
+
+@dense
+def test_gradients_of_the_one_pass_and_of_its_gradients(settings):
+    ffn, x = make_layer(**settings, size=3, count=4), inputs(2, 3, seed=3)
+    up = (ffn.value_proj.weight, ffn.value_proj.bias) if settings["values"] == "gated" else ()
+    tensors = [x, *ffn.input_prototypes.parameters(), ffn.output_prototypes.weight, ffn.positive("epsilon"), ffn.positive("scale"), *up]
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
+
+    def function(*given):
+        given = given if up else (*given, None, None)
+        return YatMixture.apply(*given, settings["kernel"] == "half-yat", torch.float64, 2**20)
+
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+@dense
+def test_one_pass_where_inputs_are_prototypes(settings):
+    """Distances that rounding makes negative are cut off, and have no gradient."""
+    ffn = make_layer(torch.float32, **settings, epsilon=100.0)
+    x = ffn.input_prototypes.weight.detach().clone() * 50
+    with torch.no_grad():
+        ffn.input_prototypes.weight.copy_(x)
+    found, expected = gradients(ffn, ffn, x), gradients(ffn.double(), lambda x: plainly(ffn, x), x.double())
+    for name, value in expected.items():
+        assert torch.isfinite(found[name]).all(), name
+    assert (found["y"] - expected["y"]).abs().max() <= 1e-3 * expected["y"].abs().max()
+
+
+def test_frozen_parts_get_no_gradient():
+    ffn, x = make_layer(kernel="half-yat", simplex="softmax", intensity="mass"), inputs(20)
+    ffn.requires_grad_(False)
+    found = x.clone().requires_grad_()
+    ffn(found).sum().backward()
+    expected = x.clone().requires_grad_()
+    plainly(ffn, expected).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad)
+    assert all(p.grad is None for p in ffn.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast_keep_to_the_plain_form(dtype):
+    for ffn, x, autocast in (
+        (make_layer(dtype, kernel="half-yat", simplex="softmax", intensity="mass"), inputs(30).to(dtype), False),
+        (make_layer(torch.float32, kernel="half-yat", simplex="softmax", intensity="mass"), inputs(30).float(), True),
+    ):
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            assert ffn._has_one_pass(x)
+            found, expected = gradients(ffn, ffn, x), gradients(ffn, lambda x: ffn.output_prototypes(ffn.coefficients(x).to(x.dtype)), x)
+        for name, value in expected.items():
+            assert found[name].dtype == value.dtype, name
+            assert (found[name] - value).abs().max() <= 0.05 * value.abs().max(), name
+
+
+def test_peak_memory_is_bounded_by_the_setting():
+    measuring = pytest.importorskip("hf_kernel_ffn.measuring")
+    ffn = make_layer(torch.float32, size=16, count=512, kernel="half-yat", simplex="softmax", intensity="mass")
+    x = torch.randn(2048, 16)  # 4 MiB of scores
+
+    def step():
+        ffn(x).sum().backward()
+        ffn.zero_grad(set_to_none=True)
+
+    ffn.activation_bytes = 2**18
+    assert measuring.peak_memory(step, x.device) < 2**20
+    ffn.activation_bytes = 2**28
+    assert measuring.peak_memory(step, x.device) > 2**23
+
+
+def test_hooks_and_adapters_see_the_plain_form():
+    ffn, x, seen = make_layer(kernel="half-yat", simplex="softmax", intensity="mass"), inputs(), []
+    ffn.output_prototypes.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    ffn(x)
+    torch.testing.assert_close(seen[0], ffn.coefficients(x))
+
+
+@pytest.mark.parametrize("kernel, values", [("half-yat", "fixed"), ("half-yat", "gated"), ("gaussian", "fixed")])
+@pytest.mark.parametrize("simplex", SPARSE)
+@pytest.mark.parametrize("intensity", ["mass", "none"])
+def test_sparse_decode_reads_the_active_prototypes_alone(kernel, simplex, values, intensity):
+    ffn = make_layer(kernel=kernel, simplex=simplex, intensity=intensity, values=values, count=64).eval()
+    x = inputs(8)
+    with torch.no_grad():
+        expected = ffn(x)
+        for row, y in zip(x, expected):
+            torch.testing.assert_close(ffn(row[None, None])[0, 0], y, rtol=1e-9, atol=1e-11)
+        spread = ffn.coefficients(x[:1])[0] == 0
+        if spread.sum() > 48:
+            assert ffn.output_prototypes.weight.T.is_contiguous()
+            ffn.output_prototypes.weight[:, spread] = torch.nan  # never read
+            assert torch.isfinite(ffn(x[:1])).all()
+
+
+def test_the_layout_for_decoding_changes_nothing_else(tmp_path):
+    ffn, x = make_layer(kernel="half-yat", simplex="top-k", intensity="mass", count=64).eval(), inputs(8)
+    before, weight = {n: p.clone() for n, p in ffn.state_dict().items()}, ffn.output_prototypes.weight
+    with torch.inference_mode():
+        ffn(x[:1])
+    assert ffn.output_prototypes.weight is weight and weight.T.is_contiguous()
+    assert all(torch.equal(p, before[n]) for n, p in ffn.state_dict().items())
+    ffn.train()(x).sum().backward()
+    assert weight.grad.abs().sum() > 0
+
+
+def test_one_token_sees_rows_changed_behind_its_back(monkeypatch):
+    monkeypatch.setattr(readout, "CACHED", 2 * D)  # several pieces
+    ffn, x = make_layer(kernel="gaussian", simplex="softmax", intensity="mass"), inputs(1)
+    with torch.no_grad():
+        ffn(x)
+        ffn.input_prototypes.weight.data.mul_(1.5)  # as peft merges an adapter: no version counter moves
+        one, many = ffn(x), ffn(torch.cat([x, x]))[:1]
+    torch.testing.assert_close(one, many)
+
+
+@pytest.mark.parametrize("settings", [dict(simplex="softmax", values="gated"), dict(simplex="top-k")], ids=str)
+def test_compiled_in_one_graph_without_recompiling_for_new_lengths(settings):
+    ffn = make_layer(torch.float32, size=8, count=32, kernel="half-yat", intensity="mass", **settings)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ffn, fullgraph=True, backend=counter)
+    lengths = (5, 9, 12, 33, 7)
+    for count, length in enumerate(lengths):
+        x = inputs(length, 8, seed=length).float()
+        torch.testing.assert_close(compiled(x), ffn(x), rtol=1e-4, atol=1e-5)
+        if count == 1:
+            settled = counter.frame_count  # the second length makes the first one a variable
+    assert counter.frame_count == settled <= 2
+    with torch.no_grad():
+        one = inputs(1, 8).float()
+        torch.testing.assert_close(compiled(one), ffn(one), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_sparse_gated_values_are_computed_once():
+    ffn, calls = make_layer(kernel="half-yat", simplex="top-k", intensity="mass", values="gated"), []
+    ffn.value_proj.register_forward_hook(lambda *_: calls.append(1))
+    ffn(inputs())
+    assert len(calls) == 1
+
+
+def test_only_linear_modules_are_plain():
+    linear = nn.Linear(3, 3)
+    assert readout._is_plain(linear)
+    linear.forward = linear.forward  # as accelerate wraps it
+    assert not readout._is_plain(linear)
+    assert not readout._is_plain(nn.Linear(3, 3, device="meta"))
