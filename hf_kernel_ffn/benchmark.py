@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .configuration import KernelFFNConfig, LayerConfig
 from .errors import InputError
-from .measuring import bytes_moved, copy_bandwidth, interleaved, peak_memory, ratio
+from .measuring import bytes_moved, copy_bandwidth, interleaved, memory_for_backward, peak_memory, ratio
 from .readout import KernelFFN
 
 
@@ -36,7 +36,6 @@ SHAPES = {
 }
 PHASES = ("forward", "forward+backward", "decode")
 TARGETS = {
-    # (phase, variant): (against for a gated shape, target), (against for a plain one, target); None: no target
     "gated": {"forward": 1.05, "forward+backward": 1.05, "memory": 1.0},
     "polarised 1.5m": {"forward": 1.05, "forward+backward": 1.05, "sparse decode": 0.6},
     "polarised 2m": {"forward": 1.4, "forward+backward": 1.4, "sparse decode": 0.8},
@@ -160,6 +159,9 @@ def variants(shape: Shape, active: int, own: dict[str, nn.Module] | None = None)
         for simplex in ("top-k", "threshold"):
             sparse = readout(shape, width, active, simplex, weights=dense)
             found[f"{name}, {simplex} {active}"] = Variant(sparse, "stock", target, ("decode",), sparse=True)
+        sparse = readout(shape, width, active, weights=dense)
+        sparse.keep_norms = True
+        found[f"{name}, top-k {active}, norms kept"] = Variant(sparse, "stock", target, ("decode",), sparse=True)
     if shape.gated:
         gated = readout(shape, m, values="gated")
         found["gated"] = Variant(gated, "stock", "gated")
@@ -250,7 +252,8 @@ def benchmark(
             for phase in phases:
                 progress(f"{name}, {mode}, {phase}")
                 pieces = _pieces(chosen, phase, shape.hidden_size, tokens, where, dtype)
-                rows += _measure(name, mode, phase, chosen, pieces, repeats, where, clock, bandwidth)
+                inputs = torch.randn(1, tokens, shape.hidden_size, device=where, dtype=dtype, requires_grad=True)
+                rows += _measure(name, mode, phase, chosen, pieces, inputs, repeats, where, clock, bandwidth)
                 torch._dynamo.reset()
     return {
         "machine": _machine(where), "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(dtype)[6:],
@@ -258,9 +261,13 @@ def benchmark(
     }  # fmt: skip
 
 
-def _measure(name, mode, phase, chosen, pieces, repeats, device, clock, bandwidth) -> list[dict]:
+def _measure(name, mode, phase, chosen, pieces, inputs, repeats, device, clock, bandwidth) -> list[dict]:
     times = interleaved(pieces, repeats, device, clock)
-    memory = {n: peak_memory(once, device) for n, once in pieces.items() if "floor" not in n}
+    real = {n: once for n, once in pieces.items() if "floor" not in n}
+    peak = {n: peak_memory(once, device) for n, once in real.items()}
+    memory = peak
+    if phase == "forward+backward":  # what the layer keeps until then: parameters' gradients are no activations
+        memory = {n: memory_for_backward(lambda module=chosen[n].module: module(inputs), device) for n in real}
     rows = []
     for n, seconds in times.items():
         variant = chosen[n]
@@ -269,12 +276,13 @@ def _measure(name, mode, phase, chosen, pieces, repeats, device, clock, bandwidt
         row["against"], row["ratio"] = variant.against, ratio(times, n, variant.against)
         if n in memory:
             row["memory"], row["memory_ratio"] = memory[n], memory[n] / max(memory[variant.against], 1)
-        if mode == "eager":
+            row["peak_memory"] = peak[n]
+        if mode == "eager":  # what compiled code reads and writes is not seen
             row["bytes_moved"] = bytes_moved(pieces[n])
         weights = sum(p.numel() * p.element_size() for p in variant.module.parameters())
         row["weight_bytes"], row["seconds_at_copy_bandwidth"] = weights, weights / bandwidth
         row["target"] = _target(variant, phase, device)
-        if variant.target == "yat against nmn" or (variant.target == "gated" and phase != "decode"):
+        if variant.target in ("yat against nmn", "gated") and phase == "forward+backward":
             row["memory_target"] = TARGETS[variant.target]["memory"]
         rows.append(row)
     return rows

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -68,20 +70,35 @@ def peak_memory(once: Work, device: torch.device) -> int:
     libraries take by themselves, such as packed matrices of a CPU product, is not seen."""
     once()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        _wait(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         once()
-        torch.cuda.synchronize(device)
+        _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
+    return max(_held(once), default=0)
+
+
+def memory_for_backward(forward: Callable[[], Tensor], device: torch.device) -> int:
+    """Bytes that the output of ``forward`` keeps alive for its backward pass, the output itself included."""
+    forward()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        output = forward()
+        found = torch.cuda.memory_allocated(device) - before
+        del output
+        return found
+    kept: list[Tensor] = []
+    held = _held(lambda: kept.append(forward()))
+    return held[-1] if held else 0
+
+
+def _held(once: Work) -> list[int]:
+    """Bytes held after each allocation and release on the CPU while ``once`` runs."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         once()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 class _Bytes(TorchDispatchMode):
@@ -93,8 +110,8 @@ class _Bytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        read = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
-        written = [o for o in tree_leaves(output) if isinstance(o, torch.Tensor)]
+        read = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        written = [o for o in tree_leaves(output) if isinstance(o, Tensor)]
         if func.is_view or "empty" in func.__name__:
             return output
         if func.__name__.split(".")[0] in GATHERS:
@@ -104,7 +121,7 @@ class _Bytes(TorchDispatchMode):
         return output
 
 
-def _size(tensor: torch.Tensor) -> int:
+def _size(tensor: Tensor) -> int:
     """Bytes behind ``tensor``, a broadcast dimension once."""
     count = 1
     for length, stride in zip(tensor.shape, tensor.stride()):

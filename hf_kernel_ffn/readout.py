@@ -70,6 +70,10 @@ class KernelFFN(nn.Module):
         self.top_k = settings.top_k
         """Prototypes kept now; a distillation lets it fall to the setting."""
         self.activation_bytes = ACTIVATION_BYTES
+        self.keep_norms = False
+        """Whether decoding reuses ‖w‖² as long as the weight's memory and version counter are the same. It then reads W_in once
+        per token, but does not see what is written by way of ``weight.data``, as adapters are merged: hence off."""
+        self._norms: tuple | None = None
         size, prototypes = config.hidden_size, config.prototypes
         self.input_prototypes = nn.Linear(size, prototypes, bias=self.kernel.uses_bias)
         self.output_prototypes = nn.Linear(prototypes, size)
@@ -140,7 +144,10 @@ class KernelFFN(nn.Module):
         with torch.autocast(device, enabled=False):
             x, weight = _at_least_float32(hidden_states), _at_least_float32(weight)
             if not rounded and self.kernel.uses_distance and _one_token(hidden_states) and _is_plain(self.input_prototypes):
-                score, square = _scores_and_squares(x, weight, bias)
+                if self.keep_norms and not torch.compiler.is_compiling() and not weight.is_inference():
+                    score, square = self.input_prototypes(x), self._kept_squares(weight)
+                else:
+                    score, square = _scores_and_squares(x, weight, bias)
                 dot = score if bias is None else score - bias
                 return score, (x.square().sum(-1, keepdim=True) + square - 2 * dot).clamp_min(0)
             if rounded:  # a product rounded to half precision overflows, or leaves noise of a small distance
@@ -152,6 +159,13 @@ class KernelFFN(nn.Module):
             if not self.kernel.uses_distance:
                 return score, None
             return score, (x.square().sum(-1, keepdim=True) + weight.square().sum(-1) - 2 * dot).clamp_min(0)
+
+    def _kept_squares(self, weight):
+        """‖w‖² (prototypes,), computed once per version of ``weight``."""
+        version = weight.data_ptr(), weight._version, weight.shape, weight.device, weight.dtype
+        if self._norms is None or self._norms[0] != version:
+            self._norms = version, torch.linalg.vector_norm(weight.detach(), dim=-1).square()
+        return self._norms[1]
 
     def kernel_parameters(self):
         return {name: self.positive(name) for name in self.kernel.parameters}

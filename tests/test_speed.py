@@ -162,6 +162,18 @@ def test_one_token_sees_rows_changed_behind_its_back(monkeypatch):
     torch.testing.assert_close(one, many)
 
 
+def test_norms_kept_on_request_follow_the_version_of_the_weight():
+    ffn, x = make_layer(kernel="gaussian", simplex="softmax", intensity="mass"), inputs(1)
+    ffn.keep_norms = True
+    with torch.no_grad():
+        for factor in (1.0, 1.5, 0.5):
+            ffn.input_prototypes.weight.mul_(factor)
+            for _ in range(2):
+                torch.testing.assert_close(ffn(x), ffn(torch.cat([x, x]))[:1])
+        ffn.load_state_dict(make_layer(kernel="gaussian", simplex="softmax", intensity="mass").state_dict(), assign=True)
+        torch.testing.assert_close(ffn(x), ffn(torch.cat([x, x]))[:1])
+
+
 @pytest.mark.parametrize("settings", [dict(simplex="softmax", values="gated"), dict(simplex="top-k")], ids=str)
 def test_compiled_in_one_graph_without_recompiling_for_new_lengths(settings):
     ffn = make_layer(torch.float32, size=8, count=32, kernel="half-yat", intensity="mass", **settings)
