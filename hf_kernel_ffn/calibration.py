@@ -96,6 +96,17 @@ def fit_sample(model: Any, path: str, ids: Tensor) -> Tensor:
     return torch.cat([batch[::every].float().contiguous() for batch in ffn_inputs(model, path, ids)])
 
 
+BLIND_TOKENS = 64
+"""Made-up inputs where nothing is calibrated."""
+
+
+def blind_sample(norm: nn.Module) -> Tensor:
+    """(BLIND_TOKENS, hidden_size) float32: what the ``norm`` before an FFN would make of Gaussian hidden states."""
+    weight, bias = norm.weight.detach().float(), getattr(norm, "bias", None)
+    sample = torch.randn(BLIND_TOKENS, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device) * weight
+    return sample if bias is None else sample + bias.detach().float()
+
+
 def fitted_and_held(ids: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of ``ids`` (rows, length) to fit on, and the last quarter of them to choose by; this process's share of each."""
     if len(ids) < 4 <= ids.shape[1]:  # too few to hold out a quarter of them

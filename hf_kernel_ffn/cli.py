@@ -31,7 +31,10 @@ def convert(
     temperature: Annotated[Optional[float], typer.Option(help="[default: 1, or fitted where it is free]")] = None,
     layers: Annotated[Optional[str], typer.Option(help="such as 0-5,7  [default: all]")] = None,
     calibration_text: Annotated[Optional[str], typer.Option(help=".txt, .jsonl, .parquet or a datasets name")] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=256, help="tokens to calibrate on")] = 16_384,
+    calibration_tokens: Annotated[int, typer.Option(min=0, help="tokens to calibrate on; 0: no calibration")] = 16_384,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="a block at a time, for a model that does not fit in memory; needs text, or 0 tokens")
+    ] = False,
     seed: Annotated[int, typer.Option(help="of the tokens the model makes itself when there is no text")] = 0,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -40,25 +43,33 @@ def convert(
     from . import surgery
     from .configuration import KernelFFNConfig
     from .data import token_ids
-    from .loading import import_kernel, load_teacher, load_tokenizer
+    from .errors import InputError
+    from .loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
+    from .streaming import convert_streamed
 
     _quieten()
     surgery.require_empty(out_dir)
     settings = KernelFFNConfig(import_kernel(kernel), simplex, intensity, init, values, temperature, top_k, expansion)
-    teacher = load_teacher(model, dtype, device)
+    if 0 < calibration_tokens < 256:
+        raise InputError(f"found {calibration_tokens} calibration tokens, expected 0, or 256 and more")
+    if stream and device != "cpu":
+        raise InputError(f"found --stream with device {device!r}, expected cpu: it computes there")
+    teacher = load_stock_on_meta(model) if stream else load_teacher(model, dtype, device)
     ids = None
     if calibration_text is not None:
         length = min(256, getattr(teacher.config, "max_position_embeddings", None) or 256)
         ids = token_ids(load_tokenizer(model), [calibration_text], length, calibration_tokens, spread=True)
-    student, report = surgery.convert(
-        teacher, settings, layers, calibration_ids=ids, calibration_tokens=calibration_tokens, seed=seed, progress=True
-    )
+    options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)
     with surgery.new_folder(out_dir) as made:
-        surgery.save_converted(student, model, made, conversion=report.to_dict())
+        if stream:
+            report = convert_streamed(model, made, settings, layers, dtype=dtype, **options)
+        else:
+            student, report = surgery.convert(teacher, settings, layers, seed=seed, **options)
+            surgery.save_converted(student, model, made, conversion=report.to_dict())
     _table(
         ["layer", "prototypes", "parameters", "FVU held out", "dictionary growth"],
         [
-            [path, f"{f['prototypes']}", f"{f['parameters']:,}", f"{f['fvu']:.4f}", f"{f['dictionary_growth']:.2f}"]
+            [path, f"{f['prototypes']}", f"{f['parameters']:,}", *(f"{f[n]:.4f}" if n in f else "–" for n in ("fvu", "dictionary_growth"))]
             for path, f in report.layers.items()
         ],
     )

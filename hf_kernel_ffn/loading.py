@@ -6,11 +6,12 @@ import importlib
 import importlib.util
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from .architectures import ARCHITECTURES
@@ -28,6 +29,30 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def load_teacher(name: str, dtype: str = "float32", device: str | torch.device = "cpu") -> Any:
     """The stock causal language model at ``name``, in eval mode. Its config remembers the dtype it is stored in."""
+    require_stock(name)
+    model, info = _loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), output_loading_info=True)
+    lost = sorted(info["missing_keys"])
+    if lost:
+        raise InputError(
+            f"found {len(lost)} tensors missing at {name}, the first {lost[0]!r}, expected a whole causal language model: "
+            "they would be random; copy it again"
+        )
+    return _placed(model, device)
+
+
+def load_stock_on_meta(name: str) -> Any:
+    """The same model without weights, on the meta device."""
+    require_stock(name)
+    config = _loaded(AutoConfig, name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model.eval()
+
+
+def require_stock(name: str) -> None:
+    """InputError unless the model at ``name`` is a stock one of a known family, in floating point."""
     entry = read_config(name)
     if entry.get("kernel_ffn") is not None:
         raise InputError(f"found {name} converted already, expected a stock model: give its teacher")
@@ -38,14 +63,6 @@ def load_teacher(name: str, dtype: str = "float32", device: str | torch.device =
         )
     if entry.get("quantization_config") is not None:
         raise InputError(f"found quantised weights at {name}, expected floating-point ones: load the unquantised model")
-    model, info = _loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), output_loading_info=True)
-    lost = sorted(info["missing_keys"])
-    if lost:
-        raise InputError(
-            f"found {len(lost)} tensors missing at {name}, the first {lost[0]!r}, expected a whole causal language model: "
-            "they would be random; copy it again"
-        )
-    return _placed(model, device)
 
 
 def load_student(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:

@@ -28,7 +28,7 @@ from .architectures import (
     ffn_weights,
     parse_layers,
 )
-from .calibration import calibrate, ffn_inputs, fit_sample, fitted_and_held, own_text
+from .calibration import blind_sample, calibrate, ffn_inputs, fit_sample, fitted_and_held, own_text
 from .configuration import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
 from .errors import InputError
 from .initialization import gate_bias, prototypes
@@ -77,7 +77,7 @@ def convert(
         config: settings for every layer, or one per layer number (then those layers are converted).
         layers: which layers, as numbers or ``"0-5,7"``; None for all.
         calibration_ids: (rows, length) token ids of text; None: the teacher makes its own.
-        calibration_tokens: how many of them are read.
+        calibration_tokens: how many of them are read; 0 for no calibration: only the norm's weights are looked at.
         copy: own copies of the parameters that teacher and student have in common, instead of sharing their memory.
         seed: of the teacher's own tokens.
         progress: show a bar.
@@ -91,7 +91,9 @@ def convert(
     """
     architecture = architecture_of(teacher)
     paths = ffn_paths(teacher, architecture)
-    per_layer = _settings(config, layers, len(paths))
+    if calibration_tokens == 0 and calibration_ids is not None:
+        raise InputError("found calibration_tokens 0 with calibration text, expected one of them: leave one out")
+    per_layer = layer_settings(config, layers, len(paths))
     base = teacher.base_model
     stock = {paths[i]: base.get_submodule(paths[i]) for i in per_layer}
     weights = {i: ffn_weights(stock[paths[i]], architecture, teacher.config, paths[i]) for i in per_layer}
@@ -104,11 +106,13 @@ def convert(
     teacher.eval()
     ffns: dict[str, KernelFFN] = {}
     try:
-        ids = calibration_ids if calibration_ids is not None else own_text(teacher, calibration_tokens, seed)
-        ids = ids[: max(1, calibration_tokens // ids.shape[1])]
-        report = ConversionReport(architecture.model_type, "own tokens" if calibration_ids is None else "text", ids.numel())
-        for i in _with_progress(resolved, "converting", progress):
-            ffn, figures = _convert_ffn(teacher, paths[i], weights[i], resolved[i], ids, _dropout(architecture, teacher))
+        ids = calibration_ids
+        if ids is None and calibration_tokens:
+            ids = own_text(teacher, calibration_tokens, seed)
+        ids = None if ids is None else ids[: max(1, calibration_tokens // ids.shape[1])]
+        report = conversion_report(architecture, ids, calibration_ids)
+        for i in with_progress(resolved, "converting", progress):
+            ffn, figures = convert_ffn(teacher, architecture, paths[i], weights[i], resolved[i], ids)
             ffns[paths[i]] = ffn.to(next(teacher.parameters()).dtype)
             report.layers[paths[i]] = figures
             base.set_submodule(paths[i], ffns[paths[i]])  # later layers are calibrated on what the student feeds them
@@ -119,7 +123,12 @@ def convert(
     return _assemble(teacher, architecture, ffns, copy), report
 
 
-def _settings(config, layers, count) -> dict[int, KernelFFNConfig]:
+def conversion_report(architecture, ids, given) -> ConversionReport:
+    kind = "none" if ids is None else "own tokens" if given is None else "text"
+    return ConversionReport(architecture.model_type, kind, 0 if ids is None else ids.numel())
+
+
+def layer_settings(config, layers, count) -> dict[int, KernelFFNConfig]:
     if isinstance(config, Mapping):
         if layers is not None:
             raise InputError("found both layers and one config per layer, expected one of them: leave layers out")
@@ -137,9 +146,11 @@ def _dropout(architecture: Architecture, teacher: PreTrainedModel) -> float:
     return float(getattr(teacher.config, architecture.dropout)) if architecture.dropout else 0.0
 
 
-def _convert_ffn(model, path, weights, settings, ids, dropout) -> tuple[KernelFFN, dict]:
-    """One calibrated kernel readout, in float32, for the stock FFN at ``path``, and its figures."""
-    sample = fit_sample(model, path, ids)
+def convert_ffn(model, architecture, path, weights, settings, ids) -> tuple[KernelFFN, dict]:
+    """One kernel readout, in float32, for the stock FFN at ``path``, and its figures; calibrated unless ``ids`` is None."""
+    dropout = _dropout(architecture, model)
+    norm = model.base_model.get_submodule(path.removesuffix(architecture.ffn) + architecture.ffn_norm)
+    sample = blind_sample(norm) if ids is None else fit_sample(model, path, ids)
     weights32 = weights._replace(**{k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)})
     start = prototypes(weights32, settings, sample)
     reference = dict(start.parameters)
@@ -169,8 +180,10 @@ def _convert_ffn(model, path, weights, settings, ids, dropout) -> tuple[KernelFF
         ffn.fit_threshold(sample)
         ffn.reference["threshold"] = math.exp(ffn.log_threshold().item())
         ffn.threshold_log_ratio.zero_()
-    fitted, held = (ffn_inputs(model, path, rows) for rows in fitted_and_held(ids))
-    figures = calibrate(ffn, model.base_model.get_submodule(path), sample, fitted, held, settings.temperature)
+    figures = {}
+    if ids is not None:
+        fitted, held = (ffn_inputs(model, path, rows) for rows in fitted_and_held(ids))
+        figures = calibrate(ffn, model.base_model.get_submodule(path), sample, fitted, held, settings.temperature)
     ffn.config = LayerConfig(settings, layer.hidden_size, layer.prototypes, dict(ffn.reference), dropout)
     parameters = sum(p.numel() for p in ffn.parameters())
     return ffn, {"prototypes": layer.prototypes, "parameters": parameters, "reference": dict(ffn.reference), **figures}
@@ -178,7 +191,15 @@ def _convert_ffn(model, path, weights, settings, ids, dropout) -> tuple[KernelFF
 
 def _assemble(teacher, architecture, ffns: dict[str, KernelFFN], copy: bool) -> PreTrainedModel:
     """A student around the teacher's other parameters and the new FFNs."""
-    entry = {
+    student = student_from_entry(teacher, config_entry(teacher, architecture, ffns), copy)
+    for path, ffn in ffns.items():
+        student.base_model.get_submodule(path).load_state_dict(ffn.state_dict(), assign=True)
+    return student.requires_grad_(True)
+
+
+def config_entry(teacher, architecture, ffns: dict[str, KernelFFN]) -> dict:
+    """What config.json says of a student with these FFNs."""
+    return {
         "format": FORMAT,
         "package_version": __version__,
         "family": architecture.model_type,
@@ -186,24 +207,12 @@ def _assemble(teacher, architecture, ffns: dict[str, KernelFFN], copy: bool) -> 
         "activation": {architecture.activation: getattr(teacher.config, architecture.activation)},
         "layers": {path: ffn.config.to_dict() for path, ffn in ffns.items()},
     }
-    student = student_from_entry(teacher, entry, copy)
-    for path, ffn in ffns.items():
-        student.base_model.get_submodule(path).load_state_dict(ffn.state_dict(), assign=True)
-    return student.requires_grad_(True)
 
 
 def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False) -> Any:
     """A model of the family's own class with the FFNs that ``entry`` (of config.json) describes, zero until they are loaded,
     around the teacher's other parameters."""
-    student_class = _student_class(teacher, ARCHITECTURES[entry["family"]])
-    settings = {
-        k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "auto_map", "transformers_version")
-    }
-    config = student_class.config_class(**settings, kernel_ffn=entry)
-    config._attn_implementation = teacher.config._attn_implementation
-    config.name_or_path = teacher.config.name_or_path
-    with torch.device("meta"):
-        student = student_class(config)
+    student = meta_student(teacher, entry)
     weight = next(teacher.parameters())
     for path in entry["layers"]:
         ffn = student.base_model.get_submodule(path).to(weight.dtype).to_empty(device=weight.device)
@@ -214,6 +223,19 @@ def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False
     if teacher.can_generate():
         student.generation_config = copying.deepcopy(teacher.generation_config)
     return student.eval()
+
+
+def meta_student(teacher: PreTrainedModel, entry: dict) -> Any:
+    """The same without any weights, on the meta device."""
+    student_class = _student_class(teacher, ARCHITECTURES[entry["family"]])
+    settings = {
+        k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "auto_map", "transformers_version")
+    }
+    config = student_class.config_class(**settings, kernel_ffn=entry)
+    config._attn_implementation = teacher.config._attn_implementation
+    config.name_or_path = teacher.config.name_or_path
+    with torch.device("meta"):
+        return student_class(config)
 
 
 def share_equal(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -340,6 +362,11 @@ def save_converted(student: Any, source: str, out: Path, **reports: dict) -> Non
     """Save ``student`` in ``out``, in the dtype in which its teacher at ``source`` is stored, with that one's tokenizer and, as
     JSON, whatever reports are given by name."""
     student.to(dtype=stored_dtype(source)).save_pretrained(out)
+    save_companions(source, out, **reports)
+
+
+def save_companions(source: str, out: Path, **reports: dict) -> None:
+    """Put the tokenizer at ``source`` and the reports into ``out``."""
     if Path(source).is_dir():
         for file in Path(source).iterdir():
             if file.is_file() and file.name in TOKENIZER_FILES:
@@ -363,7 +390,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def _with_progress(items, label, show):
+def with_progress(items, label, show):
     if not show:
         return items
     from rich.progress import track
