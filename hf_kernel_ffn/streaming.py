@@ -34,6 +34,7 @@ from .surgery import (
     convert_ffn,
     layer_settings,
     meta_student,
+    name_prefix,
     save_companions,
     with_progress,
 )
@@ -83,32 +84,32 @@ def convert_streamed(
         raise InputError(
             f"found no tensor {missing[0]!r} at {source}, expected the stock model's names: load and save it by transformers, or convert in memory"
         )
-    replay = Replay(teacher, reader, architecture.layers, torch_dtype(dtype))
     batches = [] if ids is None else calibration_batches(ids)
-    stored = stored_dtype(source)
+    stored, prefix = stored_dtype(source), name_prefix(teacher)
     ffns: dict[str, Any] = {}
 
     described = {name: torch.empty_like(p, dtype=stored, device="meta") for name, p in teacher.named_parameters() if name not in tied}
     shapes = {i: _described_ffn(teacher, architecture, paths[i], settings, stored) for i, settings in per_layer.items()}
     for i in per_layer:
-        inside = f"{replay.prefix}{paths[i]}."
+        inside = f"{prefix}{paths[i]}."
         described = {name: t for name, t in described.items() if not name.startswith(inside)}
         described.update({inside + name: t for name, t in shapes[i].items()})
     writer = Writer(out, described)
+    replay = Replay(teacher, reader, architecture.layers, torch_dtype(dtype))
     try:
-        groups = [[replay.prefix + name for name in replay.names(i)] for i in range(len(paths))]
+        groups = [[prefix + name for name in replay.names(i)] for i in range(len(paths))]
         for i, tensors in zip(with_progress(range(len(paths)), "converting", progress), read_ahead(reader, groups)):
             for key, tensor in tensors.items():
                 if not torch.isfinite(tensor).all():
                     raise InputError(f"found NaN or infinite values in {key}, expected finite weights: repair the teacher")
-            with replay.block({key.removeprefix(replay.prefix): tensor for key, tensor in tensors.items()}):
+            with replay.block({key.removeprefix(prefix): tensor for key, tensor in tensors.items()}):
                 if i in per_layer:
                     path, stock = paths[i], replay.base.get_submodule(paths[i])
                     weights = ffn_weights(stock, architecture, teacher.config, path)
                     settings = with_defaults(per_layer[i], weights.gate is not None)
                     ffn, report.layers[path] = convert_ffn(teacher, architecture, path, weights, settings, ids)
                     ffns[path] = ffn.to(replay.dtype)
-                    made = {f"{replay.prefix}{path}.{name}": t for name, t in ffns[path].state_dict().items()}
+                    made = {f"{prefix}{path}.{name}": t for name, t in ffns[path].state_dict().items()}
                     for key, tensor in made.items():
                         writer.write(key, iter([tensor]))
                     replay.base.set_submodule(path, ffns[path])
@@ -269,7 +270,7 @@ class Replay:
     def __init__(self, model: Any, reader: Reader, layers: str, dtype: torch.dtype):
         self.model, self.reader, self.dtype = model, reader, dtype
         self.base, self.blocks = model.base_model, model.base_model.get_submodule(layers)
-        self.prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+        prefix = name_prefix(model)
         self.layers, self.outputs, self.key = layers, {}, b""
         self.embedding = model.get_input_embeddings()
         if type(self.embedding) is not nn.Embedding:
@@ -283,9 +284,9 @@ class Replay:
         inside = {id(p) for p in (*self.blocks.parameters(), *self.embedding.parameters())}
         for name, parameter in list(self.base.named_parameters()):
             if id(parameter) not in inside:
-                self._place(name, reader.read(self.prefix + name))
+                self._place(name, reader.read(prefix + name))
         self.embedding_key = next(
-            self.prefix + name for name, p in self.base.named_parameters() if p is self.embedding.weight
+            prefix + name for name, p in self.base.named_parameters() if p is self.embedding.weight
         )
         self.embedding.forward = self._embed
         self.embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # says where token ids are to be

@@ -250,10 +250,10 @@ def share_equal(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 
 def _inside(student: PreTrainedModel, entry: dict) -> tuple[str, ...]:
     """What the names of all parameters of converted FFNs start with."""
-    return tuple(f"{_prefix(student)}{path}." for path in entry["layers"])
+    return tuple(f"{name_prefix(student)}{path}." for path in entry["layers"])
 
 
-def _prefix(model: PreTrainedModel) -> str:
+def name_prefix(model: PreTrainedModel) -> str:
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
