@@ -1,4 +1,4 @@
-"""How fast kernel readouts are against the FFNs they replace, in one run, as ratios: by named shapes, or at a checkpoint's own."""
+"""How fast kernel readouts are against the FFNs they replace, in one run, as ratios: at named shapes, or at a checkpoint's."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class MatrixProducts(nn.Module):
 
 def readout(shape: Shape, prototypes: int, active: int | None = None, simplex: str = "top-k", values: str = "fixed",
             kernel: str = "half-yat", weights: KernelFFN | None = None) -> KernelFFN:  # fmt: skip
-    """A kernel readout of ``shape`` with random weights, or with those of ``weights``; ``active`` prototypes per token, or all."""
+    """A kernel readout of ``shape`` with random weights, or those of ``weights``; ``active`` prototypes per token, or all."""
     settings = KernelFFNConfig(kernel, "softmax" if active is None else simplex, init="single", values=values, top_k=active)
     reference = {"epsilon": 0.01 * shape.hidden_size, "scale": 1.0, "threshold": 1.0}
     ffn = KernelFFN(LayerConfig(settings, shape.hidden_size, prototypes, reference))
@@ -173,7 +173,9 @@ def variants(shape: Shape, active: int, own: dict[str, nn.Module] | None = None)
     return found
 
 
-def _pieces(found: dict[str, Variant], phase: str, hidden: int, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable]:
+def _pieces(
+    found: dict[str, Variant], phase: str, hidden: int, tokens: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Callable]:
     """What is to be timed in ``phase``, by name."""
     count = 1 if phase == "decode" else tokens
     x = torch.randn(1, count, hidden, device=device, dtype=dtype)

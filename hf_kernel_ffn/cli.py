@@ -33,7 +33,8 @@ def convert(
     calibration_text: Annotated[Optional[str], typer.Option(help=".txt, .jsonl, .parquet or a datasets name")] = None,
     calibration_tokens: Annotated[int, typer.Option(min=0, help="tokens to calibrate on; 0: no calibration")] = 16_384,
     stream: Annotated[
-        bool, typer.Option("--stream", help="a block at a time, for a model that does not fit in memory; needs text, or 0 tokens")
+        bool,
+        typer.Option("--stream", help="a block at a time, for a model that does not fit in memory; needs text, or 0 tokens"),
     ] = False,
     seed: Annotated[int, typer.Option(help="of the tokens the model makes itself when there is no text")] = 0,
     dtype: Dtype = "float32",
@@ -69,7 +70,12 @@ def convert(
     _table(
         ["layer", "prototypes", "parameters", "FVU held out", "dictionary growth"],
         [
-            [path, f"{f['prototypes']}", f"{f['parameters']:,}", *(f"{f[n]:.4f}" if n in f else "–" for n in ("fvu", "dictionary_growth"))]
+            [
+                path,
+                f"{f['prototypes']}",
+                f"{f['parameters']:,}",
+                *(f"{f[n]:.4f}" if n in f else "–" for n in ("fvu", "dictionary_growth")),
+            ]
             for path, f in report.layers.items()
         ],
     )
@@ -183,7 +189,9 @@ def read(
 
 @app.command()
 def benchmark(
-    shapes: Annotated[str, typer.Option(help="gpt2, llama-3.2-1b, llama-3-8b, mistral-7b, comma-separated")] = "gpt2,llama-3.2-1b",
+    shapes: Annotated[
+        str, typer.Option(help="gpt2, llama-3.2-1b, llama-3-8b, mistral-7b, comma-separated")
+    ] = "gpt2,llama-3.2-1b",
     model: Annotated[Optional[str], typer.Option(help="a checkpoint whose FFNs are timed instead of named shapes")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="read at once, forward and backward; fewer are faster")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="rounds; medians of them are reported")] = 7,
@@ -212,7 +220,11 @@ def benchmark(
     if json_file is not None:
         require_place(json_file)
     _quieten()
-    for name, text, choices in (("mode", modes, ("eager", "compiled")), ("phase", phases, benchmarks.PHASES), ("clock", clock, ("wall", "cpu"))):
+    for name, text, choices in (
+        ("mode", modes, ("eager", "compiled")),
+        ("phase", phases, benchmarks.PHASES),
+        ("clock", clock, ("wall", "cpu")),
+    ):
         for part in text.split(","):
             _one_of(name, part, choices)
     own = None
@@ -289,7 +301,9 @@ def _print_benchmark(found: dict) -> None:
         ])  # fmt: skip
     _table(["shape", "mode", "phase", "what", "ms", "against", "time ratio", "aimed at", "MiB held", "ratio", "aimed at", "MiB moved",
             "ms to copy weights"], rows)  # fmt: skip
-    typer.echo(f"{found['machine']}, torch {found['torch']}, {found['dtype']}, {found['tokens']} tokens, medians of {found['repeats']}")
+    typer.echo(
+        f"{found['machine']}, torch {found['torch']}, {found['dtype']}, {found['tokens']} tokens, medians of {found['repeats']}"
+    )
 
 
 def _print_reading(found: dict) -> None:

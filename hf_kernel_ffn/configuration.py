@@ -238,7 +238,16 @@ class KernelConfigMixin:
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-TRAVELLING = ("errors.py", "kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "one_pass.py", "readout.py", "modeling.py")
+TRAVELLING = (
+    "errors.py",
+    "kernels.py",
+    "custom_kernel.py",
+    "simplex.py",
+    "configuration.py",
+    "one_pass.py",
+    "readout.py",
+    "modeling.py",
+)
 """Files that every checkpoint carries, beside its family's own modelling file."""
 
 

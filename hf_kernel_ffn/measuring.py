@@ -142,4 +142,3 @@ def copy_bandwidth(device: torch.device, size: int = 2**28, repeats: int = 5) ->
     target = torch.empty_like(source)
     times = interleaved({"copy": lambda: target.copy_(source)}, repeats, device)
     return 2 * size / times["copy"]["median"]
-

@@ -1,4 +1,4 @@
-"""The dense Yat readouts in one pass over chunks of tokens: Σ_i κ_i (u_i) v_i, its kernel values never held for all tokens at once.
+"""The dense Yat readouts in one pass over chunks of tokens: Σ_i κ_i (u_i) v_i, kernel values never held for all tokens at once.
 
 Same function as the plain form in readout.py, which stays the reference. This file travels inside converted checkpoints: it
 imports nothing but torch.
@@ -127,7 +127,9 @@ class _Terms:
             self.up = up.to(self.dtype)
         self.bias, self.up_bias = bias.to(self.dtype), None if up_bias is None else up_bias.to(self.dtype)
         # On a CPU plain numbers are at hand; elsewhere reading one would wait for the device.
-        self.epsilon, self.scale = (t.to(self.dtype).item() if x.device.type == "cpu" else t.to(self.dtype) for t in (epsilon, scale))
+        self.epsilon, self.scale = (
+            t.to(self.dtype).item() if x.device.type == "cpu" else t.to(self.dtype) for t in (epsilon, scale)
+        )
         self.square_x = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.dtype).square()
         # From the weight in use at every call: a norm kept from earlier would be wrong after a step or an adapter.
         self.square_rows = torch.linalg.vector_norm(rows, dim=-1, dtype=self.dtype).square()

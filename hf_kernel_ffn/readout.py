@@ -204,7 +204,9 @@ class KernelFFN(nn.Module):
             and not torch._C._are_functorch_transforms_active()
             and not _one_token(hidden_states)
             and all(_is_plain(linear) and linear.bias is not None for linear in linears)
-            and (torch.is_autocast_enabled(hidden_states.device.type) or all(linear.weight.dtype == dtype for linear in linears))
+            and (
+                torch.is_autocast_enabled(hidden_states.device.type) or all(linear.weight.dtype == dtype for linear in linears)
+            )
         )
 
     def _one_pass(self, hidden_states):
@@ -222,7 +224,9 @@ class KernelFFN(nn.Module):
     def _mix(self, coefficients):
         """Σ_i c_i v_i + b_out. For one token without gradients, only the output prototypes with c_i ≠ 0 are read."""
         linear, simplex = self.output_prototypes, self.config.settings.simplex
-        fixed = torch.compiler.is_compiling() or coefficients.device.type != "cpu"  # a number that depends on the data costs there
+        fixed = (
+            torch.compiler.is_compiling() or coefficients.device.type != "cpu"
+        )  # a number that depends on the data costs there
         if simplex == "softmax" or (fixed and simplex != "top-k") or not (_one_token(coefficients) and _is_plain(linear)):
             return linear(coefficients)
         if torch.is_autocast_enabled(coefficients.device.type) or coefficients.dtype != linear.weight.dtype:

@@ -1,7 +1,7 @@
 """Converting what does not fit in memory: safetensors to safetensors, one block of the model at a time.
 
-The blocks before the current one are stood in for by what they put out on the calibration tokens, so that each is read once. What
-is held: the tensors of one block and the next, read ahead, and hidden_size numbers per calibration token.
+The blocks before the current one are stood in for by what they put out on the calibration tokens, so that each is read once.
+What is held: the tensors of one block and the next, read ahead, and hidden_size numbers per calibration token.
 """
 
 from __future__ import annotations
@@ -39,7 +39,14 @@ from .surgery import (
     with_progress,
 )
 
-NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32"}
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
 """dtypes as safetensors calls them,."""
 ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16")
 """In which safetensors writes them."""
@@ -59,8 +66,8 @@ def convert_streamed(
     dtype: str = "float32",
     progress: bool = False,
 ) -> ConversionReport:
-    """Convert the stock model at ``source`` into the folder ``out``: the checkpoint that :func:`hf_kernel_ffn.convert` and saving
-    make, bit for bit, on the CPU.
+    """Convert the stock model at ``source`` into the folder ``out``: the checkpoint that :func:`hf_kernel_ffn.convert` and
+    saving make, bit for bit, on the CPU.
 
     Args:
         calibration_ids: (rows, length) token ids of text; None only with ``calibration_tokens`` 0, since a model that is never
@@ -71,7 +78,9 @@ def convert_streamed(
         InputError: as convert(); or the checkpoint's tensors are not the stock model's by name.
     """
     if (calibration_ids is None) != (calibration_tokens == 0):
-        raise InputError("found a streamed conversion without text, expected calibration text, or 0 calibration tokens: give one")
+        raise InputError(
+            "found a streamed conversion without text, expected calibration text, or 0 calibration tokens: give one"
+        )
     teacher, reader = load_stock_on_meta(source), Reader(source)
     architecture = architecture_of(teacher)
     paths = ffn_paths(teacher, architecture)
@@ -82,13 +91,16 @@ def convert_streamed(
     missing = sorted({name for name, _ in teacher.named_parameters()} - tied - set(reader.places))
     if missing:
         raise InputError(
-            f"found no tensor {missing[0]!r} at {source}, expected the stock model's names: load and save it by transformers, or convert in memory"
+            f"found no tensor {missing[0]!r} at {source}, expected the stock model's names: load and save it by transformers, "
+            "or convert in memory"
         )
     batches = [] if ids is None else calibration_batches(ids)
     stored, prefix = stored_dtype(source), name_prefix(teacher)
     ffns: dict[str, Any] = {}
 
-    described = {name: torch.empty_like(p, dtype=stored, device="meta") for name, p in teacher.named_parameters() if name not in tied}
+    described = {
+        name: torch.empty_like(p, dtype=stored, device="meta") for name, p in teacher.named_parameters() if name not in tied
+    }
     shapes = {i: _described_ffn(teacher, architecture, paths[i], settings, stored) for i, settings in per_layer.items()}
     for i in per_layer:
         inside = f"{prefix}{paths[i]}."
@@ -138,7 +150,7 @@ def convert_streamed(
 
 
 def calibration_batches(ids: Tensor) -> list[Tensor]:
-    """Batches (rows, length) as which a conversion reads the calibration ids: its sample, what it fits on, what it holds out."""
+    """Batches (rows, length) in which a conversion reads the calibration ids: its sample, what it fits on, what it holds out."""
     sample = ids[torch.linspace(0, len(ids) - 1, min(len(ids), FIT_ROWS)).long()]
     return [batch for rows in (sample, *fitted_and_held(ids)) for batch in rows.split(max(1, BATCH_TOKENS // rows.shape[1]))]
 
@@ -167,7 +179,9 @@ class Reader:
             else:
                 files = [cached_file(name, "model.safetensors")]
         except OSError as error:
-            raise InputError(f"found no safetensors at {name}, expected them: save the model by save_pretrained first") from error
+            raise InputError(
+                f"found no safetensors at {name}, expected them: save the model by save_pretrained first"
+            ) from error
         self.places: dict[str, tuple[str, int, torch.dtype, tuple[int, ...]]] = {}
         dtypes = {name: dtype for dtype, name in NAMES.items()}
         for file in files:
@@ -232,14 +246,16 @@ class Writer:
                 offset = end
             text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
             text += b" " * (-len(text) % 8)
-            opened = self.files.enter_context(open(folder / file, "wb", buffering=0))
+            opened = self.files.enter_context((folder / file).open("wb", buffering=0))
             opened.write(struct.pack("<Q", len(text)) + text)
             opened.truncate(8 + len(text) + offset)
             for key in keys:
                 self.places[key] = (opened, 8 + len(text) + header[key]["data_offsets"][0], described[key].dtype)
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            (folder / "model.safetensors.index.json").write_text(
+                json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
         self.left = set(described)
 
     def write(self, key: str, pieces: Iterator[Tensor]) -> None:
@@ -285,9 +301,7 @@ class Replay:
         for name, parameter in list(self.base.named_parameters()):
             if id(parameter) not in inside:
                 self._place(name, reader.read(prefix + name))
-        self.embedding_key = next(
-            prefix + name for name, p in self.base.named_parameters() if p is self.embedding.weight
-        )
+        self.embedding_key = next(prefix + name for name, p in self.base.named_parameters() if p is self.embedding.weight)
         self.embedding.forward = self._embed
         self.embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # says where token ids are to be
 
@@ -322,7 +336,8 @@ class Replay:
                     self._place(name, None)
 
     def advance(self, number: int, batches: list[Tensor]) -> None:
-        """Keep what block ``number`` puts out when the model reads each of ``batches`` (rows, length); from then on it puts out that."""
+        """Keep what block ``number`` puts out when the model reads each of ``batches`` (rows, length), and let it put out that
+        from then on."""
         outputs: dict[bytes, Any] = {}
 
         def stop(module, args, output):
@@ -352,4 +367,3 @@ def read_ahead(reader: Reader, groups: list[list[str]]) -> Iterator[dict[str, Te
             last = number + 1 == len(groups)
             following = None if last else pool.submit(lambda keys: {key: reader.read(key) for key in keys}, groups[number + 1])
             yield tensors
-
