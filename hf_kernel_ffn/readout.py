@@ -164,8 +164,9 @@ class KernelFFN(nn.Module):
         """‖w‖² (prototypes,), computed once per version of ``weight``."""
         version = weight.data_ptr(), weight._version, weight.shape, weight.device, weight.dtype
         if self._norms is None or self._norms[0] != version:
-            self._norms = version, torch.linalg.vector_norm(weight.detach(), dim=-1).square()
-        return self._norms[1]
+            held = weight.detach()  # so that no other weight can come to lie where this one did
+            self._norms = version, held, torch.linalg.vector_norm(held, dim=-1).square()
+        return self._norms[2]
 
     def kernel_parameters(self):
         return {name: self.positive(name) for name in self.kernel.parameters}
