@@ -27,4 +27,12 @@ __all__ = [*_WHERE, "__version__"]
 def __getattr__(name: str):
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    except ImportError as error:  # as when transformers has moved something
+        from .versions import unsupported
+
+        reason = unsupported()
+        if reason is None:
+            raise
+        raise ImportError(f"{reason} ({error})") from error

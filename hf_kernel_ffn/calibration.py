@@ -7,7 +7,7 @@ them are kept; under torch.distributed each process reads a share of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .architectures import family_name, get_architecture
+from .errors import InputError
+from .hooks import on_input
+from .inputs import Inputs, arguments, own_inputs, reads, row_tokens, rows, take
 from .readout import KernelFFN
 
 PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -31,12 +35,17 @@ CHUNK = 2048
 """Tokens whose coefficients are held at once."""
 
 
-def own_text(model: Any, tokens: int, seed: int, length: int = 128) -> Tensor:
+def own_text(model: Any, tokens: int, seed: int, length: int = 128) -> Inputs:
     """Token ids (rows, length) of the model's own making, for a calibration without any text.
 
     A language model samples from itself at temperature 1, from its start token in one half of the rows and from a random token
-    in the other; a model without a language head gets uniformly random ids.
+    in the other; a model without a language head gets uniformly random ids, and one that reads more than ids what
+    :func:`hf_kernel_ffn.inputs.own_inputs` makes.
     """
+    if model.config.is_encoder_decoder or not (reads(model, "input_ids") and model.main_input_name == "input_ids"):
+        return own_inputs(model, tokens, seed)
+    if reads(model, "pixel_values"):
+        return own_inputs(model, tokens, seed)
     vocabulary = model.get_input_embeddings().num_embeddings
     limit = getattr(model.config, "max_position_embeddings", None) or length
     length = min(length, limit)
@@ -55,6 +64,8 @@ def own_text(model: Any, tokens: int, seed: int, length: int = 128) -> Tensor:
         for position in range(1, length):
             output = model(input_ids=current, past_key_values=past, use_cache=True)
             past = output.past_key_values
+            if past is None:  # an encoder with a language head on it
+                return ids
             likely = output.logits[:, -1].float().softmax(-1).cpu()
             ids[:, position : position + 1] = torch.multinomial(likely, 1, generator=generator)
             current = ids[:, position : position + 1].to(device)
@@ -66,33 +77,54 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def ffn_inputs(model: Any, path: str, ids: Tensor) -> Iterator[Tensor]:
-    """Inputs (tokens, hidden_size) of the FFN at ``path`` (under the base model) when the model reads ``ids`` (rows, length),
-    batch by batch; nothing from that FFN on is computed."""
-    ffn = model.base_model.get_submodule(path)
-    device = model.get_input_embeddings().weight.device
+def ffn_inputs(model: Any, path: str, ids: Inputs) -> Iterator[Tensor]:
+    """Inputs (tokens, hidden_size) of the FFN at ``path`` (under the base model) when the model reads ``ids`` (rows, …),
+    batch by batch; nothing from that FFN on is computed, unless it serves several layers.
+
+    Raises:
+        InputError: nothing that the model reads comes to that FFN.
+    """
     seen: list[Tensor] = []
+    shared = get_architecture(family_name(model)).shared
 
-    def stop(module, args):
-        seen.append(args[0].flatten(0, -2))
-        raise _Reached
+    def stop(x: Tensor) -> None:
+        seen.append(x)
+        if not shared:
+            raise _Reached
 
-    rows = max(1, BATCH_TOKENS // ids.shape[1])
-    for first in range(0, len(ids), rows):
-        hook = ffn.register_forward_pre_hook(stop)  # for one pass at a time: who takes the batch may call the FFN on it
+    for batch in batches(ids):
+        hook = on_input(model.base_model, path, stop)  # for one pass at a time: who takes the batch may call the FFN on it
         try:
             with suppress(_Reached):
-                model.base_model(input_ids=ids[first : first + rows].to(device), use_cache=False)
+                model.base_model(**arguments(model.base_model, batch))
         finally:
             hook.remove()
-        yield seen.pop()
+        if not seen:
+            raise InputError(
+                f"found no input that comes to {path}, expected some: give the model all that it reads (calibration_ids as a mapping "
+                "of its arguments), or leave that part out (layers)"
+            )
+        yield torch.cat(seen) if len(seen) > 1 else seen[0]
+        seen.clear()
+
+
+def batches(ids: Inputs) -> Iterator[Inputs]:
+    """``ids`` (rows, …), about ``BATCH_TOKENS`` at a time."""
+    size = max(1, BATCH_TOKENS // row_tokens(ids))
+    for first in range(0, rows(ids), size):
+        yield take(ids, slice(first, first + size))
+
+
+def sampled(ids: Inputs) -> Inputs:
+    """Those of the rows ``ids`` that :func:`fit_sample` reads."""
+    return take(ids, torch.linspace(0, rows(ids) - 1, min(rows(ids), FIT_ROWS)).long())
 
 
 @torch.no_grad()
-def fit_sample(model: Any, path: str, ids: Tensor) -> Tensor:
+def fit_sample(model: Any, path: str, ids: Inputs) -> Tensor:
     """(tokens, hidden_size) float32: about ``FIT_TOKENS`` evenly spaced inputs of the FFN at ``path``, the same on every process."""
-    ids = ids[torch.linspace(0, len(ids) - 1, min(len(ids), FIT_ROWS)).long()]
-    every = max(1, ids.numel() // FIT_TOKENS)
+    ids = sampled(ids)
+    every = max(1, rows(ids) * row_tokens(ids) // FIT_TOKENS)
     return torch.cat([batch[::every].float().contiguous() for batch in ffn_inputs(model, path, ids)])
 
 
@@ -100,23 +132,24 @@ BLIND_TOKENS = 64
 """Made-up inputs where nothing is calibrated."""
 
 
-def blind_sample(norm: nn.Module) -> Tensor:
-    """(BLIND_TOKENS, hidden_size) float32: what the ``norm`` before an FFN would make of Gaussian hidden states."""
-    weight, bias = norm.weight.detach().float(), getattr(norm, "bias", None)
-    sample = torch.randn(BLIND_TOKENS, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device) * weight
-    return sample if bias is None else sample + bias.detach().float()
+@torch.no_grad()
+def blind_sample(norm: nn.Module | None, like: Tensor) -> Tensor:
+    """(BLIND_TOKENS, hidden_size) float32: Gaussian hidden states, or what the ``norm`` before an FFN makes of them; ``like``: rows
+    of the FFN (…, hidden_size)."""
+    sample = torch.randn(BLIND_TOKENS, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like)
+    return (sample if norm is None else norm(sample)).float()
 
 
-def fitted_and_held(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of ``ids`` (rows, length) to fit on, and the last quarter of them to choose by; this process's share of each."""
-    if len(ids) < 4 <= ids.shape[1]:  # too few to hold out a quarter of them
+def fitted_and_held(ids: Inputs) -> tuple[Inputs, Inputs]:
+    """Rows of ``ids`` (rows, …) to fit on, and the last quarter of them to choose by; this process's share of each."""
+    if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) < 4 <= ids.shape[1]:  # too few to hold out a quarter of them
         ids = ids[:, : ids.shape[1] // 4 * 4].reshape(4 * len(ids), -1)
-    split = max(1, len(ids) * 3 // 4)
-    fitted, held = ids[:split], ids[split:] if split < len(ids) else ids
+    split = max(1, rows(ids) * 3 // 4)
+    fitted, held = take(ids, slice(split)), take(ids, slice(split, None)) if split < rows(ids) else ids
     if not _distributed():
         return fitted, held
     share = slice(dist.get_rank(), None, dist.get_world_size())
-    return fitted[share], held[share]
+    return take(fitted, share), take(held, share)
 
 
 class Moments:
@@ -165,7 +198,7 @@ class Moments:
 @torch.no_grad()
 def calibrate(
     ffn: KernelFFN,
-    teacher: nn.Module,
+    teacher: Callable[[Tensor], Tensor],
     sample: Tensor,
     fitted: Iterable[Tensor],
     held: Iterable[Tensor],
@@ -213,10 +246,9 @@ def calibrate(
 def _moments(ffn, teacher, batches, temperatures) -> list[Moments]:
     """Those of every temperature, gathered side by side: inputs are seen once."""
     found = [Moments(ffn.config.prototypes, ffn.config.hidden_size, ffn.units.device) for _ in temperatures]
-    dtype = next(teacher.parameters()).dtype
     for batch in batches:
         for chunk in batch.split(CHUNK):
-            outputs = teacher(chunk.to(dtype)).float()
+            outputs = teacher(chunk).float()
             for moments, temperature in zip(found, temperatures):
                 if temperature is not None:
                     ffn.reference["temperature"] = temperature

@@ -1,4 +1,5 @@
-"""The command line: convert, distill, evaluate, families. Bad input is one line on stderr and exit code 2."""
+"""The command line: convert, distill, evaluate, read, verify, export, apply, push, benchmark, families. Bad input is one
+line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def convert(
     simplex: Annotated[str, typer.Option(help="softmax, sparsemax, entmax-1.5 or top-k")] = "softmax",
     top_k: Annotated[Optional[int], typer.Option(help="prototypes kept by top-k")] = None,
     intensity: Annotated[str, typer.Option(help="none, mass or gate")] = "mass",
-    init: Annotated[Optional[str], typer.Option(help="single, polarised or data-scale  [default: the family's]")] = None,
+    init: Annotated[
+        Optional[str], typer.Option(help="single, polarised, data-scale or firing-means  [default: the family's]")
+    ] = None,
     values: Annotated[str, typer.Option(help="fixed or gated")] = "fixed",
     expansion: Annotated[
         Optional[float], typer.Option(help="prototypes per hidden unit, 1 to 8  [default: 2 polarised, else 1]")
@@ -46,36 +49,33 @@ def convert(
     from .data import token_ids
     from .errors import InputError
     from .loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
-    from .streaming import convert_streamed
 
     _quieten()
     surgery.require_empty(out_dir)
-    settings = KernelFFNConfig(import_kernel(kernel), simplex, intensity, init, values, temperature, top_k, expansion)
     if 0 < calibration_tokens < 256:
-        raise InputError(f"found {calibration_tokens} calibration tokens, expected 0, or 256 and more")
+        raise InputError(f"found {calibration_tokens} calibration tokens, expected 0, or 256 and more: give more")
     if stream and device != "cpu":
         raise InputError(f"found --stream with device {device!r}, expected cpu: it computes there")
+    settings = KernelFFNConfig(import_kernel(kernel), simplex, intensity, init, values, temperature, top_k, expansion)
     teacher = load_stock_on_meta(model) if stream else load_teacher(model, dtype, device)
     ids = None
     if calibration_text is not None:
         length = min(256, getattr(teacher.config, "max_position_embeddings", None) or 256)
         ids = token_ids(load_tokenizer(model), [calibration_text], length, calibration_tokens, spread=True)
     options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)
-    with surgery.new_folder(out_dir) as made:
-        if stream:
-            report = convert_streamed(model, made, settings, layers, dtype=dtype, **options)
-        else:
-            student, report = surgery.convert(teacher, settings, layers, seed=seed, **options)
+    if stream:
+        from .streaming import convert_streamed
+
+        report = convert_streamed(model, out_dir, settings, layers, dtype=dtype, **options)
+    else:
+        student, report = surgery.convert(teacher, settings, layers, seed=seed, **options)
+        with surgery.new_folder(out_dir) as made:
             surgery.save_converted(student, model, made, conversion=report.to_dict())
     _table(
         ["layer", "prototypes", "parameters", "FVU held out", "dictionary growth"],
         [
-            [
-                path,
-                f"{f['prototypes']}",
-                f"{f['parameters']:,}",
-                *(f"{f[n]:.4f}" if n in f else "–" for n in ("fvu", "dictionary_growth")),
-            ]
+            [path, f"{f['prototypes']}", f"{f['parameters']:,}"]
+            + [f"{f[name]:.{digits}f}" if name in f else "–" for name, digits in (("fvu", 4), ("dictionary_growth", 2))]
             for path, f in report.layers.items()
         ],
     )
@@ -89,10 +89,14 @@ def distill(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the state an interrupted run left")] = False,
 ) -> None:
     """Distil a converted model back to its teacher by RECIPE. Also: accelerate launch scripts/distill.py RECIPE …"""
-    from .distillation import distill, load_recipe
+    from .distillation import Terminated, distill, load_recipe
 
     _quieten()
-    out = distill(load_recipe(recipe, overrides), resume=resume)
+    try:
+        out = distill(load_recipe(recipe, overrides), resume=resume)
+    except Terminated as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        raise typer.Exit(143) from stopped  # 128 + SIGTERM, as a shell reports it
     typer.echo(f"saved in {out}")
 
 
@@ -152,6 +156,9 @@ def read(
     teacher: Annotated[Optional[str], typer.Option(help="stock model to set beside it in the report")] = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write all of it")] = None,
     html: Annotated[Optional[Path], typer.Option(help="where to write the report, one page that opens from disk")] = None,
+    alternatives: Annotated[
+        int, typer.Option(min=0, help="other mixtures of the last token's outputs in the report; seconds each, minutes if wide")
+    ] = 3,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")
     ] = False,
@@ -180,11 +187,74 @@ def read(
     if json_file is not None:
         write_text(json_file, json.dumps({"model": model, "prompt": prompt, **found}, indent=1, ensure_ascii=False) + "\n")
     if html is not None:
-        from .reading.report import report_data, write_report
+        from .reading.report import other_mixtures, report_data, write_report
 
         beside = None if teacher is None else trace(load_teacher(teacher, dtype, device), tokenizer, prompt)
-        write_report(html, report_data(passed, beside))
+        write_report(html, report_data(passed, beside, tokenizer=tokenizer, alternatives=other_mixtures(passed, alternatives)))
     _print_reading(found)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="local folder of a converted model")]) -> None:
+    """Check that FOLDER is whole and carries no code but this package's: config, weights, checksums, code. Runs none of it."""
+    from .errors import InputError
+    from .verification import verify
+
+    _quieten()
+    found = verify(folder)
+    _table(["", "found", ""], [[f.what, f.found, "ok" if f.good else "NOT OK"] for f in found])
+    bad = [f.what for f in found if not f.good]
+    if bad:
+        raise InputError(f"found {folder} not as it was saved ({', '.join(bad)}): see the table, and copy or convert it again")
+
+
+@app.command()
+def export(
+    student: Annotated[str, typer.Argument(help="local folder or hub id of a converted model")],
+    file: Annotated[Path, typer.Argument(help="FILE.safetensors to write")],
+) -> None:
+    """Write the converted FFNs of STUDENT alone to FILE, which `apply` puts into the original model."""
+    from .exporting import export
+    from .loading import load_student
+    from .surgery import require_place
+
+    _quieten()
+    require_place(file)
+    export(load_student(student), file)
+    typer.echo(f"saved in {file}")
+
+
+@app.command()
+def apply(
+    file: Annotated[Path, typer.Argument(help="FILE.safetensors written by export")],
+    teacher: Annotated[str, typer.Argument(help="local folder or hub id of the model that it was made from")],
+    out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
+) -> None:
+    """Make the student of TEACHER that FILE was exported from; refused if TEACHER is another model."""
+    from .exporting import apply
+    from .loading import load_teacher
+    from .surgery import new_folder, require_empty, save_converted
+
+    _quieten()
+    require_empty(out_dir)
+    student = apply(file, load_teacher(teacher))
+    with new_folder(out_dir) as made:
+        save_converted(student, teacher, made)
+    typer.echo(f"saved in {out_dir}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="local folder of a converted model")],
+    repo: Annotated[str, typer.Argument(help="repository of the hub, such as me/llama-kernel")],
+    report: Annotated[Optional[Path], typer.Option(help="what evaluate --json wrote, for the model card")] = None,
+    base_model: Annotated[Optional[str], typer.Option(help="the teacher  [default: as the card in FOLDER has it]")] = None,
+    private: Annotated[bool, typer.Option("--private", help="if the repository has to be made")] = False,
+) -> None:
+    """Upload FOLDER to the hub with a model card: base model, settings, evaluation, how to load it."""
+    from .publishing import push
+
+    typer.echo(f"pushed to {push(folder, repo, base_model, report, private)}")
 
 
 @app.command()
@@ -212,7 +282,7 @@ def benchmark(
     import torch
 
     from . import benchmark as benchmarks
-    from .configuration import _one_of
+    from .configuration import one_of
     from .files import write_text
     from .loading import load_model, torch_dtype
     from .surgery import require_place
@@ -226,14 +296,14 @@ def benchmark(
         ("clock", clock, ("wall", "cpu")),
     ):
         for part in text.split(","):
-            _one_of(name, part, choices)
+            one_of(name, part, choices)
     own = None
     if model is not None:
         shape, own = benchmarks.checkpoint_ffns(load_model(model, dtype, device, trust_remote_code), model)
         chosen = {model: shape}
     else:
         for part in shapes.split(","):
-            _one_of("shape", part, benchmarks.SHAPES)
+            one_of("shape", part, benchmarks.SHAPES)
         chosen = {part: benchmarks.SHAPES[part] for part in shapes.split(",")}
     torch.set_num_threads(threads)
     found = benchmarks.benchmark(
@@ -246,14 +316,34 @@ def benchmark(
 
 
 @app.command()
-def families() -> None:
+def families(
+    explain: Annotated[
+        Optional[str], typer.Option(metavar="MODEL", help="what looks like an FFN in this model, and which entry describes it")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="run the model's own code")] = False,
+) -> None:
     """List the architectures that can be converted."""
-    from .architectures import ARCHITECTURES
+    from .architectures import ARCHITECTURES, join
 
+    if explain is not None:
+        from .detection import explain as rows
+        from .loading import empty_teacher
+
+        _quieten()
+        found = rows(empty_teacher(explain, trust_remote_code))
+        _table(["FFN", "sizes", "activation", "entry"], [list(row.values()) for row in found])
+        return
     _table(
         ["model_type", "FFN", "W_in", "gate", "W_out", "default"],
         [
-            [a.model_type, f"{a.layers}.*.{a.ffn}", a.up, a.gate or "–", a.down, "polarised" if a.gate else "single"]
+            [
+                a.model_type,
+                " ".join(join(stack, "*", a.ffn) for stack in a.stacks),
+                a.up,
+                a.gate or ("–" if a.gate_half is None else f"half {a.gate_half}"),
+                a.down,
+                "polarised" if a.gated else "single",
+            ]
             for a in ARCHITECTURES.values()
         ],
     )
@@ -354,6 +444,14 @@ def main() -> None:
         app()
     except (InputError, FloatingPointError) as error:
         sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+    except Exception as error:
+        from .versions import unsupported
+
+        reason = unsupported()
+        if reason is None:
+            raise
+        sys.stderr.write(f"error: {reason} ({type(error).__name__})\n")
         raise SystemExit(2) from error
 
 

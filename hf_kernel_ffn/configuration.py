@@ -4,10 +4,11 @@ This file travels inside converted checkpoints: it imports nothing but torch and
 """
 
 import ast
+import copy
 import difflib
 import inspect
 import re
-import shutil
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ from .simplex import SIMPLEX_MAPS
 
 FORMAT = 1
 """Version of the ``kernel_ffn`` entry that this code writes and reads."""
+ENTRY = ("format", "package_version", "family", "teacher_class", "activation", "layers")
+"""Keys of the ``kernel_ffn`` entry."""
 STOCK_GUARD = "kernel_ffn checkpoint: load it by an Auto class with trust_remote_code=True, or with hf_kernel_ffn installed"
 """Stands in config.json where the teacher's activation name was, so that stock classes refuse the checkpoint."""
 
 INTENSITIES = ("none", "mass", "gate")
-INITIALISERS = ("single", "polarised", "data-scale")
+AT_THE_DATA = ("data-scale", "firing-means")
+"""Initialisers whose input prototypes are as long as the inputs, so that distance can matter."""
+INITIALISERS = ("single", "polarised", *AT_THE_DATA)
 VALUES = ("fixed", "gated")
 
 
@@ -41,7 +46,8 @@ class KernelFFNConfig:
     gate (a learned softplus of the input)."""
     init: str | None = None
     """Input prototypes from the rows of W_in: single, polarised (gated FFNs, both signs of every output
-    prototype), or data-scale (those rows made as long as the inputs). None: the family's default."""
+    prototype), or data-scale (those rows made as long as the inputs); or firing-means (the mean input that fires a unit, one
+    for each sign of a gated unit). None: the family's default."""
     values: str = "fixed"
     """fixed output prototypes, or gated: each multiplied by its unit's u·x (gated FFNs)."""
     temperature: float | None = None
@@ -55,11 +61,11 @@ class KernelFFNConfig:
     one. None: 2 where a unit needs both signs, otherwise 1."""
 
     def __post_init__(self):
-        _one_of("simplex", self.simplex, SIMPLEX_MAPS)
-        _one_of("intensity", self.intensity, INTENSITIES)
-        _one_of("values", self.values, VALUES)
+        one_of("simplex", self.simplex, SIMPLEX_MAPS)
+        one_of("intensity", self.intensity, INTENSITIES)
+        one_of("values", self.values, VALUES)
         if self.init is not None:
-            _one_of("init", self.init, INITIALISERS)
+            one_of("init", self.init, INITIALISERS)
         if not get_kernel(self.kernel).nonnegative:
             raise InputError(f"kernel {self.kernel!r} can be negative: its readout is no mixture; choose a nonnegative kernel")
         _number("temperature", self.temperature, lambda t: 0 < t < float("inf"), "a positive number")
@@ -108,9 +114,18 @@ class LayerConfig:
     kernel's parameters. The weights hold learned log-ratios to these, zero at conversion, so that half precision loses nothing."""
     dropout: float = 0.0
     """The teacher FFN's dropout on its output."""
+    hidden_dropout: float = 0.0
+    """The teacher FFN's dropout on its hidden units, here on the coefficients."""
+    number: int = 0
+    """Of the block, counted over all stacks."""
+    absorbed: tuple[str, ...] = ()
+    """Paths under the base model of what the readout makes needless, where the FFN was no module of its own: modules there
+    become the identity, numbers zero."""
+    experts: int = 0
+    """If this is one expert of a mixture, how many there are."""
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        return {**asdict(self), "absorbed": list(self.absorbed)}
 
     @classmethod
     def from_dict(cls, entry: dict) -> "LayerConfig":
@@ -141,12 +156,17 @@ class LayerConfig:
                 lambda v: 0 < v < float("inf"),
                 "a positive number: config.json is damaged",
             )
+        entry["absorbed"] = tuple(entry.get("absorbed", ()))
         return cls(settings=settings, **entry)
 
 
 def known(cls, entry: dict, what: str) -> None:
     """InputError, with the nearest right name, if ``entry`` has a key that is no field of dataclass ``cls``."""
-    names = [f.name for f in fields(cls)]
+    known_keys([f.name for f in fields(cls)], entry, what)
+
+
+def known_keys(names, entry: dict, what: str) -> None:
+    """The same, of keys that are given."""
     for key in entry:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, 1)
@@ -170,7 +190,7 @@ def with_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConf
     if init is None and kernel.uses_distance and not kernel.uses_bias:
         init = "data-scale"  # a kernel of distance alone sees nothing of rows much shorter than the inputs
     init = init or ("polarised" if gated_teacher and config.values == "fixed" else "single")
-    if "bandwidth" in kernel.parameters.values() and config.intensity == "mass" and init != "data-scale":
+    if "bandwidth" in kernel.parameters.values() and config.intensity == "mass" and init not in AT_THE_DATA:
         raise InputError(
             f"found intensity 'mass' with kernel {config.kernel!r} and init {init!r}: its mass vanishes on prototypes much shorter "
             "than the inputs; use init 'data-scale' or another intensity"
@@ -191,6 +211,7 @@ class KernelConfigMixin:
     """
 
     auto_classes: dict = {}
+    _auto_class = None  # of a stock class that came with code of its own: save_pretrained() below saves the code
     kernel_ffn: Any
 
     def __post_init__(self, **kwargs):
@@ -201,54 +222,80 @@ class KernelConfigMixin:
                     f"found kernel_ffn format {entry.get('format')!r}, expected {FORMAT}: install the hf_kernel_ffn that wrote it, "
                     f"version {entry.get('package_version')!r}"
                 )
+            known_keys(ENTRY, entry, "kernel_ffn entry")
             for name, value in _mapping("kernel_ffn activation", entry.get("activation")).items():
-                if getattr(self, name, kwargs.get(name)) == STOCK_GUARD:
+                if "." not in name and getattr(self, name, kwargs.get(name)) == STOCK_GUARD:
                     setattr(self, name, value)
                     kwargs.pop(name, None)
             self.kernel_ffn_layers()
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As the stock method. The guard is taken out first: where it stands for a number, no config would accept it."""
+        config_dict = copy.deepcopy(config_dict)
+        entry = config_dict.get("kernel_ffn")
+        for name, value in (entry.get("activation") or {} if isinstance(entry, dict) else {}).items():
+            _put(config_dict, name, value, only=STOCK_GUARD)
+        return super().from_dict(config_dict, **kwargs)
+
     def kernel_ffn_layers(self) -> dict:
         """LayerConfig of every converted FFN by its path under the base model, in layer order."""
         layers = _mapping("kernel_ffn layers", (self.kernel_ffn or {}).get("layers"))
+        for path in layers:
+            if not re.fullmatch(r"(?!.*__)\w+(\.\w+)*", path):  # it is looked up as attributes of the model
+                raise InputError(
+                    f"found {path!r} in the kernel_ffn layers, expected the path of an FFN: config.json is damaged"
+                )
+        found = {path: LayerConfig.from_dict(layer) for path, layer in layers.items()}
+
         # By number, not as it stands: config.json is written with its keys in alphabetical order, 10 before 2.
-        order = sorted(
-            layers, key=lambda path: [(part.isdigit(), int(part) if part.isdigit() else part) for part in path.split(".")]
-        )
-        return {path: LayerConfig.from_dict(layers[path]) for path in order}
+        def place(path):
+            return found[path].number, [(part.isdigit(), int(part) if part.isdigit() else part) for part in path.split(".")]
+
+        return {path: found[path] for path in sorted(found, key=place)}
 
     def to_dict(self):
         output = super().to_dict()
         if self.kernel_ffn is not None:
-            output.update(dict.fromkeys(self.kernel_ffn["activation"], STOCK_GUARD))
+            for name in self.kernel_ffn["activation"]:
+                _put(output, name, STOCK_GUARD)
         return output
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """As the stock method; also writes the code that loads the checkpoint, and an auto_map for every head."""
         custom = get_custom_kernel_file(self)  # before anything is written: it may refuse
-        module = Path(__file__).with_name(f"{type(self).__module__.rsplit('.', 1)[-1]}.py")
-        self.auto_map = {auto: f"{module.stem}.{name}" for auto, name in self.auto_classes.items()}
+        files = code_files(type(self))
+        stem = type(self).__module__.rpartition(".")[2]
+        self.auto_map = {auto: f"{stem}.{name}" for auto, name in self.auto_classes.items()}
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for file in (*TRAVELLING, module.name):
-            target = Path(save_directory, file)
-            if target.resolve() != Path(__file__).with_name(file).resolve():
-                shutil.copyfile(Path(__file__).with_name(file), target)
+        for file, source in files.items():
+            Path(save_directory, file).write_text(source, encoding="utf-8")
         if custom is not None:
             Path(save_directory, "custom_kernel.py").write_text(custom, encoding="utf-8")
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 TRAVELLING = (
-    "errors.py",
-    "kernels.py",
-    "custom_kernel.py",
-    "simplex.py",
-    "configuration.py",
-    "one_pass.py",
-    "readout.py",
+    "errors.py", "kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "one_pass.py", "readout.py", "integrity.py",
     "modeling.py",
-)
+)  # fmt: skip
 """Files that every checkpoint carries, beside its family's own modelling file."""
+
+
+def code_files(config_class) -> dict:
+    """Source by file name of the code that a checkpoint of ``config_class`` carries."""
+    own = {file: Path(__file__).with_name(file).read_text(encoding="utf-8") for file in TRAVELLING}
+    module = sys.modules[config_class.__module__]
+    made = getattr(module, "CODE_FILES", None)  # in the package, whose modelling files are written when they are needed
+    if made is None:
+        made, wanted = {}, [Path(str(module.__file__)).stem]
+        while wanted:
+            file = f"{wanted.pop()}.py"
+            made[file] = Path(__file__).with_name(file).read_text(encoding="utf-8")
+            imported = re.findall(r"^from \.(\w+) import", made[file], flags=re.MULTILINE)
+            wanted += [name for name in imported if f"{name}.py" not in {**own, **made}]
+    return {**own, **made}
 
 
 def get_custom_kernel_file(config) -> str | None:
@@ -302,7 +349,8 @@ def get_custom_kernel_file(config) -> str | None:
     return source
 
 
-def _one_of(name, value, choices):
+def one_of(name, value, choices):
+    """InputError unless ``value`` is one of the names ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"found {name}={value!r}, expected one of {', '.join(choices)}")
 
@@ -312,6 +360,15 @@ def _number(name, value, accept, expected):
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not accept(value):
         raise InputError(f"found {name}={value!r}, expected {expected}")
+
+
+def _put(mapping, path, value, only=None):
+    """Set ``value`` at a dotted ``path`` of nested dicts, as far as it exists; only over the value ``only``, if that is given."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        mapping = mapping.get(parent) if isinstance(mapping, dict) else None
+    if isinstance(mapping, dict) and (only is None or mapping.get(name) == only):
+        mapping[name] = value
 
 
 def _mapping(what, value):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import FFNWeights, architecture_of, ffn_paths, ffn_weights
+from .architectures import FFNWeights, architecture_of, stock_ffn, stock_ffns, stock_weights
 from .calibration import fit_sample
 from .configuration import KernelFFNConfig, LayerConfig
 from .errors import InputError
@@ -139,7 +139,7 @@ def transcoder_student(teacher: Any, ids: Tensor, width: int, top_k: int, skip: 
     torch.manual_seed(seed)
 
     def make(path: str, weights: FFNWeights) -> Transcoder:
-        outputs = teacher.base_model.get_submodule(path)(fit_sample(teacher, path, ids))
+        outputs = stock_ffn(teacher, path)(fit_sample(teacher, path, ids))
         return Transcoder(outputs, width, top_k, skip)
 
     return _with_controls(teacher, make)
@@ -147,14 +147,13 @@ def transcoder_student(teacher: Any, ids: Tensor, width: int, top_k: int, skip: 
 
 @torch.no_grad()
 def _with_controls(teacher: Any, make: Callable[[str, FFNWeights], nn.Module]) -> Any:
-    architecture = architecture_of(teacher)
-    paths = ffn_paths(teacher, architecture)
+    ffns = stock_ffns(teacher, architecture_of(teacher))
     # Any conversion will do: it gives a model that has the rest of the teacher, and knows which of its modules are FFNs.
     student, _ = convert(
         teacher, calibration_ids=torch.arange(256)[:, None] % teacher.config.vocab_size, calibration_tokens=256
     )
-    for path in paths:
-        weights = ffn_weights(teacher.base_model.get_submodule(path), architecture, teacher.config, path)
+    for path, ffn in ffns.items():
+        weights = stock_weights(teacher, ffn)
         student.base_model.set_submodule(path, make(path, weights).to(weights.up.device))
     return student
 

@@ -15,8 +15,9 @@ import evaluate
 import torch
 from torch import Tensor, nn
 
-from .architectures import ARCHITECTURES, FFNWeights, ffn_weights, teacher_readout
-from .hooks import recorded, replaced
+from .architectures import FFNWeights, stock_ffn, stock_weights, teacher_readout
+from .errors import InputError
+from .hooks import collected, recorded, replaced
 from .readout import KernelFFN, Readout
 from .surgery import check_pair
 
@@ -114,50 +115,54 @@ def evaluate_student(
 
     Keys: those of :class:`Fidelity`, and ``layers``, one entry per converted FFN: ``path``, ``fvu`` (on the teacher's inputs),
     ``fvu_student_inputs``, the means of :func:`readability` (on the teacher's inputs), ``write_mass_ratio``,
+    ``active_prototypes_student_inputs`` (what a token reads when the student runs),
     ``dead_prototypes`` (how many fire on no token of ``ids``), and under ``teacher`` the same for the teacher's own FFN.
 
     Raises:
         InputError: ``student`` is not converted, or the two have different vocabularies or layers.
     """
     check_pair(student, teacher)
-    architecture = ARCHITECTURES[student.config.kernel_ffn["family"]]
     student.eval(), teacher.eval()
     kernels = student.kernel_ffns()
-    stock = {path: teacher.base_model.get_submodule(path) for path in kernels}
-    weights = {path: ffn_weights(ffn, architecture, teacher.config, path) for path, ffn in stock.items()}
+    stock = {path: stock_ffn(teacher, path) for path in kernels}
+    weights = {path: stock_weights(teacher, ffn) for path, ffn in stock.items()}
     device = student.get_input_embeddings().weight.device
     batches = [rows.to(device) for rows in ids.split(max(1, batch_tokens // ids.shape[1]))]
     sums: dict[str, dict[str, Tensor]] = {path: defaultdict(lambda: torch.zeros((), dtype=torch.float64)) for path in kernels}
 
     fidelity: dict[str, list[Tensor]] = defaultdict(list)
     for batch in _progress(batches, "fidelity", progress):
-        with recorded(stock) as seen:
+        with collected(teacher.base_model, stock) as seen:
             teacher_logits = teacher(input_ids=batch, use_cache=False).logits[:, :-1].float()
         with recorded(kernels) as seen_by_student:
             student_logits = student(input_ids=batch, use_cache=False).logits[:, :-1].float()
         for name, values in _predictions(teacher_logits, student_logits, batch[:, 1:]).items():
             fidelity[name].append(values.cpu())
         for path, ffn in kernels.items():
-            (x, y), (x_student, y_student) = seen[path], seen_by_student[path]
-            _add_errors(sums[path], "", ffn(x), y)
-            _add_errors(sums[path], "student_inputs_", y_student, stock[path](x_student))
-            for who, record in _records(ffn, weights[path], x).items():
+            if path in seen:  # a mixture's expert may have been given nothing
+                _add_errors(sums[path], "", ffn(seen[path][0]), seen[path][1])
+            if path in seen_by_student:
+                x, y = seen_by_student[path]
+                _add_errors(sums[path], "student_inputs_", y, stock[path](x))
+                sums[path]["active"] = sums[path]["active"] + (ffn.readout(x).coefficients != 0).sum()
+            for who, record in _records(ffn, weights[path], seen[path][0]).items() if path in seen else ():
                 sums[path][f"{who} c"] = sums[path][f"{who} c"] + record.coefficients.double().sum(0)
                 sums[path][f"{who} fires"] = sums[path][f"{who} fires"] + (record.coefficients != 0).sum(0)
-    count = ids.numel()
-    mean_output = {path: (sums[path]["y"] / count) for path in kernels}
+    empty = [path for path in kernels if not sums[path]["count"] or not sums[path]["student_inputs_count"]]
+    if empty:
+        raise InputError(f"found no token of the text that comes to {empty[0]}, expected some: give more text")
+    mean_output = {path: sums[path]["y"] / sums[path]["count"] for path in kernels}
 
     figures: dict[tuple[str, str], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for batch in _progress(batches, "readability", progress):
-        with recorded(stock) as seen:
+        with collected(teacher.base_model, stock) as seen:
             teacher.base_model(input_ids=batch, use_cache=False)
-        with replaced(stock, mean_output):
+        with replaced(teacher.base_model, stock, mean_output):
             logits = teacher(input_ids=batch, use_cache=False).logits[:, :-1].float()
         fidelity["ablated_nll"].append(_nll(logits, batch[:, 1:]).cpu())
         for path, ffn in kernels.items():
-            x = seen[path][0]
-            for who, record in _records(ffn, weights[path], x).items():
-                mean_write = sums[path][f"{who} c"] / count @ record.dictionary.double()
+            for who, record in _records(ffn, weights[path], seen[path][0]).items() if path in seen else ():
+                mean_write = sums[path][f"{who} c"] / sums[path]["count"] @ record.dictionary.double()
                 for name, values in readability(record, mean_write).items():
                     figures[path, who][name].append(values.cpu())
 
@@ -167,10 +172,11 @@ def evaluate_student(
     for path in kernels:
         entry: dict = {
             "path": path,
-            "fvu": _fvu(sums[path], "", count),
-            "fvu_student_inputs": _fvu(sums[path], "student_inputs_", count),
+            "fvu": _fvu(sums[path], ""),
+            "fvu_student_inputs": _fvu(sums[path], "student_inputs_"),
         }
         entry.update(_readable(figures[path, "student"], figures[path, "teacher"]))
+        entry["active_prototypes_student_inputs"] = (sums[path]["active"] / sums[path]["student_inputs_count"]).item()
         entry["dead_prototypes"] = int((sums[path]["student fires"] == 0).sum())
         entry["teacher"] = {
             "fvu": 0.0,
@@ -211,9 +217,11 @@ def _add_errors(sums: dict[str, Tensor], prefix: str, estimate: Tensor, truth: T
     sums[f"{prefix}error"] = sums[f"{prefix}error"] + (estimate - truth).square().sum()
     sums[f"{prefix}square"] = sums[f"{prefix}square"] + truth.square().sum()
     sums[f"{prefix}y"] = sums[f"{prefix}y"] + truth.sum(0)
+    sums[f"{prefix}count"] = sums[f"{prefix}count"] + len(truth)
 
 
-def _fvu(sums: dict[str, Tensor], prefix: str, count: int) -> float:
+def _fvu(sums: dict[str, Tensor], prefix: str) -> float:
+    count = sums[f"{prefix}count"]
     variance = sums[f"{prefix}square"] - sums[f"{prefix}y"].square().sum() / count
     return (sums[f"{prefix}error"] / variance).item()
 

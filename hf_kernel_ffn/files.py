@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,23 +7,48 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from .errors import InputError
+
 
 @contextmanager
 def replacing(file: Path | str) -> Iterator[Path]:
     """A path beside ``file``, whose folders are made, to write to; it takes the name of ``file`` once the context ends well."""
     target = Path(file)
-    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        yield beside
-        with beside.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield beside
+            sync(beside)
+            os.replace(beside, target)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def write_text(file: Path | str, text: str) -> None:
     """Write ``text`` as UTF-8."""
     with replacing(file) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def writing(target: Path | str) -> Iterator[None]:
+    """Whatever the system says while ``target`` is written (no room, no right, a full quota) becomes one InputError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"could not write {target} ({error}): make room or choose another place; what was whole before is untouched"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Return once ``path``, a file or a folder of files, is on the disk."""
+    for part in (*(path.iterdir() if path.is_dir() else ()), path):
+        handle = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

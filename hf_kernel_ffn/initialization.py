@@ -1,4 +1,4 @@
-"""From a stock FFN's rows and columns to input and output prototypes: single, polarised, data-scale.
+"""From a stock FFN's rows and columns to input and output prototypes: single, polarised, data-scale, firing means.
 
 Rows and columns come from the teacher; what the rows' scale, shift and mixing ratio should be is read off a sample
 of the layer's own inputs, one unit at a time, by least squares over a short list of candidates.
@@ -7,13 +7,13 @@ of the layer's own inputs, one unit at a time, by least squares over a short lis
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .architectures import FFNWeights
-from .configuration import KernelFFNConfig, both_signs
+from .configuration import AT_THE_DATA, KernelFFNConfig, both_signs
 from .kernels import Kernel, get_kernel
 
 SHIFTS = (-1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
@@ -54,17 +54,28 @@ def prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
         inputs: (tokens, d) float32 sample of the layer's inputs, on which the per-unit fits are made.
     """
     kernel = get_kernel(settings.kernel)
-    length = inputs.square().sum(-1).mean().sqrt() if settings.init == "data-scale" else None
+    length = inputs.square().sum(-1).mean().sqrt() if settings.init in AT_THE_DATA else None
     signs = (1.0, -1.0) if both_signs(settings, weights.gate is not None) else (0.0,)
     expansion = settings.expansion or len(signs)
     pieces, kept = math.ceil(expansion / len(signs)), round(expansion * len(weights.up))
-    first = [_rows(weights, weights.up.new_ones(len(weights.up)), sign, length) for sign in signs]
-    parameters = _parameters(kernel, *first[0], inputs)
+    if length is not None and settings.init == "firing-means":
+        means = {sign: _firing_means(weights, settings, sign, inputs, length) for sign in signs}
+
+        def rows_of(units: slice, ratio: Tensor, sign: float) -> tuple[Tensor, Tensor, Tensor]:
+            rows, bias, stretch = means[sign]
+            return rows[units], bias[units], stretch[units]
+    else:
+
+        def rows_of(units: slice, ratio: Tensor, sign: float) -> tuple[Tensor, Tensor, Tensor]:
+            return _rows(_some(weights, units), ratio, sign, length)
+
+    every = slice(None)
+    parameters = _parameters(kernel, *rows_of(every, weights.up.new_ones(len(weights.up)), signs[0]), inputs)
 
     parts = []
-    for amount, ratio, shift in _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, length):
+    for amount, ratio, shift in _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, rows_of):
         for sign in signs:
-            rows, bias, _ = _rows(weights, ratio, sign, length)
+            rows, bias, _ = rows_of(every, ratio, sign)
             if kernel.uses_bias:
                 bias = bias + shift * (inputs @ rows.T).std(0)
             parts.append((rows, bias, amount if sign >= 0 else -amount))
@@ -100,25 +111,46 @@ def _rows(weights: FFNWeights, ratio: Tensor, sign: float, length: Tensor | None
     return rows * stretch[:, None], bias * stretch, stretch
 
 
+def _firing_means(
+    weights: FFNWeights, settings: KernelFFNConfig, sign: float, inputs: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_rows`: the mean of the inputs that fire each unit with this sign, by how much it fires, as long as ``length``; the
+    bias puts the mean score over the sample at zero, which is mostly what all inputs have in common."""
+    if settings.values == "gated":
+        fires = weights.activation(weights.pre_activations(inputs)[1]).relu()
+    else:
+        fires = weights.coefficients(inputs) * (sign or 1.0)
+    share = fires.relu() / fires.relu().sum(0).clamp_min(1e-12)
+    means = share.T @ inputs
+    rows = means * (length / means.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+    own = weights.up if weights.gate is None else weights.gate
+    return rows, -(rows @ inputs.mean(0)), rows.norm(dim=-1) / own.norm(dim=-1).clamp_min(1e-12)
+
+
+def _some(weights: FFNWeights, units: slice) -> FFNWeights:
+    """A slice of the units."""
+    parts: Any = {k: w[units] for k, w in weights._asdict().items() if isinstance(w, Tensor) and k != "down_bias"}
+    return weights._replace(**parts)
+
+
 def _parameters(kernel: Kernel, rows: Tensor, bias: Tensor, stretch: Tensor, inputs: Tensor) -> dict[str, float]:
     square = inputs.square().sum(-1).mean() + rows.square().sum(-1).mean()
     starts = {"distance": DISTANCE_SHARE * square.item(), "bandwidth": stretch.mean().item()}
     return {name: starts.get(start, start) for name, start in kernel.parameters.items()}
 
 
-def _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, length) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, rows_of) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each piece of every unit (m,), the amount of kernel, the ratio and the shift whose sum stands in best for the unit's
     coefficient: orthogonal matching pursuit over RATIOS × SHIFTS (Pati et al. 1993). Units are taken in slices, so that memory
     stays bounded."""
     input2 = inputs.square().sum(-1, keepdim=True)
     tensors = {name: torch.as_tensor(value) for name, value in parameters.items()}
-    candidates = [(r, b) for r in (RATIOS if len(signs) == 2 else (1.0,)) for b in (SHIFTS if kernel.uses_bias else (0.0,))]
+    ratios = RATIOS if len(signs) == 2 and settings.init != "firing-means" else (1.0,)
+    candidates = [(r, b) for r in ratios for b in (SHIFTS if kernel.uses_bias else (0.0,))]
     found: list[tuple[Tensor, Tensor]] = []
     for low in range(0, len(weights.up), UNITS_AT_ONCE):
         part = slice(low, low + UNITS_AT_ONCE)
-        some = weights._replace(
-            **{k: w[part] for k, w in weights._asdict().items() if isinstance(w, Tensor) and k != "down_bias"}
-        )
+        some = _some(weights, part)
         up, gate = some.pre_activations(inputs)
         target, importance = some.coefficients(inputs), None
         if settings.values == "gated":  # y = Σ κ_i (u_i·x) v_i: κ stands in for the activation, weighted by (u·x)²
@@ -127,7 +159,7 @@ def _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, len
         for r in dict.fromkeys(ratio for ratio, _ in candidates):
             sides = []
             for sign in signs:
-                rows, bias, _ = _rows(some, torch.full_like(up[0], r), sign, length)
+                rows, bias, _ = rows_of(part, torch.full_like(up[0], r), sign)
                 dot = inputs @ rows.T
                 distance2 = (input2 + rows.square().sum(-1) - 2 * dot).clamp_min(0) if kernel.uses_distance else None
                 sides.append((dot + bias if kernel.uses_bias else dot, distance2, dot.std(0)))

@@ -56,6 +56,10 @@ class Kernel:
         fires = value > 0
         return torch.where(fires, value.where(fires, torch.ones_like(value)).log(), -torch.inf)
 
+    def scaled(self, score: Tensor, distance2: Tensor | None, log_scale: Tensor, **parameters: Tensor) -> Tensor:
+        """κ(x, w) · e^log_scale. Override it where κ may overflow and the product does not."""
+        return self.value(score, distance2, **parameters) * log_scale.exp()
+
 
 def register_kernel(kernel: Kernel) -> Kernel:
     """Make ``kernel`` available by its name.
@@ -92,6 +96,9 @@ class Exponential(Kernel):
 
     def log(self, score, distance2=None):
         return score
+
+    def scaled(self, score, distance2, log_scale):
+        return (score + log_scale).exp()
 
 
 class Gaussian(Kernel):
@@ -141,7 +148,10 @@ class ExponentialYat(Kernel):
     (w, b), being a product of two such kernels (Schur), and all but one-sided: it vanishes where x·w + b is far below zero."""
 
     def value(self, score, distance2, epsilon, rate):
-        root = score * (score * rate / 2).exp()  # no factor overflows before the product does
+        return self.scaled(score, distance2, score.new_zeros(1), epsilon, rate)
+
+    def scaled(self, score, distance2, log_scale, epsilon, rate):
+        root = score * ((score * rate + log_scale) / 2).exp()  # no factor overflows before the product does
         return root * (root / (distance2 + epsilon))
 
     def log(self, score, distance2, epsilon, rate):

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import json
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from .architectures import ARCHITECTURES
+from .architectures import get_architecture
 from .errors import InputError
+from .integrity import read_json
+from .modeling import KernelModelMixin
+from .task_classes import stock_heads, task_classes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,42 +29,46 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_teacher(name: str, dtype: str = "float32", device: str | torch.device = "cpu") -> Any:
-    """The stock causal language model at ``name``, in eval mode. Its config remembers the dtype it is stored in."""
-    require_stock(name)
-    model, info = _loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), output_loading_info=True)
+def load_teacher(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:
+    """The stock model at ``name``, with the head it is stored with, or as a causal language model if it has none; in eval mode. Its
+    config remembers the dtype it is stored in. A family that transformers does not have needs ``trust_remote_code``."""
+    entry = _stock_config(name)
+    model, info = loaded(
+        _teacher_class(entry, name, trust_remote_code),
+        name,
+        trust_remote_code=trust_remote_code,
+        dtype=torch_dtype(dtype),
+        output_loading_info=True,
+        use_safetensors=True,
+    )
     lost = sorted(info["missing_keys"])
     if lost:
         raise InputError(
-            f"found {len(lost)} tensors missing at {name}, the first {lost[0]!r}, expected a whole causal language model: "
+            f"found {len(lost)} tensors missing at {name}, the first {lost[0]!r}, expected a whole model: "
             "they would be random; copy it again"
         )
     return _placed(model, device)
 
 
 def load_stock_on_meta(name: str) -> Any:
-    """The same model without weights, on the meta device."""
-    require_stock(name)
-    config = _loaded(AutoConfig, name)
+    """The same model without its weights, on the meta device; of a family that transformers has."""
+    kind, config = _teacher_class(_stock_config(name), name, False), loaded(AutoConfig, name)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = kind.from_config(config) if kind is AutoModelForCausalLM else kind._from_config(config)
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(name)
     return model.eval()
 
 
-def require_stock(name: str) -> None:
-    """InputError unless the model at ``name`` is a stock one of a known family, in floating point."""
+def _stock_config(name: str) -> dict:
+    """config.json of a stock model of a known family, in floating point; InputError if it is none."""
     entry = read_config(name)
     if entry.get("kernel_ffn") is not None:
         raise InputError(f"found {name} converted already, expected a stock model: give its teacher")
-    if entry.get("model_type") not in ARCHITECTURES:
-        raise InputError(
-            f"found model type {entry.get('model_type')!r} at {name}, expected one of {', '.join(ARCHITECTURES)}: "
-            "describe yours by hf_kernel_ffn.register_architecture(Architecture(...))"
-        )
+    get_architecture(entry.get("model_type"))
     if entry.get("quantization_config") is not None:
         raise InputError(f"found quantised weights at {name}, expected floating-point ones: load the unquantised model")
+    return entry
 
 
 def load_student(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:
@@ -71,32 +77,87 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
     entry = read_config(name)
     if entry.get("kernel_ffn") is None:
         raise InputError(f"found {name} not converted, expected a kernel_ffn entry in its config: run hf-kernel-ffn convert")
-    family = entry["kernel_ffn"].get("family") if isinstance(entry["kernel_ffn"], dict) else None
-    if family not in ARCHITECTURES:
-        raise InputError(f"found family {family!r} at {name}, expected one of {', '.join(ARCHITECTURES)}")
+    kind, own = student_class(entry, name)
     if has_custom_kernel(name):
+        own = "custom_kernel.py"
+    if own:
         if not trust_remote_code:
             raise InputError(
-                f"found a kernel of its author's own at {name}: read {name}/custom_kernel.py, then allow it by --trust-remote-code (in a recipe: trust_remote_code)"
+                f"found code of its author's own at {name}: read {name}/{own}, then allow it by --trust-remote-code (in a recipe: trust_remote_code)"
             )
-        return _placed(_loaded(AutoModelForCausalLM, name, dtype=torch_dtype(dtype), trust_remote_code=True), device)
-    module = importlib.import_module(ARCHITECTURES[family].modeling)
-    head = (entry.get("architectures") or [""])[0]
-    if not hasattr(module, head):
+        auto = _auto_class(entry, entry["architectures"][0])
+        found = loaded(auto, name, dtype=torch_dtype(dtype), trust_remote_code=True, output_loading_info=True)
+    else:
+        found = loaded(kind, name, dtype=torch_dtype(dtype), output_loading_info=True)
+    model, info = found
+    odd = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    if odd and entry.get("quantization_config") is None:
+        raise InputError(
+            f"found {len(odd)} tensors missing or too many at {name}, the first {odd[0]!r}: the weights are not those of its "
+            "config.json; copy or convert it again"
+        )
+    return _placed(model, device)
+
+
+def student_class(entry: dict, name: str) -> tuple[Any, str]:
+    """This package's own class for the converted model at ``name`` with config.json ``entry``, and an empty string; of a family whose
+    stock classes bring code of their own None, and the file that has it."""
+    kernel_ffn = entry.get("kernel_ffn")
+    family = kernel_ffn.get("family") if isinstance(kernel_ffn, dict) else None
+    get_architecture(family)
+    heads = entry.get("architectures")
+    head = heads[0] if isinstance(heads, list) and heads and isinstance(heads[0], str) else ""
+    if not stock_heads(str(family)):
+        return None, f"modeling_kernel_{family}.py"
+    kind = getattr(task_classes(str(family)), head, None)
+    if not (isinstance(kind, type) and issubclass(kind, KernelModelMixin) and kind is not KernelModelMixin):
         raise InputError(f"found class {head!r} at {name}, expected one of this package's: the checkpoint is damaged")
-    return _placed(_loaded(getattr(module, head), name, dtype=torch_dtype(dtype)), device)
+    return kind, ""
+
+
+def empty_teacher(name: str, trust_remote_code: bool = False) -> Any:
+    """The stock model at ``name`` without its weights, on the meta device; it need not be of a known family."""
+    entry = read_config(name)
+    if entry.get("kernel_ffn") is not None:
+        raise InputError(f"found {name} converted already, expected a stock model: give its teacher")
+    config = loaded(AutoConfig, name, trust_remote_code=trust_remote_code)
+    head = (entry.get("architectures") or [""])[0]
+    with torch.device("meta"):
+        if hasattr(transformers, head):
+            return getattr(transformers, head)(config)
+        auto = _auto_class(entry, head) if entry.get("auto_map") else AutoModel
+        return auto.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _auto_class(entry: dict, head: str) -> Any:
+    """The Auto class that ``entry`` (of config.json) maps to the class ``head``; that for causal language models if none is."""
+    autos = [auto for auto, ref in (entry.get("auto_map") or {}).items() if str(ref).rpartition(".")[2] == head]
+    return getattr(transformers, autos[0]) if autos else AutoModelForCausalLM
+
+
+def _teacher_class(entry: dict, name: str, trust_remote_code: bool) -> Any:
+    head = (entry.get("architectures") or [""])[0]
+    heads = stock_heads(entry["model_type"])
+    if heads:
+        known = {stock for auto, stock in heads.items() if auto not in ("AutoConfig", "AutoModel")}
+        return getattr(transformers, head) if head in known or "AutoModelForCausalLM" not in heads else AutoModelForCausalLM
+    if not trust_remote_code:
+        raise InputError(
+            f"found a {entry['model_type']!r} at {name}, which brings its own code: read it, then allow it by --trust-remote-code"
+        )
+    return _auto_class(entry, head)
 
 
 def load_model(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:
     """The model at ``name``, converted or stock."""
     if read_config(name).get("kernel_ffn") is None:
-        return load_teacher(name, dtype, device)
+        return load_teacher(name, dtype, device, trust_remote_code)
     return load_student(name, dtype, device, trust_remote_code)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer at ``name``; no code of its author's runs."""
-    return _loaded(AutoTokenizer, name, trust_remote_code=False)  # None would ask at the terminal about the model's code
+    return loaded(AutoTokenizer, name, trust_remote_code=False)  # None would ask at the terminal about the model's code
 
 
 def check_vocabularies(student: str, teacher: str) -> None:
@@ -111,7 +172,7 @@ def check_vocabularies(student: str, teacher: str) -> None:
 
 def stored_dtype(name: str) -> torch.dtype:
     """The dtype in which the model at ``name`` is stored; float32 if its config does not say."""
-    dtype = _loaded(AutoConfig, name).dtype if read_config(name).get("kernel_ffn") is None else None
+    dtype = loaded(AutoConfig, name).dtype if read_config(name).get("kernel_ffn") is None else None
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -121,14 +182,11 @@ def read_config(name: str) -> dict:
         raise InputError(f"found no config.json in {name}, expected the folder of a saved model: check the path")
     try:
         file = cached_file(name, "config.json")
-        entry = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"found no readable model at {name!r} ({_first_line(error)}): give a local folder or a hub id"
         ) from error
-    if not isinstance(entry, dict):
-        raise InputError(f"found a {type(entry).__name__} in {name}/config.json, expected a mapping: the checkpoint is damaged")
-    return entry
+    return read_json(str(file))
 
 
 def has_custom_kernel(name: str) -> bool:
@@ -163,7 +221,8 @@ def import_kernel(kernel: str) -> str:
     return name
 
 
-def _loaded(auto_class, name: str, **kwargs) -> Any:
+def loaded(auto_class, name: str, **kwargs) -> Any:
+    """``auto_class.from_pretrained(name, **kwargs)``; whatever goes wrong is an InputError."""
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except InputError:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import ARCHITECTURES, ffn_weights
+from .architectures import stock_ffn, stock_weights
 from .calibration import CHUNK, ffn_inputs
 from .errors import InputError
 from .readout import KernelFFN
@@ -171,7 +171,6 @@ def locality_report(student: Any, teacher: Any, ids: Tensor, seed: int = 0, *, t
     if ids.ndim != 2 or ids.shape[1] <= SKIP:
         raise InputError(f"found token ids of shape {tuple(ids.shape)}, expected (rows, length): give rows longer than {SKIP}")
     student.eval(), teacher.eval()
-    architecture = ARCHITECTURES[student.config.kernel_ffn["family"]]
     kernels, generator = student.kernel_ffns(), torch.Generator().manual_seed(seed)
     shuffled = ids.gather(1, torch.rand(ids.shape, generator=generator).argsort(1).to(ids.device))
     uniform = torch.randint(teacher.get_input_embeddings().num_embeddings, ids.shape, generator=generator)
@@ -180,7 +179,7 @@ def locality_report(student: Any, teacher: Any, ids: Tensor, seed: int = 0, *, t
     for path in paths:  # one at a time: the inputs of one layer at the three texts are in memory together
         read = [torch.cat(list(ffn_inputs(teacher, path, some))) for some in (ids, shuffled, uniform)]
         x, *others = (inputs.unflatten(0, tuple(ids.shape))[:, SKIP:].flatten(0, 1) for inputs in read)
-        stock = ffn_weights(teacher.base_model.get_submodule(path), architecture, teacher.config, path)
+        stock = stock_weights(teacher, stock_ffn(teacher, path))
         units = {"student": kernels[path].coefficients, "teacher": stock.coefficients}
         contexts = {who: context_purity(some, x, tokens, top) for who, some in units.items()}
         contexts["chance"] = purity(sets.to(x.device), x, tokens)

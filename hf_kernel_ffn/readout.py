@@ -19,12 +19,9 @@ from .simplex import shares, top_k_mask
 
 LOG_RATIO_BOUND = 20.0
 """Learned log-ratios act as if no further from zero than this: no step, however wild, makes a constrained value 0 or ∞."""
-
 ACTIVATION_BYTES = 2**28
 """What a layer's temporaries, and what it keeps for its backward pass, may take each: more tokens are read in chunks, and their
 scores computed again."""
-CACHED = 2**17
-"""Elements of a weight that stay in a CPU's cache between two uses."""
 
 
 class Readout(NamedTuple):
@@ -71,8 +68,7 @@ class KernelFFN(nn.Module):
         """Prototypes kept now; a distillation lets it fall to the setting."""
         self.activation_bytes = ACTIVATION_BYTES
         self.keep_norms = False
-        """Whether decoding reuses ‖w‖² as long as the weight's memory and version counter are the same. It then reads W_in once
-        per token, but does not see what is written by way of ``weight.data``, as adapters are merged: hence off."""
+        """Whether decoding reuses ‖w‖² while the weight is the same, so that it reads W_in once per token."""
         self._norms: tuple | None = None
         size, prototypes = config.hidden_size, config.prototypes
         self.input_prototypes = nn.Linear(size, prototypes, bias=self.kernel.uses_bias)
@@ -97,13 +93,14 @@ class KernelFFN(nn.Module):
         if self._has_one_pass(hidden_states):
             return self.dropout(self._one_pass(hidden_states))
         coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
+        coefficients = nn.functional.dropout(coefficients, self.config.hidden_dropout, self.training)
         return self.dropout(self._mix(coefficients))
 
     def coefficients(self, hidden_states: Tensor) -> Tensor:
         """(..., prototypes) in float32 (float64 for a float64 input): what multiplies the output prototypes."""
         ups = self._ups(hidden_states)
         if self.config.settings.coefficients_are_kernel:
-            choice = self._kernel(hidden_states, ups) * self.positive("scale")
+            choice = self._scaled_kernel(hidden_states, ups)
         else:
             choice, intensity = self._choice(hidden_states, ups)
             choice = choice if intensity is None else choice * intensity
@@ -113,7 +110,7 @@ class KernelFFN(nn.Module):
         """The record of this layer at ``hidden_states`` (..., hidden_size), coefficients in the dtype that mixes."""
         ups = self._ups(hidden_states)
         if self.config.settings.coefficients_are_kernel:
-            choice = self._kernel(hidden_states, ups) * self.positive("scale")
+            choice = self._scaled_kernel(hidden_states, ups)
             intensity = choice.sum(-1, keepdim=True)
             pi = choice / intensity.where(intensity > 0, torch.ones_like(intensity))
         else:
@@ -128,12 +125,16 @@ class KernelFFN(nn.Module):
             bias=bias,
             shares=pi,
             intensity=intensity.squeeze(-1),
-            names=tuple(f"{abs(u) - 1}{'+' if u > 0 else '-'}" for u in self.units.tolist()),
+            names=_names(self.units.tolist()),
         )
 
     def positive(self, name: str) -> Tensor:
         """A constrained value, ``reference · exp(learned log-ratio)`` > 0, shape (1,), at least float32."""
         return self.reference[name] * _at_least_float32(self.log_ratio[name]).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+
+    def log_positive(self, name: str) -> Tensor:
+        """Its logarithm, also where the value itself is too small or too large for float32."""
+        return math.log(self.reference[name]) + _at_least_float32(self.log_ratio[name]).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
     def scores(self, hidden_states):
         """s = x·w + b and, if the kernel asks for it, ‖x − w‖², in float32 at least."""
@@ -143,13 +144,10 @@ class KernelFFN(nn.Module):
         rounded = hidden_states.dtype.itemsize < 4 or weight.dtype.itemsize < 4 or torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False):
             x, weight = _at_least_float32(hidden_states), _at_least_float32(weight)
-            if not rounded and self.kernel.uses_distance and _one_token(hidden_states) and _is_plain(self.input_prototypes):
-                if self.keep_norms and not torch.compiler.is_compiling() and not weight.is_inference():
-                    score, square = self.input_prototypes(x), self._kept_squares(weight)
-                else:
-                    score, square = _scores_and_squares(x, weight, bias)
-                dot = score if bias is None else score - bias
-                return score, (x.square().sum(-1, keepdim=True) + square - 2 * dot).clamp_min(0)
+            if not rounded and self.kernel.uses_distance and _one_token(x) and _is_plain(self.input_prototypes):
+                dot = (weight @ x.flatten()).view(*x.shape[:-1], -1)
+                distance = (x.square().sum() + self._squares(weight) - 2 * dot).clamp_min(0)
+                return (dot if bias is None else dot + bias), distance
             if rounded:  # a product rounded to half precision overflows, or leaves noise of a small distance
                 dot = nn.functional.linear(x, weight)
                 score = dot if bias is None else dot + bias
@@ -160,13 +158,22 @@ class KernelFFN(nn.Module):
                 return score, None
             return score, (x.square().sum(-1, keepdim=True) + weight.square().sum(-1) - 2 * dot).clamp_min(0)
 
-    def _kept_squares(self, weight):
-        """‖w‖² (prototypes,), computed once per version of ``weight``."""
-        version = weight.data_ptr(), weight._version, weight.shape, weight.device, weight.dtype
-        if self._norms is None or self._norms[0] != version:
-            held = weight.detach()  # so that no other weight can come to lie where this one did
-            self._norms = version, held, torch.linalg.vector_norm(held, dim=-1).square()
-        return self._norms[2]
+    def _squares(self, weight):
+        """‖w‖² (prototypes,); with ``keep_norms``, that of an earlier call if the weight is still the same: its memory, its version
+        counter and a number of every row, since what merges an adapter into ``weight.data`` leaves the counter as it was."""
+        if not self.keep_norms or torch.compiler.is_compiling() or weight.is_inference() or not weight.is_contiguous():
+            return torch.linalg.vector_norm(weight, dim=-1).square()
+        version, sample = (weight._version, weight.shape, weight.dtype), weight.view(-1)[:: weight.shape[1] + 1]
+        if self._norms is not None:
+            held, same, few, squares = self._norms
+            if held.data_ptr() == weight.data_ptr() and same == version and torch.equal(few, sample):
+                return squares
+        squares = torch.linalg.vector_norm(weight, dim=-1).square()
+        self._norms = weight.detach(), version, sample.clone(), squares  # held, so that no other weight can come to lie there
+        return squares
+
+    def __getstate__(self):
+        return {**vars(self), "_norms": None}  # the version counter of a copy starts anew
 
     def kernel_parameters(self):
         return {name: self.positive(name) for name in self.kernel.parameters}
@@ -176,7 +183,7 @@ class KernelFFN(nn.Module):
         """Move the threshold of κ by the share ``rate`` of the way (of its logarithm) to where ``top_k`` prototypes pass on
         average over the tokens of ``hidden_states`` (..., hidden_size)."""
         log_kernel = self.kernel.log(*self.scores(hidden_states), **self.kernel_parameters())
-        loudness = self._log_loudness(log_kernel, self._ups(hidden_states)).flatten(0, -2)
+        loudness = self._log_loudness(log_kernel, hidden_states).flatten(0, -2)
         firing = int((loudness > -torch.inf).sum())
         passing = min((self.top_k or 0) * len(loudness), firing)  # those that do not fire set no limit
         if passing:
@@ -192,15 +199,15 @@ class KernelFFN(nn.Module):
         return self.log_threshold().exp()
 
     def _has_one_pass(self, hidden_states) -> bool:
-        """Whether the layer at ``hidden_states`` is a dense Yat readout of plain weights. Adapters, quantised weights and
-        hooks are seen by the plain form alone; a compiler makes one pass of that by itself; one token has nothing to gain."""
+        """Whether the layer at ``hidden_states`` is a dense Yat readout of plain weights. Adapters, quantised weights and hooks are
+        seen by the plain form alone; a compiler makes one pass of that by itself; one token has nothing to gain."""
         settings, dtype = self.config.settings, hidden_states.dtype
-        linears = [self.input_prototypes, self.output_prototypes]
-        linears += [self.value_proj] if settings.values == "gated" else []
+        linears = [self.input_prototypes, self.output_prototypes, *([self.value_proj] if settings.values == "gated" else [])]
         return (
             settings.coefficients_are_kernel
             and settings.simplex == "softmax"
             and type(self.kernel) in (Yat, HalfYat)
+            and not (self.training and self.config.hidden_dropout)
             and not torch.compiler.is_compiling()
             and not torch._C._are_functorch_transforms_active()
             and not _one_token(hidden_states)
@@ -217,17 +224,17 @@ class KernelFFN(nn.Module):
         first, second = self.input_prototypes, self.output_prototypes
         written = YatMixture.apply(
             hidden_states.reshape(-1, hidden_states.shape[-1]), first.weight, first.bias, second.weight, self.positive("epsilon"),
-            self.positive("scale"), None if up is None else up.weight, None if up is None else up.bias,
+            self.log_positive("scale"), None if up is None else up.weight, None if up is None else up.bias,
             type(self.kernel) is HalfYat, mix, self.activation_bytes,
         )  # fmt: skip
-        return (written + second.bias.to(mix)).unflatten(0, hidden_states.shape[:-1])
+        return (written + second.bias.to(mix)).view(hidden_states.shape)
 
     def _mix(self, coefficients):
         """Σ_i c_i v_i + b_out. For one token without gradients, only the output prototypes with c_i ≠ 0 are read."""
         linear, simplex = self.output_prototypes, self.config.settings.simplex
         fixed = (
             torch.compiler.is_compiling() or coefficients.device.type != "cpu"
-        )  # a number that depends on the data costs there
+        )  # there a number that depends on the data costs
         if simplex == "softmax" or (fixed and simplex != "top-k") or not (_one_token(coefficients) and _is_plain(linear)):
             return linear(coefficients)
         if torch.is_autocast_enabled(coefficients.device.type) or coefficients.dtype != linear.weight.dtype:
@@ -245,17 +252,21 @@ class KernelFFN(nn.Module):
         """u·x (..., prototypes), or None where the output prototypes are fixed."""
         return _at_least_float32(self.value_proj(hidden_states)) if self.config.settings.values == "gated" else None
 
-    def _kernel(self, hidden_states, ups):
-        """κ over the support."""
-        kernel = self.kernel.value(*self.scores(hidden_states), **self.kernel_parameters())
-        if self.config.settings.simplex == "top-k":
-            return kernel * top_k_mask(_loudness(kernel, ups), self.top_k)
-        if self.config.settings.simplex == "threshold":
-            return kernel * (_loudness(kernel, ups) >= self.threshold())
-        return kernel
+    def _scaled_kernel(self, hidden_states, ups):
+        """scale · κ over the support."""
+        log_scale, simplex = self.log_positive("scale"), self.config.settings.simplex
+        kernel = self.kernel.scaled(*self.scores(hidden_states), log_scale, **self.kernel_parameters())
+        if simplex == "softmax":
+            return kernel
+        loudness = (kernel if ups is None else kernel * ups.abs()).detach()  # what decides which prototypes a sparse map keeps
+        if simplex == "top-k":
+            return kernel * top_k_mask(loudness, self.top_k)
+        return kernel * (loudness >= (self.log_threshold() + log_scale).exp())
 
-    def _log_loudness(self, log_kernel, ups):
-        """log of the loudness: a light-tailed kernel is 0 in float32 far from every prototype, and still has a nearest one."""
+    def _log_loudness(self, log_kernel, hidden_states, ups=None):
+        """log κ, or log |κ u·x| with gated values: a light-tailed kernel is 0 in float32 far from every prototype, and still has a
+        nearest one."""
+        ups = self._ups(hidden_states) if ups is None else ups
         return log_kernel.detach() if ups is None else log_kernel.detach() + ups.detach().abs().log()
 
     def _choice(self, hidden_states, ups):
@@ -263,7 +274,7 @@ class KernelFFN(nn.Module):
         settings = self.config.settings
         log_kernel = self.kernel.log(*self.scores(hidden_states), **self.kernel_parameters())
         if settings.sparse:
-            loudness = self._log_loudness(log_kernel, ups)
+            loudness = self._log_loudness(log_kernel, hidden_states, ups)
             if settings.simplex == "threshold":
                 kept = loudness >= self.log_threshold()
             else:
@@ -276,30 +287,13 @@ class KernelFFN(nn.Module):
             gate = _at_least_float32(self.gate(hidden_states))
             return pi, nn.functional.softplus(gate) * self.reference["scale"]
         support = pi.detach() > 0
-        finite = log_kernel.where(support, torch.zeros_like(log_kernel))
-        return pi, ((finite.exp() * support).sum(-1, keepdim=True)) * self.positive("scale")
-
-
-def _loudness(kernel, ups):
-    """What decides which prototypes a sparse map keeps: κ, or |κ u·x| with gated values."""
-    return (kernel if ups is None else kernel * ups.abs()).detach()
+        finite = log_kernel.where(support, torch.zeros_like(log_kernel)) + self.log_positive("scale")
+        return pi, (finite.exp() * support).sum(-1, keepdim=True)
 
 
 def _one_token(hidden_states) -> bool:
     """Whether this is decoding: one token, no gradients."""
     return hidden_states.numel() == hidden_states.shape[-1] and not torch.is_grad_enabled()
-
-
-def _scores_and_squares(x, weight, bias):
-    """x·w + b (..., prototypes) of one token and ‖w‖² (prototypes,), the weight read once: its norms while the cache has it."""
-    if torch.compiler.is_compiling():  # which makes one loop of the two
-        dot, square = (weight * x.flatten()).sum(-1), (weight * weight).sum(-1)
-    else:
-        rows = max(1, CACHED // weight.shape[1]) if x.device.type == "cpu" else len(weight)
-        parts = [(part @ x.flatten(), torch.linalg.vector_norm(part, dim=-1)) for part in weight.split(rows)]
-        dot, norm = (torch.cat(found) for found in zip(*parts))
-        square = norm.square()
-    return (dot if bias is None else dot + bias).view(*x.shape[:-1], -1), square
 
 
 def _lay_out_by_prototypes(linear) -> None:
@@ -317,6 +311,32 @@ def _is_plain(linear) -> bool:
         and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks)
         and "forward" not in vars(linear)
     )
+
+
+def _names(units: list) -> tuple:
+    """``17+`` and ``17-`` by the teacher's unit and the sign of its column; a second piece of the same is ``17+.2``."""
+    seen: dict = {}
+    names = []
+    for unit in units:
+        name = f"{abs(unit) - 1}{'+' if unit > 0 else '-'}"
+        seen[name] = seen.get(name, 0) + 1
+        names.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
+    return tuple(names)
+
+
+class KernelExperts(nn.Module):
+    """The experts of a mixture, a :class:`KernelFFN` each, numbered; called as the stock experts are."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``hidden_states`` (tokens, hidden_size), the experts chosen for them (tokens, k) and those's weights (tokens, k), to
+        (tokens, hidden_size)."""
+        written = torch.zeros_like(hidden_states)
+        for number, expert in self.named_children():
+            token, place = torch.where(top_k_index == int(number))
+            if len(token):
+                output = expert(hidden_states[token]) * top_k_weights[token, place, None]
+                written.index_add_(0, token, output.to(written.dtype))
+        return written
 
 
 def effective(linear: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:

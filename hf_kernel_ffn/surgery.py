@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy as copying
-import importlib
 import json
 import math
 import os
@@ -11,7 +10,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,26 @@ from transformers import PreTrainedModel
 
 from . import __version__
 from .architectures import (
-    ARCHITECTURES,
-    Architecture,
+    StockFFN,
     architecture_of,
-    ffn_paths,
-    ffn_weights,
+    attribute,
+    choose_layers,
     parse_layers,
+    stock_ffns,
+    stock_weights,
 )
 from .calibration import blind_sample, calibrate, ffn_inputs, fit_sample, fitted_and_held, own_text
 from .configuration import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
+from .detection import refuse_undescribed
 from .errors import InputError
+from .files import sync, write_text, writing
 from .initialization import gate_bias, prototypes
+from .inputs import Inputs, row_tokens, rows, take
 from .loading import load_tokenizer, stored_dtype
+from .modeling import install
+from .publishing import model_card
 from .readout import KernelFFN
+from .task_classes import task_classes
 
 CALIBRATION_TOKENS = 16_384
 """Tokens that a conversion reads, of the user's text or of the model's own making."""
@@ -46,7 +53,7 @@ class ConversionReport:
     family: str
     """The teacher's model_type."""
     calibration: str
-    """``text`` or ``own tokens``."""
+    """``text``, ``own tokens`` or ``none``."""
     calibration_tokens: int
     layers: dict[str, dict] = field(default_factory=dict)
     """By FFN path: prototypes, parameters, and the figures of :func:`hf_kernel_ffn.calibration.calibrate`."""
@@ -61,7 +68,7 @@ def convert(
     config: KernelFFNConfig | Mapping[int, KernelFFNConfig] | None = None,
     layers: str | list[int] | None = None,
     *,
-    calibration_ids: Tensor | None = None,
+    calibration_ids: Inputs | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     copy: bool = False,
     seed: int = 0,
@@ -75,9 +82,11 @@ def convert(
 
     Args:
         config: settings for every layer, or one per layer number (then those layers are converted).
-        layers: which layers, as numbers or ``"0-5,7"``; None for all.
-        calibration_ids: (rows, length) token ids of text; None: the teacher makes its own.
-        calibration_tokens: how many of them are read; 0 for no calibration: only the norm's weights are looked at.
+        layers: which layers, as numbers or ``"0-5,7"``, or by a pattern of FFN paths, such as ``"text_model.*"``; None for all.
+            Several stacks are counted on; the experts of a layer have its number.
+        calibration_ids: (rows, length) token ids of text, or whatever the model's main input is, or a mapping of its arguments;
+            None: the teacher makes its own.
+        calibration_tokens: how many of them are read; 0: no calibration, and each unit is fitted on made-up inputs.
         copy: own copies of the parameters that teacher and student have in common, instead of sharing their memory.
         seed: of the teacher's own tokens.
         progress: show a bar.
@@ -86,49 +95,84 @@ def convert(
         the student, in the teacher's dtype, on its device, in eval mode; and a report.
 
     Raises:
-        InputError: the model is unsupported, converted already, quantised or not finite; a layer does not exist; or a
-            combination of settings is refused.
+        InputError: the model is unsupported, converted already, quantised or not finite; it has FFNs that its family's entry does
+            not describe, and all layers are asked for; a layer does not exist; or a combination of settings is refused.
     """
-    architecture = architecture_of(teacher)
-    paths = ffn_paths(teacher, architecture)
     if calibration_tokens == 0 and calibration_ids is not None:
         raise InputError("found calibration_tokens 0 with calibration text, expected one of them: leave one out")
-    per_layer = layer_settings(config, layers, len(paths))
-    base = teacher.base_model
-    stock = {paths[i]: base.get_submodule(paths[i]) for i in per_layer}
-    weights = {i: ffn_weights(stock[paths[i]], architecture, teacher.config, paths[i]) for i in per_layer}
-    resolved = {i: with_defaults(settings, weights[i].gate is not None) for i, settings in per_layer.items()}
+    chosen, settings = chosen_ffns(teacher, config, layers)
     for name, parameter in teacher.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise InputError(f"found NaN or infinite values in {name}, expected finite weights: repair the teacher")
+        if parameter.is_meta:
+            raise InputError(
+                f"found {name} offloaded, expected it in memory: load the teacher without device_map to convert it"
+            )
+    for name, parameter in teacher.named_parameters():
+        require_finite(name, parameter)
 
     was_training = teacher.training
     teacher.eval()
-    ffns: dict[str, KernelFFN] = {}
+    made: dict[str, KernelFFN] = {}
+    changed: list[tuple] = []
     try:
         ids = calibration_ids
         if ids is None and calibration_tokens:
             ids = own_text(teacher, calibration_tokens, seed)
-        ids = None if ids is None else ids[: max(1, calibration_tokens // ids.shape[1])]
-        report = conversion_report(architecture, ids, calibration_ids)
-        for i in with_progress(resolved, "converting", progress):
-            ffn, figures = convert_ffn(teacher, architecture, paths[i], weights[i], resolved[i], ids)
-            ffns[paths[i]] = ffn.to(next(teacher.parameters()).dtype)
-            report.layers[paths[i]] = figures
-            base.set_submodule(paths[i], ffns[paths[i]])  # later layers are calibrated on what the student feeds them
+        ids, report = calibration_of(teacher, ids, calibration_tokens, "own tokens" if calibration_ids is None else "text")
+        for _, block in groupby(with_progress(chosen, "converting", progress), lambda path: chosen[path].number):
+            here, undo = convert_block(teacher, [chosen[path] for path in block], settings, ids, report)
+            changed += undo
+            made.update(here)
     finally:
-        for path in ffns:
-            base.set_submodule(path, stock[path])
+        for owner, name, before in reversed(changed):
+            setattr(owner, name, before)
         teacher.train(was_training)
-    return _assemble(teacher, architecture, ffns, copy), report
+    student = student_from_entry(teacher, config_entry(teacher, {path: ffn.config for path, ffn in made.items()}), copy)
+    for path, ffn in made.items():
+        student.base_model.get_submodule(path).load_state_dict(ffn.state_dict(), assign=True)
+    return student.requires_grad_(True), report
 
 
-def conversion_report(architecture, ids, given) -> ConversionReport:
-    kind = "none" if ids is None else "own tokens" if given is None else "text"
-    return ConversionReport(architecture.model_type, kind, 0 if ids is None else ids.numel())
+def chosen_ffns(teacher, config, layers) -> tuple[dict[str, StockFFN], dict[str, KernelFFNConfig]]:
+    """The FFNs to convert, and the settings of each, by path in layer order; InputError as :func:`convert`."""
+    ffns = stock_ffns(teacher, architecture_of(teacher))
+    per_layer = _settings(config, layers, ffns)
+    if layers is None and not isinstance(config, Mapping):
+        refuse_undescribed(teacher, ffns)
+    chosen = {path: ffn for path, ffn in ffns.items() if ffn.number in per_layer}
+    return chosen, {
+        path: with_defaults(per_layer[ffn.number], stock_weights(teacher, ffn).gate is not None) for path, ffn in chosen.items()
+    }
 
 
-def layer_settings(config, layers, count) -> dict[int, KernelFFNConfig]:
+def calibration_of(teacher, ids: Inputs | None, tokens: int, source: str) -> tuple[Inputs | None, ConversionReport]:
+    """The first ``tokens`` of ``ids``, and a report that says so."""
+    if ids is None:
+        return None, ConversionReport(teacher.config.model_type, "none", 0)
+    ids = take(ids, slice(max(1, tokens // row_tokens(ids))))
+    return ids, ConversionReport(teacher.config.model_type, source, rows(ids) * row_tokens(ids))
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """InputError if ``tensor`` has NaN or infinite values."""
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"found NaN or infinite values in {name}, expected finite weights: repair the teacher")
+
+
+def convert_block(model, ffns: list[StockFFN], settings, ids, report) -> tuple[dict[str, KernelFFN], list[tuple]]:
+    """The readouts of one block's ``ffns`` by path, in the model's dtype and put in their place, where later blocks are calibrated on
+    what they write; their figures go into ``report``. And what :func:`install` changed."""
+    made: dict[str, KernelFFN] = {}
+    changed: list[tuple] = []
+    for stock in ffns:
+        ffn, report.layers[stock.path] = _convert_ffn(model, stock, settings[stock.path], ids)
+        made[stock.path] = ffn.to(next(model.parameters()).dtype)
+    for path, ffn in made.items():
+        changed += install(model.base_model, path, ffn)
+    return made, changed
+
+
+def _settings(config, layers, ffns) -> dict[int, KernelFFNConfig]:
+    count = len({ffn.number for ffn in ffns.values()})
     if isinstance(config, Mapping):
         if layers is not None:
             raise InputError("found both layers and one config per layer, expected one of them: leave layers out")
@@ -138,19 +182,29 @@ def layer_settings(config, layers, count) -> dict[int, KernelFFNConfig]:
     if layers is None:
         chosen = list(range(count))
     else:
-        chosen = parse_layers(layers if isinstance(layers, str) else ",".join(map(str, layers)), count)
+        chosen = choose_layers(layers if isinstance(layers, str) else ",".join(map(str, layers)), ffns)
     return dict.fromkeys(chosen, config)
 
 
-def _dropout(architecture: Architecture, teacher: PreTrainedModel) -> float:
-    return float(getattr(teacher.config, architecture.dropout)) if architecture.dropout else 0.0
+def layer_config(model, stock: StockFFN, settings, size: int, prototypes: int, reference: dict) -> LayerConfig:
+    """What config.json says of the readout that replaces ``stock``."""
+    return LayerConfig(
+        settings,
+        size,
+        prototypes,
+        reference,
+        dropout=float(attribute(model.config, stock.shape.dropout)) if stock.shape.dropout else 0.0,
+        hidden_dropout=float(attribute(model.config, stock.shape.hidden_dropout)) if stock.shape.hidden_dropout else 0.0,
+        number=stock.number,
+        absorbed=stock.absorbed,
+        experts=len(attribute(stock.host, stock.shape.down)) if stock.expert is not None else 0,
+    )
 
 
-def convert_ffn(model, architecture, path, weights, settings, ids) -> tuple[KernelFFN, dict]:
-    """One kernel readout, in float32, for the stock FFN at ``path``, and its figures; calibrated unless ``ids`` is None."""
-    dropout = _dropout(architecture, model)
-    norm = model.base_model.get_submodule(path.removesuffix(architecture.ffn) + architecture.ffn_norm)
-    sample = blind_sample(norm) if ids is None else fit_sample(model, path, ids)
+def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict]:
+    """One kernel readout, in float32, for the FFN ``stock``, and its figures; calibrated unless ``ids`` is None."""
+    weights = stock_weights(model, stock)
+    sample = blind_sample(stock.norm(model.base_model), weights.up) if ids is None else fit_sample(model, stock.path, ids)
     weights32 = weights._replace(**{k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)})
     start = prototypes(weights32, settings, sample)
     reference = dict(start.parameters)
@@ -159,7 +213,7 @@ def convert_ffn(model, architecture, path, weights, settings, ids) -> tuple[Kern
         reference["temperature"] = settings.temperature or 1.0
     if settings.simplex == "threshold":
         reference["threshold"] = 1.0  # found below
-    layer = LayerConfig(settings, start.rows.shape[1], len(start.rows), reference, dropout)
+    layer = layer_config(model, stock, settings, start.rows.shape[1], len(start.rows), reference)
     ffn = KernelFFN(layer).to(sample.device).eval().requires_grad_(False)
     ffn.input_prototypes.weight.copy_(start.rows)
     if ffn.kernel.uses_bias:
@@ -180,32 +234,25 @@ def convert_ffn(model, architecture, path, weights, settings, ids) -> tuple[Kern
         ffn.fit_threshold(sample)
         ffn.reference["threshold"] = math.exp(ffn.log_threshold().item())
         ffn.threshold_log_ratio.zero_()
-    figures = {}
+    figures: dict[str, float] = {}
     if ids is not None:
-        fitted, held = (ffn_inputs(model, path, rows) for rows in fitted_and_held(ids))
-        figures = calibrate(ffn, model.base_model.get_submodule(path), sample, fitted, held, settings.temperature)
-    ffn.config = LayerConfig(settings, layer.hidden_size, layer.prototypes, dict(ffn.reference), dropout)
+        fitted, held = (ffn_inputs(model, stock.path, rows) for rows in fitted_and_held(ids))
+        figures = calibrate(ffn, stock, sample, fitted, held, settings.temperature)
+    ffn.config = replace(layer, reference=dict(ffn.reference))
     parameters = sum(p.numel() for p in ffn.parameters())
     return ffn, {"prototypes": layer.prototypes, "parameters": parameters, "reference": dict(ffn.reference), **figures}
 
 
-def _assemble(teacher, architecture, ffns: dict[str, KernelFFN], copy: bool) -> PreTrainedModel:
-    """A student around the teacher's other parameters and the new FFNs."""
-    student = student_from_entry(teacher, config_entry(teacher, architecture, ffns), copy)
-    for path, ffn in ffns.items():
-        student.base_model.get_submodule(path).load_state_dict(ffn.state_dict(), assign=True)
-    return student.requires_grad_(True)
-
-
-def config_entry(teacher, architecture, ffns: dict[str, KernelFFN]) -> dict:
-    """What config.json says of a student with these FFNs."""
+def config_entry(teacher, layers: dict[str, LayerConfig]) -> dict:
+    """What config.json says of a student of ``teacher`` with these FFNs."""
+    architecture = architecture_of(teacher)
     return {
         "format": FORMAT,
         "package_version": __version__,
         "family": architecture.model_type,
         "teacher_class": type(teacher).__name__,
-        "activation": {architecture.activation: getattr(teacher.config, architecture.activation)},
-        "layers": {path: ffn.config.to_dict() for path, ffn in ffns.items()},
+        "activation": {name: attribute(teacher.config, name) for name in architecture.guards},
+        "layers": {path: layer.to_dict() for path, layer in layers.items()},
     }
 
 
@@ -218,7 +265,7 @@ def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False
         ffn = student.base_model.get_submodule(path).to(weight.dtype).to_empty(device=weight.device)
         for tensor in ffn.state_dict().values():
             tensor.zero_()
-    _share(teacher, student, _inside(student, entry), copy)
+    _share(teacher, student, inside(student, entry), copy)
     student.tie_weights()
     if teacher.can_generate():
         student.generation_config = copying.deepcopy(teacher.generation_config)
@@ -227,7 +274,7 @@ def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False
 
 def meta_student(teacher: PreTrainedModel, entry: dict) -> Any:
     """The same without any weights, on the meta device."""
-    student_class = _student_class(teacher, ARCHITECTURES[entry["family"]])
+    student_class = _student_class(teacher, entry["family"])
     settings = {
         k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "auto_map", "transformers_version")
     }
@@ -241,25 +288,27 @@ def meta_student(teacher: PreTrainedModel, entry: dict) -> Any:
 def share_equal(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Let ``student`` use the teacher's memory for every parameter outside its FFNs that is equal to the teacher's."""
     theirs = dict(teacher.named_parameters())
-    inside = _inside(student, student.config.kernel_ffn)
+    within = inside(student, student.config.kernel_ffn)
     for name, parameter in student.named_parameters():
         other = theirs.get(name)
-        if not name.startswith(inside) and other is not None and torch.equal(parameter, other):
+        if not name.startswith(within) and other is not None and torch.equal(parameter, other):
             parameter.data = other.data
 
 
-def _inside(student: PreTrainedModel, entry: dict) -> tuple[str, ...]:
+def inside(student: PreTrainedModel, entry: dict) -> tuple[str, ...]:
     """What the names of all parameters of converted FFNs start with."""
-    return tuple(f"{name_prefix(student)}{path}." for path in entry["layers"])
+    paths = [path for layer in entry["layers"] for path in (layer, *entry["layers"][layer].get("absorbed", ()))]
+    paths += [path.rpartition(".")[0] for path, layer in entry["layers"].items() if layer.get("experts")]
+    return tuple(f"{name_prefix(student)}{path}." for path in paths)
 
 
 def name_prefix(model: PreTrainedModel) -> str:
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
-def _student_class(teacher, architecture) -> Any:
+def _student_class(teacher, family: str) -> Any:
     name = f"Kernel{type(teacher).__name__}"
-    module = importlib.import_module(architecture.modeling)
+    module = task_classes(family, teacher)
     if not hasattr(module, name):
         heads = ", ".join(
             n.removeprefix("Kernel") for n in vars(module) if n.startswith("Kernel") and "Mixin" not in n and "Config" not in n
@@ -295,9 +344,9 @@ def restore(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedMod
         raise InputError(
             f"found a teacher of type {teacher.config.model_type!r}, expected {entry['family']!r}: give the student's own"
         )
-    inside = _inside(student, entry)
-    mine = {n: p.shape for n, p in student.named_parameters() if not n.startswith(inside)}
-    other = {n: p.shape for n, p in teacher.named_parameters() if not n.startswith(inside)}
+    within = inside(student, entry)
+    mine = {n: p.shape for n, p in student.named_parameters() if not n.startswith(within)}
+    other = {n: p.shape for n, p in teacher.named_parameters() if not n.startswith(within)}
     if mine != other:
         raise InputError(
             "found a teacher whose parameters differ in name or shape from the student's: give the student's own teacher"
@@ -305,7 +354,7 @@ def restore(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedMod
     with torch.device("meta"):
         stock = type(teacher)(teacher.config)
     _share(teacher, stock, (), copy=False)
-    _share(student, stock, inside, copy=False)
+    _share(student, stock, within, copy=False)
     stock.tie_weights()
     if teacher.can_generate():
         stock.generation_config = copying.deepcopy(student.generation_config)
@@ -324,7 +373,7 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             f"found a teacher of type {teacher.config.model_type!r}, expected a stock {entry['family']!r}: give the student's own"
         )
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        mine, other = getattr(student.config, name), getattr(teacher.config, name)
+        mine, other = getattr(student.config, name, None), getattr(teacher.config, name, None)
         if mine != other:
             raise InputError(
                 f"found {name} {mine} in the student and {other} in the teacher, expected equal: give the student's own teacher"
@@ -340,14 +389,16 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     """
     out = Path(out)
     require_empty(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        made = Path(scratch, "made")
-        made.mkdir()
-        yield made
-        if out.is_dir():
-            out.rmdir()
-        os.replace(made, out)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            made = Path(scratch, "made")
+            made.mkdir()
+            yield made
+            sync(made)
+            if out.is_dir():
+                out.rmdir()
+            os.replace(made, out)
 
 
 def require_empty(out: str | os.PathLike) -> None:
@@ -366,13 +417,14 @@ def save_converted(student: Any, source: str, out: Path, **reports: dict) -> Non
 
 
 def save_companions(source: str, out: Path, **reports: dict) -> None:
-    """Put the tokenizer at ``source`` and the reports into ``out``."""
+    """Put what belongs beside the weights and the config into ``out``: the tokenizer at ``source``, a model card, the reports."""
     if Path(source).is_dir():
         for file in Path(source).iterdir():
             if file.is_file() and file.name in TOKENIZER_FILES:
                 shutil.copyfile(file, out / file.name)
     else:
         load_tokenizer(source).save_pretrained(out)
+    write_text(out / "README.md", model_card(out, source))
     for name, report in reports.items():
         (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 

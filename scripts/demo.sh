@@ -15,8 +15,9 @@ expansion=4 && [ "$family" != gpt2 ] || expansion=3 # prototypes per hidden unit
 hf-kernel-ffn convert "$teacher" "$runs/converted" --expansion "$expansion"
 step "Before distillation, on text that neither model has read"
 hf-kernel-ffn evaluate "$runs/converted" --teacher "$teacher" --text "$text" --max-tokens 32768 --json "$runs/before.json"
-step "Distil by recipes/$family-faithful.yaml"
-hf-kernel-ffn distill "recipes/$family-faithful.yaml" student="$runs/converted" output_dir="$runs/distilled"
+step "Distil by recipes/$family-faithful.yaml, a quarter of its tokens"
+hf-kernel-ffn distill "recipes/$family-faithful.yaml" student="$runs/converted" output_dir="$runs/distilled" \
+    stages.0.tokens=150000 stages.1.tokens=100000
 step "After distillation"
 hf-kernel-ffn evaluate "$runs/distilled" --teacher "$teacher" --text "$text" --max-tokens 32768 --json "$runs/after.json"
 step "What each of them writes"

@@ -60,6 +60,7 @@ def rows(units: int, gated: bool, family: str) -> dict[str, Row]:
         f"half-yat, threshold {few}, write mass": Row("kernel", some(few), mass),
         f"half-yat, {2 * pieces} per unit, threshold {k}, write mass": Row("kernel", some(k, expansion=2.0 * pieces), mass),
         f"half-yat, data-scale, threshold {k}, write mass": Row("kernel", some(k, init="data-scale"), mass),
+        f"half-yat, firing means, threshold {k}, write mass": Row("kernel", some(k, init="firing-means"), mass),
         f"ReLU², threshold {k}, write mass": Row("kernel", some(k, kernel=relu2), mass),
         f"ReLU, threshold {k}, write mass": Row("kernel", some(k, kernel=relu), mass),
         "half-yat, entmax-1.5 with gate": Row("kernel", {"simplex": "entmax-1.5", "intensity": "gate"}),
@@ -178,6 +179,8 @@ def summary(report: dict) -> dict:
     for name in ("fvu", "write_mass_ratio", *(name for name in Readability.FIGURES if name != "write_mass")):
         for prefix, layers in (("", report["layers"]), ("teacher_", [layer["teacher"] for layer in report["layers"]])):
             kept[prefix + name] = sum(layer[name] for layer in layers) / len(layers)
+    own = [layer["active_prototypes_student_inputs"] for layer in report["layers"]]
+    kept["active_prototypes_student_inputs"] = sum(own) / len(own)
     kept["dead_prototypes"] = sum(layer["dead_prototypes"] for layer in report["layers"]) / len(report["layers"])
     return {**kept, "teacher_cross_entropy": report["teacher"]["cross_entropy"]}
 
@@ -200,15 +203,14 @@ def run(
     device: str = "cpu",
 ) -> None:
     """Run the rows that OUT does not hold yet."""
-    from hf_kernel_ffn.architectures import architecture_of, ffn_paths, ffn_weights
+    from hf_kernel_ffn.architectures import architecture_of, stock_ffns, stock_weights
     from hf_kernel_ffn.data import token_ids
+    from hf_kernel_ffn.files import write_text
     from hf_kernel_ffn.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.probes import load_questions, multiple_choice
 
     model, tokenizer = load_teacher(teacher, device=device), load_tokenizer(teacher)
-    architecture = architecture_of(model)
-    path = ffn_paths(model, architecture)[0]
-    weights = ffn_weights(model.base_model.get_submodule(path), architecture, model.config, path)
+    weights = stock_weights(model, next(iter(stock_ffns(model, architecture_of(model)).values())))
     ids = token_ids(tokenizer, [test], 256, test_tokens)
     questions = load_questions(cloze)[:QUESTIONS] if cloze else []
     teacher_cloze = multiple_choice(model, tokenizer, questions)["accuracy"] if questions else None
@@ -225,14 +227,17 @@ def run(
         recipe = make_recipe(teacher, row, train, tokens, seed)
         report = measure(name, row, model, tokenizer, recipe, ids, questions, students)
         report["teacher_cloze"] = teacher_cloze
-        file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(
+            file, json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        )  # whole or not at all: what is there is not run again
         typer.echo(
             "  " + "  ".join(f"{k} {report[k]:.4f}" for k in ("delta_cross_entropy", "kl", "top1_agreement", "coherence"))
         )
 
 
 COLUMNS = (
-    "row", "regime", "tokens", "parameters_per_layer", "prototypes", "active_prototypes", "dead_prototypes",
+    "row", "regime", "tokens", "parameters_per_layer", "prototypes", "active_prototypes",
+    "active_prototypes_student_inputs", "dead_prototypes",
     "delta_cross_entropy", "kl", "top1_agreement", "loss_recovered", "cloze", "fvu", "coherence", "orthogonal_coherence",
     "effective_prototypes", "opposed_share", "write_mass_ratio", "seed",
 )  # fmt: skip
@@ -252,41 +257,48 @@ def show(out: Annotated[Path, typer.Argument(help="folder of reports that run ha
     """Write table.csv, table.md and frontier.png into OUT; print the Markdown."""
     import csv
 
+    from hf_kernel_ffn.files import replacing, write_text
+
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
     if not found:
         sys.exit(f"error: found no reports in {out}, expected those of 'frontier.py run': run it first")
     found.sort(key=lambda row: (group(row), row["kl"]))
-    with (out / "table.csv").open("w", encoding="utf-8", newline="") as file:
+    with replacing(out / "table.csv") as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)
     table = markdown(found)
-    (out / "table.md").write_text(table, encoding="utf-8")
+    write_text(out / "table.md", table)
     typer.echo(table, nl=False)
     plot(found, out / "frontier.png")
 
 
 def markdown(found: list[dict]) -> str:
-    """The table; ``read`` is how many rows of the dictionary a token reads, of how many."""
+    """The table; ``read`` is how many rows of the dictionary a token reads, of how many, at the teacher's inputs (as all figures of
+    readability are), ``own`` the same when the student itself runs."""
     first = found[0]
     lines = [
-        "| # | | regime | parameters | tokens | ΔCE | KL | top-1 | cloze | read | dead | coherence | 1/√n_eff | opposed | mass |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| # | | regime | parameters | tokens | ΔCE | KL | top-1 | cloze | read | own | dead | coherence | 1/√n_eff | opposed | mass |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         f"| | *the teacher, untouched* | linear | | | 0 | 0 | 100% | {_share(first['teacher_cloze'])} "
-        f"| {first['teacher_active_prototypes']:.0f} | | {first['teacher_coherence']:.3f} "
+        f"| {first['teacher_active_prototypes']:.0f} | | | {first['teacher_coherence']:.3f} "
         f"| {first['teacher_orthogonal_coherence']:.3f} | {first['teacher_opposed_share']:.3f} | 1 |",
     ]
     for number, row in enumerate(found, 1):
         if number == 1 or group(row) != group(found[number - 2]):
-            lines.append(f"| | *{GROUPS[group(row)]}* {'| ' * 13}|")
+            lines.append(f"| | *{GROUPS[group(row)]}* {'| ' * 14}|")
         lines.append(
             f"| {number} | {row['row']} | {row['regime']} | {row['parameters_per_layer'] / 1000:.0f}k "
             f"| {row['tokens'] / 1e6:.1f}M | {row['delta_cross_entropy']:.4f} | {row['kl']:.4f} | {row['top1_agreement']:.1%} "
             f"| {_share(row.get('cloze'))} | {row['active_prototypes']:.1f} of {row['prototypes']} "
-            f"| {row['dead_prototypes']:.0f} | {row['coherence']:.3f} | {row['orthogonal_coherence']:.3f} "
+            f"| {_number(row.get('active_prototypes_student_inputs'))} | {row['dead_prototypes']:.0f} | {row['coherence']:.3f} | {row['orthogonal_coherence']:.3f} "
             f"| {row['opposed_share']:.3f} | {row['write_mass_ratio']:.2f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
 
 
 def _share(value: float | None) -> str:

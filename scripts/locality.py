@@ -21,6 +21,10 @@ SETTINGS = {
     "yat, data-scale": {"kernel": "yat", "init": "data-scale"},
     "imq, data-scale": {"kernel": "imq"},
     "gaussian, data-scale": {"kernel": "gaussian"},
+    "half-yat, firing means": {"init": "firing-means"},
+    "yat, firing means": {"kernel": "yat", "init": "firing-means"},
+    "imq, firing means": {"kernel": "imq", "init": "firing-means"},
+    "gaussian, firing means": {"kernel": "gaussian", "init": "firing-means"},
 }
 
 
@@ -35,6 +39,7 @@ def main(
     """Write the figures of every setting into OUT, and print the table."""
     from hf_kernel_ffn import KernelFFNConfig, convert
     from hf_kernel_ffn.data import token_ids
+    from hf_kernel_ffn.files import write_text
     from hf_kernel_ffn.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.locality import locality_report
 
@@ -47,8 +52,8 @@ def main(
         reports[name] = locality_report(student, model, text, seed)
         typer.echo(name)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "locality.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(markdown(reports), encoding="utf-8")
+    write_text(out / "locality.json", json.dumps(reports, indent=1) + "\n")
+    write_text(out / "table.md", markdown(reports))
     typer.echo(markdown(reports), nl=False)
 
 

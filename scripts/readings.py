@@ -46,7 +46,7 @@ def main(
     from hf_kernel_ffn.reading.support import scrambled, separations
 
     tokenizer, stock, converted = load_tokenizer(teacher), load_teacher(teacher), load_student(student)
-    ordinary = token_ids(tokenizer, [train], 256, 65_536, spread=True)
+    ordinary = token_ids(tokenizer, [train], 256, 32_768, spread=True)
     ids = token_ids(tokenizer, [test], 256, 16_384)
     other = torch.tensor(tokenizer(code.read_text(encoding="utf-8"))["input_ids"])
     other = other[: len(other) // 256 * 256].view(-1, 256)
@@ -65,7 +65,7 @@ def main(
             "coherence": fmean(layer["coherence"] for layer in layers),
             "purity of the 100 most used": fmean(u.purity()[u.most_used(MOST_USED)].nanmean().item() for u in used.values()),
             **gaps(model, tokenizer, ids, seed),
-            **edits(model, tokenizer, goals, used, ordinary[:64], ids[32:40], name == "student"),
+            **edits(model, tokenizer, goals, used, ordinary[:12], ids[32:40], name == "student"),
         }
         if name != "teacher":
             entry |= {k: reports[name][k] for k in ("delta_cross_entropy", "kl")}

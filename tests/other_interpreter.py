@@ -45,7 +45,8 @@ def main(jobs_file, results_file):
                 model.save_pretrained(job["resave"])
                 model = load(job["resave"], job["auto"])
             with torch.no_grad():
-                results[job["name"]] = model(ids)[0].contiguous()
+                output = model(**load_file(job["inputs"])) if job.get("inputs") else model(ids)
+                results[job["name"]] = output[0].contiguous()
         except Exception as error:
             errors[job["name"]] = f"{type(error).__name__}: {error}"
     assert not [name for name in sys.modules if name.startswith("hf_kernel_ffn")]

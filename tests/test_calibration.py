@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from hf_kernel_ffn import KernelFFNConfig, calibration, convert, surgery
+from hf_kernel_ffn.architectures import architecture_of, ffn_paths
 from hf_kernel_ffn.calibration import Moments, ffn_inputs, fit_sample, fitted_and_held
 
 LOUD_AND_WRONG = KernelFFNConfig(kernel="imq", simplex="top-k", top_k=1, intensity="none")
@@ -30,7 +31,7 @@ def unexplained(ffn, teacher, inputs):
 
 
 def test_inputs_are_those_of_a_full_forward_pass_and_nothing_beyond_is_computed(teacher, text):
-    path, other = surgery.ffn_paths(teacher, surgery.architecture_of(teacher))[1:]
+    path, other = ffn_paths(teacher, architecture_of(teacher))[1:]
     expected, beyond = [], []
     ffn = teacher.base_model.get_submodule(path)
     hook = ffn.register_forward_pre_hook(lambda module, args: expected.append(args[0].flatten(0, -2)))

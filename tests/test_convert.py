@@ -216,11 +216,9 @@ def test_a_quantised_model_is_refused_whatever_its_tensors_say(llama, run):
 
 
 def test_unsupported_models_are_told_what_is_supported(run):
-    config = transformers.OPTConfig(
-        vocab_size=300, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    with pytest.raises(InputError, match="'opt'.*llama, mistral, gpt2.*register_architecture"):
-        run(transformers.OPTForCausalLM(config))
+    config = transformers.CodeGenConfig(vocab_size=300, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    with pytest.raises(InputError, match="'codegen'.*llama, mistral, gpt2.*register_architecture"):
+        run(transformers.CodeGenForCausalLM(config))
 
 
 def test_an_unsupported_head_is_told_what_is_supported(gpt2, run):
@@ -269,7 +267,7 @@ def test_calibration_on_text_beats_the_mean_and_its_start(teacher, ids):
         assert figures["fvu"] < min(1, figures["fvu_start"] + 1e-9)
 
 
-@pytest.mark.parametrize("init", ["single", "polarised", "data-scale"])
+@pytest.mark.parametrize("init", ["single", "polarised", "data-scale", "firing-means"])
 def test_rows_come_from_the_rows_of_w_in(llama, run, ids, init):
     student, _ = run(llama, KernelFFNConfig(init=init), layers="1")
     [ffn] = ffns(student)

@@ -93,8 +93,11 @@ def test_the_report_has_every_key(case):
     assert set(report["teacher"]) == set(report["student"]) == {"cross_entropy"}
     assert [layer["path"] for layer in report["layers"]] == list(student.kernel_ffns())
     for layer in report["layers"]:
-        assert set(layer) == LAYER | {"path", "teacher"}
+        assert set(layer) == LAYER | {"path", "teacher", "active_prototypes_student_inputs"}
         assert set(layer["teacher"]) == LAYER
+        settings = student.kernel_ffns()[layer["path"]].config.settings
+        if settings.top_k:
+            assert layer["active_prototypes_student_inputs"] == settings.top_k
         for figures in (layer, layer["teacher"]):
             assert all(math.isfinite(figures[name]) for name in LAYER)
             assert all(0 <= figures[name] <= 1 for name in ("coherence", "opposed_share", "orthogonal_coherence"))

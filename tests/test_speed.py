@@ -1,5 +1,7 @@
 """What makes readouts fast computes what the plain form computes."""
 
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -60,7 +62,7 @@ def test_gradients_of_the_one_pass_and_of_its_gradients(settings):
         *ffn.input_prototypes.parameters(),
         ffn.output_prototypes.weight,
         ffn.positive("epsilon"),
-        ffn.positive("scale"),
+        ffn.log_positive("scale"),
         *up,
     ]
     tensors = [t.detach().clone().requires_grad_() for t in tensors]
@@ -160,26 +162,67 @@ def test_the_layout_for_decoding_changes_nothing_else(tmp_path):
     assert weight.grad.abs().sum() > 0
 
 
-def test_one_token_sees_rows_changed_behind_its_back(monkeypatch):
-    monkeypatch.setattr(readout, "CACHED", 2 * D)  # several pieces
+def assign(ffn):
+    ffn.load_state_dict({name: 2 * tensor for name, tensor in ffn.state_dict().items()}, assign=True)
+
+
+def one_row(ffn):
+    ffn.input_prototypes.weight.data[3] *= 3
+
+
+def merge_an_adapter(ffn):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(ffn, peft.LoraConfig(target_modules=["input_prototypes"], init_lora_weights=False))
+    adapted.merge_and_unload()
+
+
+CHANGES = {
+    "nothing": lambda ffn: None,
+    "in place": lambda ffn: ffn.input_prototypes.weight.mul_(1.5),
+    "through data": lambda ffn: ffn.input_prototypes.weight.data.mul_(1.5),
+    "one row through data": one_row,
+    "loaded": lambda ffn: ffn.load_state_dict({name: 2 * tensor for name, tensor in ffn.state_dict().items()}),
+    "assigned": assign,
+    "a merged adapter": merge_an_adapter,
+    "another layout": lambda ffn: setattr(
+        ffn.input_prototypes.weight, "data", ffn.input_prototypes.weight.T.contiguous().T * 2
+    ),
+    "a step": lambda ffn: torch.optim.SGD([p for p in ffn.parameters() if p.grad is not None], 0.1).step(),
+}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_token_sees_every_change_of_the_rows(change, keep):
     ffn, x = make_layer(kernel="gaussian", simplex="softmax", intensity="mass"), inputs(1)
+    ffn.keep_norms = keep
+    plainly(ffn, inputs()).sum().backward()
     with torch.no_grad():
-        ffn(x)
-        ffn.input_prototypes.weight.data.mul_(1.5)  # as peft merges an adapter: no version counter moves
-        one, many = ffn(x), ffn(torch.cat([x, x]))[:1]
-    torch.testing.assert_close(one, many)
+        for _ in range(2):
+            torch.testing.assert_close(ffn(x), ffn(torch.cat([x, x]))[:1])
+            CHANGES[change](ffn)
+        torch.testing.assert_close(ffn(x), ffn(torch.cat([x, x]))[:1])
 
 
-def test_norms_kept_on_request_follow_the_version_of_the_weight():
+def test_kept_norms_are_kept_and_not_copied():
     ffn, x = make_layer(kernel="gaussian", simplex="softmax", intensity="mass"), inputs(1)
     ffn.keep_norms = True
     with torch.no_grad():
-        for factor in (1.0, 1.5, 0.5):
-            ffn.input_prototypes.weight.mul_(factor)
-            for _ in range(2):
-                torch.testing.assert_close(ffn(x), ffn(torch.cat([x, x]))[:1])
-        ffn.load_state_dict(make_layer(kernel="gaussian", simplex="softmax", intensity="mass").state_dict(), assign=True)
-        torch.testing.assert_close(ffn(x), ffn(torch.cat([x, x]))[:1])
+        ffn(x)
+        squares = ffn._norms[-1]
+        ffn(x)
+        assert ffn._norms[-1] is squares
+        copy = deepcopy(ffn)
+        assert copy._norms is None and copy.keep_norms
+        torch.testing.assert_close(copy(x), ffn(x))
+
+
+def test_hidden_dropout_is_not_passed_over():
+    ffn, x = make_layer(kernel="half-yat", simplex="softmax", intensity="mass"), inputs()
+    ffn.config = replace(ffn.config, hidden_dropout=1.0)
+    assert ffn._has_one_pass(x) is False
+    torch.testing.assert_close(ffn(x), ffn.output_prototypes.bias.expand_as(x))
+    assert ffn.eval()._has_one_pass(x)
 
 
 @pytest.mark.parametrize("settings", [dict(simplex="softmax", values="gated"), dict(simplex="top-k")], ids=str)

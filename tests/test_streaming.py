@@ -1,41 +1,188 @@
 """A streamed conversion writes what one in memory writes, byte for byte, and holds little."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_families import tiny
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
-from hf_kernel_ffn.loading import load_teacher
+from hf_kernel_ffn.loading import load_student, load_teacher
 from hf_kernel_ffn.streaming import convert_streamed
-from hf_kernel_ffn.surgery import save_converted
+from hf_kernel_ffn.surgery import new_folder, save_converted
+from hf_kernel_ffn.task_classes import stock_heads
+from hf_kernel_ffn.verification import verify
 
-IDS = torch.randint(3, 4096, (12, 32), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(3, 300, (12, 32), generator=torch.Generator().manual_seed(0))
+FAMILIES = {
+    "llama": "AutoModelForCausalLM", "gpt2": "AutoModelForCausalLM", "phi3": "AutoModelForCausalLM", "gemma2": "AutoModelForCausalLM",
+    "gemma3_text": "AutoModelForCausalLM", "bloom": "AutoModelForCausalLM", "bert": "AutoModelForMaskedLM",
+    "modernbert": "AutoModelForSequenceClassification", "mixtral": "AutoModelForCausalLM", "qwen3_moe": "AutoModelForCausalLM",
+    "olmoe": "AutoModel",
+}  # fmt: skip
+"""Plain, gated, fused, split and expert FFNs; heads that generate, classify, or none."""
 
 
 def folder_bytes(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
-@pytest.mark.parametrize(
-    "settings, layers",
-    [({}, None), ({"simplex": "threshold", "top_k": 5, "intensity": "gate"}, "0,2"), ({"simplex": "entmax-1.5"}, "1")],
-    ids=["all", "0,2", "1"],
-)
-@pytest.mark.parametrize("calibrated", [True, False])
-def test_the_same_bytes_as_in_memory(teacher_folder, family, settings, layers, calibrated, tmp_path):
-    source, config = str(teacher_folder(family)), KernelFFNConfig(**settings)
-    options = dict(calibration_ids=IDS, calibration_tokens=384) if calibrated else dict(calibration_tokens=0)
-    student, report = convert(load_teacher(source), config, layers, **options)
-    save_converted(student, source, tmp_path / "whole", conversion=report.to_dict())
-    (tmp_path / "streamed").mkdir()
-    convert_streamed(source, tmp_path / "streamed", config, layers, **options)
-    found, expected = folder_bytes(tmp_path / "streamed"), folder_bytes(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory, tokenizer):
+    """The folder of a tiny random model of a family, saved with the given arguments."""
+
+    def save(family, auto=None, **options):
+        folder = tmp_path_factory.mktemp("stored") / family
+        model = tiny(family, auto or FAMILIES[family])
+        model.to(options.pop("dtype", torch.float32)).save_pretrained(folder, **options)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def both(source, folder, config=None, layers=None, dtype="float32", **options):
+    """Files of the conversion in memory and of the streamed one, by name."""
+    config = config or KernelFFNConfig()
+    student, report = convert(load_teacher(str(source), dtype), config, layers, **options)
+    with new_folder(folder / "whole") as made:
+        save_converted(student, str(source), made, conversion=report.to_dict())
+    convert_streamed(str(source), folder / "streamed", config, layers, dtype=dtype, **options)
+    return folder_bytes(folder / "whole"), folder_bytes(folder / "streamed")
+
+
+def check_equal(expected, found):
     assert found.keys() == expected.keys()
     for name, content in expected.items():
         assert found[name] == content, name
 
 
-def test_what_cannot_be_streamed_is_said(teacher_folder, tmp_path):
-    source = str(teacher_folder("llama"))
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "settings, layers, calibrated",
+    [
+        ({}, None, True),
+        ({}, None, False),
+        ({"simplex": "threshold", "top_k": 5, "intensity": "gate"}, "0", True),
+        ({"simplex": "entmax-1.5"}, "1", True),
+    ],
+    ids=["all", "all, not calibrated", "0", "1"],
+)
+def test_the_same_bytes_as_in_memory(stored, family, settings, layers, calibrated, tmp_path):
+    source = stored(family)
+    options = dict(calibration_ids=IDS, calibration_tokens=384) if calibrated else dict(calibration_tokens=0)
+    expected, found = both(source, tmp_path, KernelFFNConfig(**settings), layers, **options)
+    check_equal(expected, found)
+    assert all(finding.good for finding in verify(tmp_path / "streamed"))
+    assert {"checksums.json", "README.md", "tokenizer.json", "conversion.json", f"modeling_kernel_{family}.py"} <= found.keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shards_and_half_precision(stored, family, dtype, tmp_path):
+    source = stored(family, max_shard_size="40KB", dtype=torch.bfloat16 if dtype == "float32" else torch.float32)
+    assert len(list(source.glob("*.safetensors"))) > 2
+    check_equal(*both(source, tmp_path, dtype=dtype, calibration_ids=IDS, calibration_tokens=384))
+    assert load_student(str(tmp_path / "streamed")) is not None
+
+
+def test_experts_in_the_names_that_they_have_on_the_hub(stored):
+    names = load_file(stored("mixtral") / "model.safetensors")
+    assert any(".block_sparse_moe.experts.0.w1." in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "family, auto", [("bart", "AutoModelForSeq2SeqLM"), ("vit", "AutoModel"), ("albert", "AutoModel"), ("clip", "AutoModel")]
+)
+def test_models_that_are_not_one_stack_of_blocks_are_refused(stored, family, auto, tmp_path):
+    assert auto in stock_heads(family)
+    with pytest.raises(InputError, match="found a .*, expected one stack of blocks"):
+        convert_streamed(str(stored(family, auto)), tmp_path / "out", calibration_tokens=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_is_needed(stored, tmp_path):
     with pytest.raises(InputError, match="calibration text, or 0"):
-        convert_streamed(source, tmp_path)
+        convert_streamed(str(stored("llama")), tmp_path / "out")
+
+
+def rewritten(folder, change):
+    """The weights of ``folder``, changed."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+LAST = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t: t.pop(LAST), "no whole tensor 'model.layers.1.mlp.down_proj.weight'"),
+        (lambda t: t.update({LAST: t[LAST][:5].clone()}), "misshapen tensor"),
+        (lambda t: t[LAST].fill_(torch.nan), "NaN or infinite values in model.layers.1.mlp.down_proj.weight"),
+        (lambda t: t["model.embed_tokens.weight"].fill_(torch.inf), "NaN or infinite values in model.embed_tokens.weight"),
+        (lambda t: t.update({LAST: t[LAST].to(torch.int8)}), "of dtype I8"),
+    ],
+    ids=["missing", "misshapen", "NaN", "infinite", "int8"],
+)
+def test_damaged_tensors_are_named_and_nothing_is_left(stored, change, said, tmp_path):
+    source = stored("llama")
+    rewritten(source, change)
+    with pytest.raises(InputError, match=said) as caught:
+        convert_streamed(str(source), tmp_path / "out", calibration_tokens=0)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_truncated_files_are_refused(stored, tmp_path):
+    source = stored("llama")
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="damaged"):
+        convert_streamed(str(source), tmp_path / "out", calibration_tokens=0)
+    file.unlink()
+    with pytest.raises(InputError, match="no model.safetensors"):
+        convert_streamed(str(source), tmp_path / "out", calibration_tokens=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_something_is_left_alone(stored, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        convert_streamed(str(stored("llama")), tmp_path / "out", calibration_tokens=0)
+    assert (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+def test_stopped_half_way_nothing_is_left(stored, tmp_path, monkeypatch):
+    from hf_kernel_ffn import streaming
+
+    whole = streaming.convert_block
+
+    def stop(model, ffns, *args):
+        if ffns[0].number == 1:
+            assert not (tmp_path / "out").exists()
+            raise KeyboardInterrupt
+        return whole(model, ffns, *args)
+
+    monkeypatch.setattr(streaming, "convert_block", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert_streamed(str(stored("llama")), tmp_path / "out", calibration_tokens=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_index_of_a_sharded_output_names_every_tensor(stored, tmp_path, monkeypatch):
+    from hf_kernel_ffn import tensor_files
+
+    plan = tensor_files.split_state_dict_into_shards_factory
+    monkeypatch.setattr(
+        tensor_files, "split_state_dict_into_shards_factory", lambda *a, **k: plan(*a, **{**k, "max_shard_size": 20_000})
+    )
+    convert_streamed(str(stored("llama")), tmp_path / "out", calibration_tokens=0)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2 and not (tmp_path / "out" / "model.safetensors").exists()
+    assert all(finding.good for finding in verify(tmp_path / "out"))
+    assert load_student(str(tmp_path / "out")) is not None

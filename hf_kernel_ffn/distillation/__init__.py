@@ -2,5 +2,6 @@
 
 from .loop import distill
 from .recipe import Recipe, load_recipe
+from .stopping import Terminated
 
-__all__ = ["Recipe", "distill", "load_recipe"]
+__all__ = ["Recipe", "Terminated", "distill", "load_recipe"]

@@ -15,10 +15,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data import token_ids
 from ..errors import InputError
+from ..files import sync, writing
 from ..loading import check_vocabularies, load_student, load_teacher, load_tokenizer
 from ..surgery import check_pair, convert, require_empty, save_converted, share_equal, student_from_entry
 from .recipe import Recipe
-from .state import FOLDER, find_state, load_facts, load_rng, load_trained
+from .sharding import unsharded
+from .state import REMAINS, find_state, load_facts, load_rng, load_trained, remove_remains, remove_state
+from .stopping import Stop, on_sigterm
 from .training import Run, make_accelerator
 
 
@@ -32,15 +35,24 @@ def distill(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> P
 
     Raises:
         InputError: paths, text, models or the state to resume from are not what the recipe says.
-        FloatingPointError: the loss became NaN or infinite; the stage and step are named.
+        FloatingPointError: the loss became NaN or infinite; the stage, the step, the layer and the last state are named.
+        Terminated: the process got SIGTERM, and the state is saved.
     """
+    with on_sigterm() as stop:
+        return _distill(recipe, resume, progress, stop)
+
+
+def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
     out = Path(recipe.output_dir)
     state = find_state(out)
     if resume and state is None:
-        raise InputError(f"found no state to resume from in {out}: start without --resume")
+        hint = "it is finished" if (out / "config.json").exists() else "start without --resume"
+        raise InputError(f"found no state to resume from in {out}: {hint}")
     if not resume:
         if state is not None:
             raise InputError(f"found an interrupted distillation in {out}: go on by --resume, or remove the folder")
+        if out.is_dir() and all(path.name in REMAINS for path in out.iterdir()):  # killed before the first state was whole
+            remove_remains(out)
         require_empty(out)
     recorded = json.loads(recipe.model_dump_json())
     if state is not None:
@@ -64,17 +76,21 @@ def distill(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> P
         for module in student.modules():  # blocks recompute only in training mode; their dropout stays off
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
-    run = Run(recipe, accelerator, tokenizer, teacher, student, trainee, progress)
+    run = Run(recipe, accelerator, tokenizer, teacher, student, trainee, progress, stop)
     if state is not None:
         load_trained(state, run.kept)
         load_rng(state)
     if recipe.trackers:
         accelerator.init_trackers("hf_kernel_ffn", config={"recipe": json.dumps(recorded)})
     facts = {"recipe": recorded, "kernel_ffn": student.config.kernel_ffn}
+    stop.between_steps = True
     run.stages(facts, state)
+    stop.between_steps = False
+    if run.sharded:
+        student = trainee = unsharded(student, teacher)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish(out, trainee, student, recipe)
+        _finish(out, trainee, student, recipe, run.skipped)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it ends the process group
     return out
@@ -134,7 +150,7 @@ def _same_recipe(before: dict, now: dict) -> None:
             )
 
 
-def _finish(out: Path, trainee: Any, student: Any, recipe: Recipe) -> None:
+def _finish(out: Path, trainee: Any, student: Any, recipe: Recipe, skipped: int) -> None:
     """Write the student beside, then move it into ``out``, config.json last; remove the state to resume from."""
     if recipe.lora:
         student = trainee.merge_and_unload()
@@ -142,10 +158,13 @@ def _finish(out: Path, trainee: Any, student: Any, recipe: Recipe) -> None:
         student.gradient_checkpointing_disable()
     made = out / "finished.new"
     shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
-    save_converted(student, recipe.teacher, made, recipe=json.loads(recipe.model_dump_json()))
-    for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, out / file.name)
-    made.rmdir()
-    for suffix in ("", ".new", ".old"):
-        shutil.rmtree(out / f"{FOLDER}{suffix}", ignore_errors=True)
+    with writing(f"the finished student in {out}"):
+        made.mkdir(parents=True)
+        save_converted(
+            student, recipe.teacher, made, recipe=json.loads(recipe.model_dump_json()), distillation={"skipped_steps": skipped}
+        )
+        sync(made)
+        for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, out / file.name)
+        sync(out)
+    remove_state(out)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..architectures import stock_ffn
+from ..hooks import recorded_ffns
+from ..inputs import Inputs, arguments
 from .recipe import Stage
 
 Backward = Callable[[Tensor], None]
@@ -24,7 +28,7 @@ def layer_wise(
     teacher: PreTrainedModel,
     student: nn.Module,
     ffns: dict[str, nn.Module],
-    ids: Tensor,
+    ids: Inputs,
     backward: Backward,
     price: Price = _free,
 ) -> Tensor:
@@ -36,24 +40,19 @@ def layer_wise(
     """
     losses: list[Tensor] = []
 
-    def regress(path: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            with torch.enable_grad():
-                target = output.detach().float()
-                error = (ffns[path](args[0].detach()).float() - target).square().mean()
-                loss = error / target.var(dim=tuple(range(target.ndim - 1)), correction=0).mean().clamp_min(1e-12)
-                backward(loss + price(path))
-            losses.append(loss.detach())
+    def regress(path: str, x: Tensor, output: Tensor) -> None:
+        with torch.enable_grad():
+            device = next(ffns[path].parameters()).device  # the teacher may be on another one
+            target = at_least_float32(output.detach()).to(device)
+            error = (at_least_float32(ffns[path](x.detach().to(device))) - target).square().mean()
+            apart = target - mean_over_processes(target.flatten(0, -2).mean(0))
+            loss = error / mean_over_processes(apart.square().mean()).clamp_min(1e-12)
+            backward(loss + price(path))
+        losses.append(loss.detach())
 
-        return hook
-
-    hooks = [teacher.base_model.get_submodule(path).register_forward_hook(regress(path)) for path in ffns]
-    try:
-        with torch.no_grad():
-            teacher.base_model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    base = teacher.base_model
+    with recorded_ffns(base, {path: stock_ffn(teacher, path) for path in ffns}, regress), torch.no_grad():
+        base(**arguments(base, ids))
     return torch.stack(losses).mean()
 
 
@@ -73,8 +72,10 @@ def logits(
         the loss, detached.
     """
     with torch.no_grad():
-        wanted = (teacher(input_ids=ids, use_cache=False).logits.float() / stage.temperature).log_softmax(-1)
-    output = student(input_ids=ids, use_cache=False).logits.float()
+        wanted = at_least_float32(teacher(**arguments(teacher, ids)).logits) / stage.temperature
+    read = arguments(teacher, ids, next(student.parameters()).device)  # the teacher may be on another one
+    output = at_least_float32(student(**read).logits)
+    wanted = wanted.to(output.device).log_softmax(-1)
     predicted = (output / stage.temperature).log_softmax(-1)
     loss = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1).mean() * stage.temperature**2
     loss = loss * stage.kl
@@ -82,6 +83,20 @@ def logits(
         loss = loss + stage.cross_entropy * nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     backward(loss + sum(price(path) for path in ffns) / len(ffns))
     return loss.detach()
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """``tensor`` averaged over all processes, which have as many tokens each; no gradient runs through it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32, or as it is in float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 OBJECTIVES = {"layer-wise": layer_wise, "logits": logits}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .recipe import Stage
+from .sharding import whole
 
 MUON_STEP = 0.2
 """Root mean square of Muon's update at learning rate 1 when it is matched to AdamW's (torch.optim.Muon)."""
@@ -45,11 +46,15 @@ def _groups(model: nn.Module, parameters: list[nn.Parameter], stage: Stage) -> l
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in wanted:
                 continue
-            scale = parameter.detach().square().mean().sqrt().item()
+            scale = _size(parameter)
             if leaf == "bias" and weight is not None:  # added to weight @ x, with x of order one per feature
-                scale = max(scale, weight.detach().square().mean().sqrt().item() * weight.shape[1] ** 0.5)
+                scale = max(scale, _size(weight) * weight.shape[1] ** 0.5)
             if ".log_ratio" in name or scale == 0:
                 scale = 1.0 if parameter.numel() == 1 else parameter.shape[-1] ** -0.5
             decay = stage.weight_decay if parameter.ndim == 2 else 0.0
             groups.append({"params": [parameter], "peak": stage.learning_rate * scale, "weight_decay": decay})
     return groups
+
+
+def _size(parameter: torch.Tensor) -> float:
+    return whole(parameter.detach()).square().mean().sqrt().item()

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..configuration import KernelFFNConfig
 from ..errors import InputError
 
+YAML_LIMIT = 200_000
+"""Characters of a recipe, and ten times the values in it."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -110,6 +113,11 @@ class Recipe(_Section):
     """Tokens of the training text that the conversion reads."""
     save_every_tokens: int = Field(500_000, ge=1)
     """How often the state to resume from is written."""
+    shard: bool = False
+    """Cut the student's FFNs, their gradients and optimiser state over the processes (FSDP2); otherwise each holds all of them."""
+    skip_steps: int = Field(0, ge=0)
+    """Steps with a loss or a gradient that is not finite to leave out, in all; the next one stops the run. distillation.json in
+    output_dir says how many there were."""
     trackers: list[str] = Field(default_factory=list)
     """accelerate's trackers: tensorboard, wandb, …"""
     gradient_checkpointing: bool = False
@@ -129,6 +137,14 @@ class Recipe(_Section):
         if not all(type(number) is int for number in numbers):
             raise ValueError(f"found layers {layers!r}, expected numbers and ranges such as 0-5,7")
         return {**settings, "layers": numbers}
+
+    @model_validator(mode="after")
+    def _sharding_goes_with(self) -> Recipe:
+        if self.shard and self.lora is not None:
+            raise ValueError("shard with lora: only the FFNs can be sharded; leave one out")
+        if self.shard and any(stage.revive_after for stage in self.stages):
+            raise ValueError("shard with revive_after: prototypes are revived in whole FFNs only; leave one out")
+        return self
 
     def kernel_settings(self) -> KernelFFNConfig:
         """``kernel_ffn`` without ``layers``; a kernel given as FILE.py:NAME is registered.
@@ -151,8 +167,8 @@ def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
         InputError: the file or an override cannot be read, or a key or type is wrong; it is named.
     """
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # PyYAML lets a ValueError through for a date that is none
+        content = _yaml(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:  # PyYAML lets others than its own through
         raise InputError(f"found {file} unreadable as YAML ({' '.join(str(error).split())}), expected a recipe") from error
     if not isinstance(content, dict):
         raise InputError(f"found {type(content).__name__} in {file}, expected a mapping of recipe keys")
@@ -167,9 +183,26 @@ def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
         message = first["msg"].removeprefix("Value error, ")
         given = f", found {first['input']!r}" if first["type"] not in ("missing", "value_error") else ""
         raise InputError(f"{file}: {where}: {message}{given}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{file}: kernel_ffn: {error}") from error
     return recipe
+
+
+def _yaml(text: str) -> Any:
+    """What ``text`` says; ValueError if it is too much for a recipe, as a few lines of aliases to aliases can be."""
+    if len(text) > YAML_LIMIT:
+        raise ValueError(f"{len(text):,} characters, expected at most {YAML_LIMIT:,}")
+    waiting, count = [yaml.compose(text, Loader=yaml.SafeLoader)], 0
+    while waiting:
+        count += 1
+        if count > YAML_LIMIT // 10:
+            raise ValueError("aliases that stand for too many values")
+        node = waiting.pop()
+        if isinstance(node, yaml.MappingNode):
+            waiting += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+    return yaml.safe_load(text)
 
 
 def _apply(content: dict, override: str) -> None:
@@ -178,8 +211,8 @@ def _apply(content: dict, override: str) -> None:
     if not equals or not all(keys):
         raise InputError(f"found {override!r}, expected dotted.key=value")
     try:
-        parsed = yaml.safe_load(value)
-    except (ValueError, yaml.YAMLError) as error:
+        parsed = _yaml(value)
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"found {value!r} for {dotted}, expected a YAML value") from error
     target: Any = content
     for depth, key in enumerate(keys):

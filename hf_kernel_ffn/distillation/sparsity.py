@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..readout import KernelFFN
+from .objectives import at_least_float32, mean_over_processes
 from .recipe import Stage
 
 SEEN = 256
@@ -81,10 +82,11 @@ class Watch:
         FFN at ``path`` has just seen: the reciprocal of its coherence, but for the mean write. 0 where nothing is asked."""
         if not self.stage.write_mass:
             return 0.0
-        coefficients, output = self.coefficients.pop(path), self.outputs.pop(path).float().flatten(0, -2)
-        length = self.ffns[path].output_prototypes.weight.float().norm(dim=0)
-        mass = (coefficients.flatten(0, -2).float().abs() @ length).mean()
-        return self.stage.write_mass * mass / (output - output.mean(0)).norm(dim=-1).mean().clamp_min(1e-12)
+        coefficients, output = self.coefficients.pop(path), at_least_float32(self.outputs.pop(path)).flatten(0, -2)
+        length = at_least_float32(self.ffns[path].output_prototypes.weight).norm(dim=0)
+        mass = (at_least_float32(coefficients.flatten(0, -2)).abs() @ length).mean()
+        apart = (output - mean_over_processes(output.mean(0))).norm(dim=-1).mean()
+        return self.stage.write_mass * mass / mean_over_processes(apart).clamp_min(1e-12)
 
     def after(self, step: int, steps: int, tokens_per_step: int, reduce: Callable[[Tensor], None]) -> None:
         """Move the thresholds toward where the step's tokens keep as many prototypes as they should, and revive dead prototypes

@@ -10,17 +10,21 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..data import blocks
+from ..errors import InputError
+from ..hooks import recorded
 from ..loading import torch_dtype
 from .objectives import OBJECTIVES
 from .optimizers import optimizers, schedule
 from .recipe import Data, Recipe, Stage
+from .sharding import shard, share
 from .sparsity import Watch
-from .state import load_facts, load_optimizers, save_state
+from .state import find_state, load_facts, load_optimizers, save_state
+from .stopping import Stop, Terminated
 
 
 class PackedText(IterableDataset):
@@ -69,8 +73,12 @@ def train(recipe: Recipe, tokenizer, teacher, student, *, progress: bool = False
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """The accelerator that a recipe's stages run on."""
-    return Accelerator(
+    """The accelerator that a recipe's stages run on.
+
+    Raises:
+        InputError: it was launched with DeepSpeed, Megatron or accelerate's own FSDP, under which gradients would go unshared.
+    """
+    accelerator = Accelerator(
         log_with=recipe.trackers or None,
         project_dir=recipe.output_dir,
         gradient_accumulation_steps=1,
@@ -78,14 +86,37 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         # A dispatching loader drops the generator it is given, and draws from the one that LoRA's dropout draws from.
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
     )
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise InputError(
+            f"found a launch with {accelerator.distributed_type.value}, expected plain processes: "
+            "leave it out and say shard: true in the recipe"
+        )
+    return accelerator
 
 
 class Run:
     """One distillation on its way: what its stages share."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, tokenizer, teacher, student, trainee, progress: bool):
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        tokenizer,
+        teacher,
+        student,
+        trainee,
+        progress: bool,
+        stop: Stop | None = None,
+    ):
+        self.stop = stop or Stop()
+        self.skipped = 0
+        """Steps left out because their numbers were not finite."""
         self.recipe, self.accelerator, self.tokenizer = recipe, accelerator, tokenizer
         self.teacher, self.student, self.trainee, self.progress = teacher, student, trainee, progress
+        self.sharded = recipe.shard and accelerator.num_processes > 1
+        if self.sharded:
+            reshard = not any(stage.write_mass for stage in recipe.stages)  # its price reads the weights after the forward pass
+            shard(student.kernel_ffns().values(), accelerator.device, reshard)
         self.trained = {name: p for name, p in trainee.named_parameters() if p.requires_grad}
         self.kept: dict[str, Tensor] = dict(self.trained)  # with what else a converted FFN holds: its units
         self.fired: dict[str, Tensor] = {}
@@ -98,7 +129,7 @@ class Run:
         """Run every part of every stage, from ``state`` on if there is one. States are kept, with ``facts`` in them, unless
         those are None."""
         done = load_facts(state)["position"] if state is not None else {"part": 0, "step": 0, "sequences": 0}
-        sequences = done["sequences"]
+        sequences, self.skipped = done["sequences"], done.get("skipped", 0)
         parts = list(self._parts())
         for number in range(done["part"], len(parts)):
             stage, ffns = parts[number]
@@ -106,9 +137,10 @@ class Run:
             step = done["step"] if here else 0
 
             def keep(step: int, sequences: int, optimizers=(), number: int = number) -> None:
-                position = {"part": number, "step": step, "sequences": sequences}
-                if facts is not None and self.accelerator.is_main_process:
-                    save_state(Path(self.recipe.output_dir), self.kept, optimizers, {**facts, "position": position})
+                position = {"part": number, "step": step, "sequences": sequences, "skipped": self.skipped}
+                if facts is not None:
+                    writes, now = self.accelerator.is_main_process, {**facts, "position": position}
+                    save_state(Path(self.recipe.output_dir), self.kept, optimizers, now, writes)
 
             sequences = self._stage(stage, ffns, step, sequences, here, keep)
             keep(0, sequences, (), number + 1)
@@ -141,7 +173,7 @@ class Run:
             generator=torch.Generator(),
         )
         loader = accelerator.prepare_data_loader(loader)
-        student = self.trainee if layer_wise else accelerator.prepare_model(self.trainee)
+        student = self.trainee if layer_wise or self.sharded else accelerator.prepare_model(self.trainee)
         every = max(1, self.recipe.save_every_tokens // (per_step * data.sequence_length))
         batches = iter(loader)
         shown = self.progress and accelerator.is_main_process
@@ -153,28 +185,79 @@ class Run:
                 watch.before(step, steps)
                 with self._autocast():
                     loss = OBJECTIVES[stage.name](stage, self.teacher, student, ffns, ids, accelerator.backward, watch.price)
-                value = accelerator.reduce(loss, "mean").item() if accelerator.num_processes > 1 else loss.item()
-                if not math.isfinite(value):
-                    raise _diverged(f"loss {value}", stage, step)
-                if layer_wise and accelerator.num_processes > 1:
-                    for parameter in parameters:
-                        parameter.grad = accelerator.reduce(parameter.grad, "mean")
-                if not layer_wise:
-                    accelerator.clip_grad_norm_(parameters, stage.clip)
+                value, stopping = self._agreed(loss)
+                if self._usable(value, parameters):
+                    if layer_wise and accelerator.num_processes > 1 and not self.sharded:
+                        for parameter in parameters:
+                            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+                    if not layer_wise:
+                        accelerator.clip_grad_norm_(parameters, stage.clip)
+                    for optimizer in made:
+                        optimizer.step()
+                    watch.after(step, steps, per_step * data.sequence_length, self._average)
+                    if self.sharded:  # fitting a threshold has gathered the weights
+                        for ffn in ffns.values():
+                            ffn.reshard()
+                    bar.advance(value)
+                else:
+                    self._skip_or_stop(f"loss {value}", stage, step, ffns, ids)
                 for optimizer in made:
-                    optimizer.step()
                     optimizer.zero_grad()
-                watch.after(step, steps, per_step * data.sequence_length, self._average)
                 sequences += per_step
-                bar.advance(value)
-                saves = (step + 1) % every == 0 or step + 1 == steps
-                if saves and not all(torch.isfinite(parameter).all() for parameter in parameters):
-                    raise _diverged("weights that are not finite", stage, step)
+                saves = stopping or (step + 1) % every == 0 or step + 1 == steps
+                if saves and not self._finite(parameters):
+                    raise self._diverged("weights that are not finite", stage, step, ffns, ids)
                 if self.recipe.trackers:
                     accelerator.log({f"{stage.name}/loss": value, f"{stage.name}/step": step})
-                if (step + 1) % every == 0 and step + 1 < steps:
+                if saves and step + 1 < steps:
                     keep(step + 1, sequences, made)
+                    if stopping:
+                        raise self._stopped(stage, step)
         return sequences
+
+    def _agreed(self, loss: Tensor) -> tuple[float, bool]:
+        """The mean loss of all processes, and whether one of them was asked to stop."""
+        pair = torch.stack([loss.double(), loss.new_full((), self.stop.asked, dtype=torch.float64)])
+        value, asked = (self.accelerator.reduce(pair, "mean") if self.accelerator.num_processes > 1 else pair).tolist()
+        return value, asked > 0
+
+    def _usable(self, loss: float, parameters) -> bool:
+        """Whether a step may be made. Gradients are looked at only where a bad one could be left out: otherwise the weights are,
+        before they are saved."""
+        if not math.isfinite(loss) or not self.recipe.skip_steps:
+            return math.isfinite(loss)
+        return self._finite([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    def _finite(self, tensors: list) -> bool:
+        """Whether all of ``tensors`` are, on every process."""
+        finite = torch.stack([torch.isfinite(share(tensor)).all() for tensor in tensors]).all().float()
+        self._average(finite)
+        return finite.item() == 1
+
+    def _skip_or_stop(self, what: str, stage: Stage, step: int, ffns, ids) -> None:
+        if self.skipped >= self.recipe.skip_steps:
+            raise self._diverged(what, stage, step, ffns, ids)
+        self.skipped += 1
+
+    def _diverged(self, what: str, stage: Stage, step: int, ffns, ids) -> FloatingPointError:
+        if self.sharded:
+            where = "in a layer that is not looked for in a sharded run"
+        else:
+            layer = first_bad(ffns, self.student, self.teacher, ids, stage.name == "layer-wise")
+            where = f"first in {layer}" if layer else "in no FFN's own numbers"
+        skips = f" after {self.skipped} skipped steps" if self.skipped else ""
+        state = find_state(Path(self.recipe.output_dir))
+        left = "no state was saved before" if state is None else f"the last good state is {state}, of {_where(state)}"
+        return FloatingPointError(
+            f"found {what} at step {step} of stage {stage.name!r}{skips}, {where}, expected finite ones ({left}): "
+            "lower its learning_rate and start again in another output_dir"
+        )
+
+    def _stopped(self, stage: Stage, step: int) -> Terminated:
+        return Terminated(
+            f"stopped by SIGTERM after step {step} of stage {stage.name!r}: the state is saved in {self.recipe.output_dir}; "
+            "go on by --resume"
+        )
 
     def _average(self, tensor: Tensor) -> None:
         if self.accelerator.num_processes > 1:
@@ -186,11 +269,27 @@ class Run:
         return torch.autocast(self.accelerator.device.type, torch_dtype(self.recipe.dtype))
 
 
-def _diverged(what: str, stage: Stage, step: int) -> FloatingPointError:
-    return FloatingPointError(
-        f"found {what} at step {step} of stage {stage.name!r}, expected finite ones: "
-        "lower its learning_rate and start again in another output_dir"
-    )
+@torch.no_grad()
+def first_bad(ffns: dict[str, nn.Module], student, teacher, ids: Tensor, layer_wise: bool) -> str | None:
+    """The first of ``ffns`` (by path) with a weight, input or output that is not finite when ``ids`` are read, or None; layer-wise
+    its inputs are the teacher's."""
+    for path, ffn in ffns.items():
+        if not all(torch.isfinite(parameter).all() for parameter in ffn.parameters()):
+            return path
+    model = teacher if layer_wise else student
+    with recorded({path: model.base_model.get_submodule(path) for path in ffns}) as seen:
+        model.base_model(input_ids=ids, use_cache=False)
+    for path, (given, written) in seen.items():
+        if layer_wise:  # what was recorded is the teacher's own; a squared error overflows before its parts do
+            written = (ffns[path](given).float() - written.float()).square().mean()
+        if not torch.isfinite(given).all() or not torch.isfinite(written).all():
+            return path
+    return None
+
+
+def _where(state: Path) -> str:
+    position = load_facts(state)["position"]
+    return f"step {position['step']} of part {position['part']}"
 
 
 class _Bar:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .rows import Rows
-from .tracing import Trace, attention_of, family_of, layer_of, unembedding
+from .tracing import Trace, attention_of, described, layer_of, unembedding
 
 
 class Part(NamedTuple):
@@ -77,7 +77,7 @@ def logit_split(trace: Trace, token: int | None = None, against: int | None = No
         for head in range(len(weights)):
             wrote = trace.head(layer, head, trace.positions[place]).output()[0].double()
             parts.append(Part("head", layer, f"head {head}", (direction @ wrote).item()))
-        bias = getattr(attention_of(model, layer), family_of(model).attention_out).bias
+        bias = getattr(attention_of(model, layer), described(model, "attention_out")).bias
         if bias is not None:
             parts.append(Part("bias", layer, "attention", (direction @ bias.double()).item()))
     for path in trace.ffn_inputs:
@@ -94,7 +94,7 @@ def logit_split(trace: Trace, token: int | None = None, against: int | None = No
 
 def final_norm(model: Any) -> nn.Module:
     """The norm before the unembedding."""
-    return model.base_model.get_submodule(family_of(model).final_norm)
+    return model.base_model.get_submodule(described(model, "final_norm"))
 
 
 def frozen_norm(norm: nn.Module, state: Tensor, direction: Tensor) -> tuple[Tensor, float]:

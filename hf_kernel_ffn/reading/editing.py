@@ -86,7 +86,7 @@ def _put_back(row: Tensor, before: Tensor) -> None:
 def _dictionary(model: Any, ffn: nn.Module) -> Tensor:
     """(prototypes, hidden_size): the rows as a view of the weight itself."""
     name = "output_prototypes" if hasattr(ffn, "output_prototypes") else family_of(model).down
-    linear: Any = getattr(ffn, name)
+    linear: Any = getattr(ffn, name, None)
     if not isinstance(linear, (nn.Linear, Conv1D)) or not linear.weight.is_floating_point():
         raise InputError(
             f"found a {type(linear).__name__} as {name}, expected a plain Linear: merge adapters, load unquantised"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..architectures import ffn_paths, ffn_weights
+from ..architectures import ffn_paths, stock_ffn, stock_weights
 from ..hooks import recorded
 from ..locality import auc
 from ..readout import KernelFFN, effective
@@ -33,7 +33,7 @@ def support_scores(model: Any, path: str, inputs: Tensor) -> dict[str, Tensor]:
         rows = effective(ffn.input_prototypes, inputs)[0]
         mass = ffn.kernel.log(*ffn.scores(inputs), **ffn.kernel_parameters()).logsumexp(-1)
     else:
-        weights = ffn_weights(ffn, family_of(model), model.config, path)
+        weights = stock_weights(model, stock_ffn(model, path))
         rows = weights.up if weights.gate is None else weights.gate
         mass = (weights.coefficients(inputs).abs() * weights.down.norm(dim=-1)).sum(-1).log()
     return {"nearest": -torch.cdist(inputs.float(), rows.float()).amin(-1).square(), "mass": mass.float()}

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import ARCHITECTURES, Architecture, architecture_of, ffn_paths, ffn_weights, teacher_readout
+from ..architectures import (
+    Architecture,
+    architecture_of,
+    ffn_paths,
+    get_architecture,
+    stock_ffn,
+    stock_weights,
+    teacher_readout,
+)
 from ..errors import InputError
 from ..readout import Readout
 
@@ -71,7 +79,19 @@ class Trace(NamedTuple):
 def family_of(model: Any) -> Architecture:
     """The table's entry for a stock or converted ``model``; InputError if it is of no known family."""
     entry = getattr(model.config, "kernel_ffn", None)
-    return architecture_of(model) if entry is None else ARCHITECTURES[entry["family"]]
+    return architecture_of(model) if entry is None else get_architecture(entry["family"])
+
+
+def described(model: Any, part: str) -> Any:
+    """What the table's entry for ``model`` says of ``part`` (attention, qkv, …); InputError if it says nothing."""
+    family = family_of(model)
+    found = getattr(family, part)
+    if found is None:
+        raise InputError(
+            f"found nothing on {part} in the entry for {family.model_type!r}, expected it for this reading: give it in the Architecture, "
+            "if the family has such a part"
+        )
+    return found
 
 
 def ffn_readout(model: Any, path: str, inputs: Tensor) -> Readout:
@@ -80,7 +100,7 @@ def ffn_readout(model: Any, path: str, inputs: Tensor) -> Readout:
     ffn = model.base_model.get_submodule(path)
     if hasattr(ffn, "readout"):
         return ffn.readout(inputs)
-    return teacher_readout(ffn_weights(ffn, family_of(model), model.config, path), inputs)
+    return teacher_readout(stock_weights(model, stock_ffn(model, path)), inputs)
 
 
 def layer_of(path: str) -> int:
@@ -101,13 +121,12 @@ def projection(linear: nn.Module) -> Tensor:
 
 def attention_of(model: Any, layer: int) -> nn.Module:
     """The attention module of block ``layer``."""
-    family = family_of(model)
-    return model.base_model.get_submodule(f"{family.layers}.{layer}.{family.attention}")
+    return model.base_model.get_submodule(f"{family_of(model).layers}.{layer}.{described(model, 'attention')}")
 
 
 def output_projection(model: Any, layer: int) -> Tensor:
     """(hidden_size, heads · head_dim): how the heads of block ``layer`` write, side by side."""
-    return projection(getattr(attention_of(model, layer), family_of(model).attention_out))
+    return projection(getattr(attention_of(model, layer), described(model, "attention_out")))
 
 
 @torch.no_grad()
@@ -182,14 +201,15 @@ def _hooks(model: Any, pieces: dict[tuple[str, Any], list[Tensor]]) -> Iterator[
 
     for layer, path in enumerate(ffn_paths(model, family)):
         block = model.base_model.get_submodule(f"{family.layers}.{layer}")
-        attention = getattr(block, family.attention)
+        attention = getattr(block, described(model, "attention"))
         if layer == 0:
             on_input(block, "embedding", 0)
         on_input(model.base_model.get_submodule(path), "ffn", path)
         on_output(block, "state", layer, lambda output: (output[0] if isinstance(output, tuple) else output)[0])
         on_output(attention, "attention", layer, lambda output: output[1][0])
-        value = getattr(attention, family.qkv[-1])
-        stacked = len(family.qkv) == 1
+        qkv = described(model, "qkv")
+        value = getattr(attention, qkv[-1])
+        stacked = len(qkv) == 1
         on_output(value, "values", layer, (lambda output: output.chunk(3, -1)[-1]) if stacked else (lambda output: output))
     try:
         yield
