@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from transformers import AutoConfig
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from .architectures import StockFFN, family_name, ffn_paths, get_architecture, stock_ffn, stock_weights
 from .configuration import KernelFFNConfig, LayerConfig
-from .errors import InputError
 from .measuring import bytes_moved, copy_bandwidth, interleaved, memory_for_backward, peak_memory, ratio
 from .readout import KernelFFN
 
@@ -44,7 +45,7 @@ TARGETS = {
     "yat against nmn": {"cpu": 0.85, "cuda": 0.6, "memory": 0.4},
     "floor": {"cuda": 1.15},
 }
-"""The issue's figures: a variant's time, or memory, over that of what it is set against, at most."""
+"""What is aimed at: a variant's time, or memory, over that of what it is set against, at most."""
 
 
 @dataclass
@@ -62,6 +63,8 @@ class Variant:
 
 class MatrixProducts(nn.Module):
     """The floor: the products of an FFN with ``inner`` (P, d) matrices and one (d, P), and nothing between them."""
+
+    inner: Any
 
     def __init__(self, size: int, width: int, inner: int):
         super().__init__()
@@ -134,7 +137,7 @@ def nmn_layer(shape: Shape, width: int) -> tuple[str, nn.Module]:
     return "nmn YatNMN + Linear", WithLinear(YatNMN(shape.hidden_size, width), shape.hidden_size, width)
 
 
-def stock_ffn(shape: Shape) -> nn.Module:
+def stock_module(shape: Shape) -> nn.Module:
     """transformers' own FFN of ``shape``: Llama's SwiGLU or GPT-2's GELU."""
     if shape.gated:
         config = AutoConfig.for_model("llama", hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size)
@@ -146,7 +149,7 @@ def stock_ffn(shape: Shape) -> nn.Module:
 def variants(shape: Shape, active: int, own: dict[str, nn.Module] | None = None) -> dict[str, Variant]:
     """Everything that is timed at ``shape``, by name; ``own``: FFNs of a checkpoint."""
     m = shape.intermediate_size
-    found = {"stock": Variant(stock_ffn(shape), "stock")}
+    found = {"stock": Variant(stock_module(shape), "stock")}
     found["floor, stock's products"] = Variant(MatrixProducts(shape.hidden_size, m, 2 if shape.gated else 1), "stock")
     found["floor, two products"] = Variant(MatrixProducts(shape.hidden_size, m, 1), "stock")
     for name, module in (own or {}).items():
@@ -269,7 +272,7 @@ def _measure(name, mode, phase, chosen, pieces, inputs, repeats, device, clock, 
     peak = {n: peak_memory(once, device) for n, once in real.items()}
     memory = peak
     if phase == "forward+backward":  # what the layer keeps until then: parameters' gradients are no activations
-        memory = {n: memory_for_backward(lambda module=chosen[n].module: module(inputs), device) for n in real}
+        memory = {n: memory_for_backward(partial(chosen[n].module, inputs), device) for n in real}
     rows = []
     for n, seconds in times.items():
         variant = chosen[n]
@@ -305,22 +308,35 @@ def _machine(device: torch.device) -> str:
     return f"{torch.get_num_threads()} core(s) of a CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
 
 
+class Stock(nn.Module):
+    """A stock FFN, whatever modules it is made of."""
+
+    def __init__(self, ffn: StockFFN):
+        super().__init__()
+        self.ffn, self.host = ffn, ffn.host
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn(x)
+
+
 def checkpoint_ffns(model: Any, name: str) -> tuple[Shape, dict[str, nn.Module]]:
     """The shape of a model's FFNs, and the first FFN of each kind by what to call it."""
-    from .architectures import ARCHITECTURES, ffn_paths
-
-    entry = getattr(model.config, "kernel_ffn", None)
-    architecture = ARCHITECTURES.get(entry["family"] if entry else model.config.model_type)
-    if architecture is None:
-        raise InputError(f"found model type {model.config.model_type!r}, expected one of {', '.join(ARCHITECTURES)}")
-    inner = getattr(model.config, "intermediate_size", None) or getattr(model.config, "n_inner", None)
-    shape = Shape(model.config.hidden_size, inner or 4 * model.config.hidden_size, architecture.gate is not None)
+    architecture = get_architecture(family_name(model))
+    shapes: list[Shape] = []
     own: dict[str, nn.Module] = {}
     seen = set()
+    converted = model.config.kernel_ffn_layers() if getattr(model.config, "kernel_ffn", None) else {}
     for path in ffn_paths(model, architecture):
-        ffn = model.base_model.get_submodule(path)
-        kind = str(ffn.config.settings) + str(ffn.config.prototypes) if isinstance(ffn, KernelFFN) else type(ffn).__name__
+        if path in converted:
+            ffn = model.base_model.get_submodule(path)
+            width, kind = int(ffn.units.abs().max()), (str(ffn.config.settings), ffn.config.prototypes)
+            shapes.append(Shape(ffn.config.hidden_size, width, architecture.gated))
+        else:
+            stock = stock_ffn(model, path)
+            ffn, weights = Stock(stock), stock_weights(model, stock)
+            kind = ("stock", len(weights.up))
+            shapes.append(Shape(weights.up.shape[1], len(weights.up), weights.gate is not None))
         if kind not in seen:
             seen.add(kind)
             own[f"{name} {path}"] = ffn.eval()
-    return shape, own
+    return shapes[0], own

@@ -50,11 +50,12 @@ def load_teacher(name: str, dtype: str = "float32", device: str | torch.device =
     return _placed(model, device)
 
 
-def load_stock_on_meta(name: str) -> Any:
+def load_stock_on_meta(name: str, dtype: str = "float32") -> Any:
     """The same model without its weights, on the meta device; of a family that transformers has."""
     kind, config = _teacher_class(_stock_config(name), name, False), loaded(AutoConfig, name)
     with torch.device("meta"):
-        model = kind.from_config(config) if kind is AutoModelForCausalLM else kind._from_config(config)
+        make = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
+        model = make(config, dtype=torch_dtype(dtype))
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(name)
     return model.eval()

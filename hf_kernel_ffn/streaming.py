@@ -23,7 +23,7 @@ from .errors import InputError
 from .inputs import Inputs, arguments
 from .integrity import record_checksums
 from .kernels import get_kernel
-from .loading import load_stock_on_meta, stored_dtype, torch_dtype
+from .loading import load_stock_on_meta, stored_dtype
 from .surgery import (
     CALIBRATION_TOKENS,
     ConversionReport,
@@ -70,7 +70,7 @@ def convert_streamed(
         raise InputError(
             "found a streamed conversion without text, expected calibration text, or 0 calibration tokens: give one"
         )
-    teacher = load_stock_on_meta(source).to(torch_dtype(dtype))
+    teacher = load_stock_on_meta(source, dtype)
     chosen, settings = chosen_ffns(teacher, config, layers)
     stack, reader = _only_stack(teacher), Reader(source, teacher)
     ids, report = calibration_of(teacher, calibration_ids, calibration_tokens, "text")
@@ -104,7 +104,8 @@ def convert_streamed(
             for name in sorted(writer.left):
                 writer.write(name, (_rounded(piece, teacher.dtype) for piece in _finite(name, reader.pieces(name))))
         student = meta_student(teacher, config_entry(teacher, found)).to(stored)
-        student.generation_config = teacher.generation_config
+        if teacher.can_generate():
+            student.generation_config = teacher.generation_config
         student.save_pretrained(made, state_dict={})  # all but the weights
         (made / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
         for file in weights.iterdir():
@@ -119,8 +120,11 @@ def _only_stack(model: Any) -> str:
     """The path of the model's blocks; InputError unless it is one stack, each with FFNs of its own, behind an embedding."""
     architecture = architecture_of(model)
     found = stacks(model.base_model, architecture)
-    embedding = None if model.config.is_encoder_decoder else model.get_input_embeddings()
-    if len(found) != 1 or architecture.shared or not isinstance(embedding, nn.Embedding):
+    embedding = None
+    with suppress(NotImplementedError):
+        embedding = model.get_input_embeddings()
+    alone = len(found) == 1 and not architecture.shared and not model.config.is_encoder_decoder
+    if not alone or not isinstance(embedding, nn.Embedding):
         raise InputError(
             f"found a {type(model).__name__}, expected one stack of blocks behind an embedding of token ids: convert it in memory"
         )

@@ -205,8 +205,8 @@ def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict
     """One kernel readout, in float32, for the FFN ``stock``, and its figures; calibrated unless ``ids`` is None."""
     weights = stock_weights(model, stock)
     sample = blind_sample(stock.norm(model.base_model), weights.up) if ids is None else fit_sample(model, stock.path, ids)
-    weights32 = weights._replace(**{k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)})
-    start = prototypes(weights32, settings, sample)
+    in32: Any = {k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)}
+    start = prototypes(weights._replace(**in32), settings, sample)
     reference = dict(start.parameters)
     reference["scale"] = start.scale if settings.intensity == "mass" else 1.0
     if not settings.coefficients_are_kernel:

@@ -90,7 +90,7 @@ class Reader:
         """The tensor, in the dtype it is stored in."""
         if not self._converted(named):
             return self._numbers(self.parts[named][0][0])
-        converter = deepcopy(self.converters[str(self.parts[named][0][1])])
+        converter: Any = deepcopy(self.converters[str(self.parts[named][0][1])])
         for key, pattern in self.parts[named]:
             converter.add_tensor(named, key, pattern, self._numbers(key))
         found = converter.convert(named, model=self.model, config=self.model.config)[named]
@@ -180,8 +180,8 @@ class Writer:
                 self.places[key] = opened, 8 + len(text) + about[key]["data_offsets"][0], described[key].dtype
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+            listed = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(listed, encoding="utf-8")
         self.left = set(described)
 
     def write(self, key: str, pieces: Iterable[Tensor]) -> None:
@@ -203,5 +203,5 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
