@@ -45,16 +45,13 @@ def rows(units: int, gated: bool, family: str) -> dict[str, Row]:
 
     relu, relu2 = f"{CONTROLS}:relu", f"{CONTROLS}:relu2"
     mass, more_mass = {"layer-wise": {"write_mass": MASS}, "logits": {"write_mass": MASS / 2}}, {"*": {"write_mass": 3 * MASS}}
-    annealed = {"layer-wise": {"start_top_k": units // 2}}
     table = {
         f"{single}half-yat": Row("kernel"),
         f"{single}half-yat, {2 * pieces} per unit": Row("kernel", {"expansion": 2.0 * pieces}),
         f"{single}yat": Row("kernel", {"kernel": "yat"}),
         f"{single}ReLU²": Row("kernel", {"kernel": relu2}),
         f"half-yat, top-k {k}": Row("kernel", some(k, "top-k")),
-        f"half-yat, top-k {k}, annealed": Row("kernel", some(k, "top-k"), annealed),
         f"half-yat, threshold {k}": Row("kernel", some(k)),
-        f"half-yat, threshold {k}, annealed": Row("kernel", some(k), annealed),
         f"half-yat, threshold {k}, write mass": Row("kernel", some(k), mass),
         f"half-yat, threshold {k}, write mass x3": Row("kernel", some(k), more_mass),
         f"half-yat, threshold {few}, write mass": Row("kernel", some(few), mass),
@@ -74,6 +71,7 @@ def rows(units: int, gated: bool, family: str) -> dict[str, Row]:
     }
     if gated:
         table["gated half-yat"] = Row("kernel", {"values": "gated"})
+        table[f"gated half-yat, threshold {k}"] = Row("kernel", some(k, values="gated"))
         table[f"gated half-yat, threshold {k}, write mass"] = Row("kernel", some(k, values="gated"), mass)
     for width in (1, 4):
         for skip in (False, True):

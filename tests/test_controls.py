@@ -105,7 +105,7 @@ def test_a_teacher_as_student_has_ffns_of_its_own(teacher, ids):
 
 @torch.no_grad()
 def test_thresholds_are_fitted_on_the_text(teacher, ids):
-    student = teacher_as_student(teacher, ids, "threshold", TOP_K)
+    student = teacher_as_student(teacher, ids, "threshold", 2)
     for path, ffn in student.kernel_ffns().items():
         x = torch.cat(list(ffn_inputs(teacher, path, ids)))
         active = (ffn.coefficients(x) != 0).sum(-1).float().mean()
@@ -193,18 +193,17 @@ def test_the_stages_train_a_control(make_teacher, tokenizer, ids, text_file, tmp
     teacher = make_teacher("llama", vocab_size=4096)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     if kind == "teacher":
-        student = teacher_as_student(teacher, ids, "threshold", TOP_K)
+        student = teacher_as_student(teacher, ids, "threshold", 2)
     else:
         pytest.importorskip("sparsify")
         student = transcoder_student(teacher, ids, 60, TOP_K, True)
-    stage = {"name": "layer-wise", "tokens": 30 * 64, "learning_rate": 0.02, "batch_size": 2, "start_top_k": 30}
+    stage = {"name": "layer-wise", "tokens": 60 * 128, "learning_rate": 0.01, "batch_size": 4}
     data = {"train": str(text_file), "sequence_length": 32, "shuffle_buffer": 16}
     start = evaluate_student(student, teacher, ids)
     train(Recipe(teacher="", data=data, stages=[stage], output_dir=str(tmp_path)), tokenizer, teacher, student)
     end = evaluate_student(student, teacher, ids)
     for earlier, later in zip(start["layers"], end["layers"]):
         assert later["fvu"] < 0.97 * earlier["fvu"]
-    assert [ffn.top_k for ffn in student.kernel_ffns().values()] == [TOP_K] * 3
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
 

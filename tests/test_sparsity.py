@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distillation import LAYER_WISE, LOGITS, STEPS, Interrupted, assert_same_files, interrupt, load, run
+from test_distillation import LAYER_WISE, LOGITS, STEPS, assert_same_files, interrupt, load, run
 
 from hf_kernel_ffn import KernelFFN, KernelFFNConfig, convert, evaluate_student
 from hf_kernel_ffn.architectures import architecture_of, ffn_weights
@@ -193,35 +193,17 @@ def watching(ffn, **changes):
     return Watch({"a": ffn}, stage(**changes), fired)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"start_top_k": 0}, {"anneal": 0}, {"anneal": 1.5}, {"write_mass": -0.1}, {"revive_after": 0}], ids=str
-)
+@pytest.mark.parametrize("wrong", [{"write_mass": -0.1}, {"revive_after": 0}], ids=str)
 def test_settings_of_a_stage_that_make_no_sense(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         stage(**wrong)
 
 
-def test_top_k_falls_by_equal_ratios():
-    ffn = make_layer(top_k=4)
-    with watching(ffn, start_top_k=64, anneal=0.5) as watch:
-        seen = []
-        for step in range(20):
-            watch.before(step, 20)
-            seen.append(ffn.top_k)
-    assert seen == [round(4 * 16 ** (1 - step / 10)) for step in range(10)] + [4] * 10
-    assert seen[0] == 64 and seen[5] == 16
-    with watching(ffn, start_top_k=3) as watch:  # fewer than there shall be
-        watch.before(0, 20)
-        assert ffn.top_k == 4
-
-
 def test_an_exception_leaves_the_layers_as_they_were():
     ffn = make_layer()
-    with pytest.raises(KeyError), watching(ffn, start_top_k=30, write_mass=1.0) as watch:
-        watch.before(0, 20)
-        assert ffn.top_k == 30 and ffn._forward_pre_hooks and ffn.output_prototypes._forward_hooks
+    with pytest.raises(KeyError), watching(ffn, write_mass=1.0):
+        assert ffn._forward_pre_hooks and ffn.output_prototypes._forward_hooks
         raise KeyError
-    assert ffn.top_k == TOP_K
     assert not ffn._forward_pre_hooks and not ffn.output_prototypes._forward_hooks
 
 
@@ -328,7 +310,7 @@ def trained(pair, tokenizer, text_file):
         if write_mass not in made:
             made[write_mass] = student()
             longer = {**LAYER_WISE, "tokens": 60 * 128, "batch_size": 4, "learning_rate": 0.02}
-            longer |= {"start_top_k": 24, "anneal": 0.3, "write_mass": write_mass}
+            longer |= {"write_mass": write_mass}
             train(recipe(longer), tokenizer, teacher, made[write_mass])
         ids = token_ids(tokenizer, [str(text_file)], 64, 2048)
         return layers_and_inputs(made[write_mass], teacher, ids)
@@ -373,26 +355,6 @@ def watched(monkeypatch):
     yield through
 
 
-@pytest.mark.parametrize("simplex", ["threshold", "top-k"])
-@pytest.mark.parametrize("stops", [False, True])
-def test_top_k_ends_at_the_setting(pair, tokenizer, watched, simplex, stops):
-    teacher, make, recipe = pair
-    seen, student = [], make(simplex=simplex)
-
-    def look(number, ffns):
-        seen.append({ffn.top_k for ffn in ffns.values()})
-        if stops and number == 2:
-            raise Interrupted
-
-    watched(look)
-    falling = recipe({**LAYER_WISE, "start_top_k": 48, "anneal": 0.5}, LOGITS)
-    with pytest.raises(Interrupted) if stops else pytest.MonkeyPatch.context():
-        train(falling, tokenizer, teacher, student)
-    expected = [{round(TOP_K * 8 ** max(0, 1 - step / 3))} for step in range(STEPS)] + [{TOP_K}] * STEPS
-    assert seen == expected[: len(seen)] and len(seen) == (3 if stops else 2 * STEPS)
-    assert {ffn.top_k for ffn in student.kernel_ffns().values()} == {TOP_K}
-
-
 def test_training_in_memory_leaves_the_rest_alone(pair, tokenizer):
     teacher, make, recipe = pair
     student = make()
@@ -416,8 +378,8 @@ def recipe(teacher_folder, text_file):
             "kernel_ffn": SPARSE,
             "data": {"train": str(text_file), "sequence_length": 32, "shuffle_buffer": 16},
             "stages": [
-                {**LAYER_WISE, "start_top_k": 24, "write_mass": 0.02, "revive_after": 192},
-                {**LOGITS, "start_top_k": 12, "write_mass": 0.01},
+                {**LAYER_WISE, "write_mass": 0.02, "revive_after": 192},
+                {**LOGITS, "write_mass": 0.01},
             ],
             "output_dir": str(out),
             "calibration_tokens": 256,
@@ -448,7 +410,7 @@ def test_a_finished_sparse_student_has_its_thresholds(finished):
 
 
 def test_gradient_checkpointing_changes_nothing(recipe, tmp_path):
-    logits = {**LOGITS, "start_top_k": 12, "write_mass": 0.1}
+    logits = {**LOGITS, "write_mass": 0.1}
     outs = [run(recipe(tmp_path / str(on), stages=[logits], gradient_checkpointing=on)) for on in (False, True)]
     tensors, others = (load_file(out / "model.safetensors") for out in outs)
     assert all(torch.allclose(tensors[name], others[name], rtol=1e-3, atol=1e-5) for name in tensors)

@@ -69,11 +69,6 @@ class Stage(_Section):
     """Weight of the KL (logits)."""
     cross_entropy: float = Field(0.0, ge=0)
     """Weight of the cross-entropy on the text's own next token, added to the KL (logits)."""
-    start_top_k: int | None = Field(None, ge=1)
-    """Prototypes kept at the start of the stage by a sparse map, from where they fall by equal ratios to the layer's own
-    ``top_k``. None: that from the start."""
-    anneal: float = Field(0.6, gt=0, le=1)
-    """Share of the stage after which they have fallen."""
     revive_after: int | None = Field(None, ge=1)
     """Tokens after which a prototype of a sparse layer that has not fired gets half of one that fires most. None: never."""
     write_mass: float = Field(0.0, ge=0)

@@ -1,9 +1,8 @@
-"""What a stage does for sparse readouts: fewer prototypes step by step, thresholds that follow, a price on write mass,
-and prototypes that never fire put to use again."""
+"""What a stage does for sparse readouts: thresholds that follow, a price on write mass, and prototypes that never fire put to
+use again."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,12 +32,11 @@ class Watch:
         self.coefficients: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
-        self.goal = {path: ffn.top_k for path, ffn in ffns.items() if ffn.top_k is not None}
         self.hooks: list = []
 
     def __enter__(self) -> Watch:
         for path, ffn in self.ffns.items():
-            if path in self.goal and ffn.config.settings.simplex == "threshold":
+            if ffn.config.settings.simplex == "threshold":
                 self.hooks.append(ffn.register_forward_pre_hook(self._see_input(path)))
             if self.stage.write_mass or self._revives(path):
                 self.hooks.append(ffn.output_prototypes.register_forward_hook(self._see_mixture(path)))
@@ -47,8 +45,6 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         for hook in self.hooks:
             hook.remove()
-        for path, top_k in self.goal.items():
-            self.ffns[path].top_k = top_k
 
     def _see_input(self, path: str):
         def hook(module: nn.Module, args: tuple) -> None:
@@ -67,15 +63,8 @@ class Watch:
         return hook
 
     def _revives(self, path: str) -> bool:
-        return self.stage.revive_after is not None and path in self.goal and isinstance(self.ffns[path], KernelFFN)
-
-    def before(self, step: int, steps: int) -> None:
-        """Keep as many prototypes as this step's: from ``start_top_k`` down to the layer's own number, by equal ratios."""
-        if self.stage.start_top_k is None:
-            return
-        left = max(0.0, 1 - step / max(1.0, self.stage.anneal * steps))
-        for path, goal in self.goal.items():
-            self.ffns[path].top_k = round(goal * math.exp(left * math.log(max(1.0, self.stage.start_top_k / goal))))
+        ffn = self.ffns[path]
+        return self.stage.revive_after is not None and isinstance(ffn, KernelFFN) and ffn.config.settings.sparse
 
     def price(self, path: str) -> Tensor | float:
         """``write_mass`` times Σ|c_i|‖v_i‖ over the length of the output around its mean, averaged over the tokens that the
@@ -98,7 +87,7 @@ class Watch:
         self.inputs.clear()
         every = max(1, (self.stage.revive_after or 0) // tokens_per_step)
         if (step + 1) % every == 0 and step + 1 <= REVIVALS_END * steps:
-            for path in filter(self._revives, self.fired):
+            for path in filter(self._revives, self.ffns):
                 fired = self.fired[path].float()
                 reduce(fired)
                 revive(self.ffns[path], fired)

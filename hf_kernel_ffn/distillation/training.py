@@ -182,7 +182,6 @@ class Run:
                 for group in (group for optimizer in made for group in optimizer.param_groups):
                     group["lr"] = group["peak"] * schedule(step, steps, stage.warmup)
                 ids = next(batches)
-                watch.before(step, steps)
                 with self._autocast():
                     loss = OBJECTIVES[stage.name](stage, self.teacher, student, ffns, ids, accelerator.backward, watch.price)
                 value, stopping = self._agreed(loss)
