@@ -90,6 +90,16 @@ class YatMixture(torch.autograd.Function):
         return (*(None if g is None or t is None else g.to(t.dtype) for g, t in zip(found, like)), None, None, None)
 
 
+def one_token(x, rows, bias, squares, epsilon, scale, one_sided):
+    """scale · κ (P,) at one token x (d,) in as few operations as it takes, each of which costs more than its arithmetic; ``rows``
+    (P, d), ``bias`` and ``squares`` = ‖w‖² (P,) in the dtype of x, at least float32; ``epsilon`` and ``scale`` plain numbers."""
+    score = torch.mv(rows, x)
+    denominator = torch.add(squares, score, alpha=-2).add_(torch.dot(x, x)).clamp_min_(0).add_(epsilon)
+    score = score.add_(bias)
+    score = score.relu_() if one_sided else score
+    return torch.div(score, denominator).mul_(score).mul_(scale)
+
+
 def plain(x, rows, bias, dictionary, epsilon, log_scale, up, up_bias, one_sided, mix):
     """The same function in plain torch: what double backward differentiates."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .configuration import LayerConfig
 from .kernels import HalfYat, Yat, get_kernel
-from .one_pass import YatMixture
+from .one_pass import YatMixture, one_token
 from .simplex import shares, top_k_mask
 
 LOG_RATIO_BOUND = 20.0
@@ -22,6 +22,8 @@ LOG_RATIO_BOUND = 20.0
 ACTIVATION_BYTES = 2**28
 """What a layer's temporaries, and what it keeps for its backward pass, may take each: more tokens are read in chunks, and their
 scores computed again."""
+EXACT = (torch.float32, torch.float64)
+"""dtypes in which scores are computed as they stand."""
 
 
 class Readout(NamedTuple):
@@ -90,6 +92,8 @@ class KernelFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to (..., hidden_size), in the dtype of the input."""
+        if self._decodes_sparsely(hidden_states):
+            return self._decode(hidden_states)
         if self._has_one_pass(hidden_states):
             return self.dropout(self._one_pass(hidden_states))
         coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
@@ -142,12 +146,12 @@ class KernelFFN(nn.Module):
         weight, bias = effective(self.input_prototypes, hidden_states)
         device = hidden_states.device.type
         rounded = hidden_states.dtype.itemsize < 4 or weight.dtype.itemsize < 4 or torch.is_autocast_enabled(device)
+        if not rounded and self.kernel.uses_distance and _one_token(hidden_states) and _is_plain(self.input_prototypes):
+            dot, x = nn.functional.linear(hidden_states, weight), hidden_states.flatten()
+            distance = torch.add(self._squares(weight), x @ x).sub(dot, alpha=2).clamp_min(0)
+            return (dot if bias is None else dot + bias), distance
         with torch.autocast(device, enabled=False):
             x, weight = _at_least_float32(hidden_states), _at_least_float32(weight)
-            if not rounded and self.kernel.uses_distance and _one_token(x) and _is_plain(self.input_prototypes):
-                dot = (weight @ x.flatten()).view(*x.shape[:-1], -1)
-                distance = (x.square().sum() + self._squares(weight) - 2 * dot).clamp_min(0)
-                return (dot if bias is None else dot + bias), distance
             if rounded:  # a product rounded to half precision overflows, or leaves noise of a small distance
                 dot = nn.functional.linear(x, weight)
                 score = dot if bias is None else dot + bias
@@ -229,24 +233,64 @@ class KernelFFN(nn.Module):
         )  # fmt: skip
         return (written + second.bias.to(mix)).view(hidden_states.shape)
 
+    def _decodes_sparsely(self, hidden_states) -> bool:
+        """Whether it is one token of which a few kernel values are the coefficients, on a CPU, where shapes may depend on the data."""
+        settings = self.config.settings
+        return (
+            _one_token(hidden_states)
+            and settings.sparse
+            and settings.coefficients_are_kernel
+            and not self.training
+            and not _fixed(hidden_states)
+            and self._reads_columns(hidden_states)
+        )
+
+    def _reads_columns(self, x) -> bool:
+        """Whether the output prototypes are a plain matrix in the dtype of ``x``, of which some columns may be read alone."""
+        linear = self.output_prototypes
+        plain = _is_plain(linear) and linear.bias is not None
+        return plain and linear.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+
+    def _decode(self, hidden_states):
+        ups, first = self._ups(hidden_states), self.input_prototypes
+        if type(self.kernel) in (Yat, HalfYat) and _is_plain(first) and first.weight.dtype == hidden_states.dtype in EXACT:
+            log_scale = self.log_positive("scale")
+            kernel = one_token(
+                hidden_states.flatten(), first.weight, first.bias, self._squares(first.weight), self.positive("epsilon").item(),
+                log_scale.exp().item(), type(self.kernel) is HalfYat,
+            )  # fmt: skip
+            least = self._least(log_scale)
+            loudness = kernel if ups is None else kernel * ups.flatten().abs()
+        else:
+            kernel, loudness, least = self._kernel_and_loudness(hidden_states, ups)
+            loudness = loudness.flatten()
+        if least is None:
+            active = loudness.topk(min(self.top_k, len(loudness)), sorted=False).indices
+        else:
+            active = (loudness >= least).nonzero()[:, 0]
+        choice = kernel.flatten().index_select(0, active)
+        choice = choice if ups is None else choice * ups.flatten().index_select(0, active)
+        return self._written(choice.to(hidden_states.dtype), active).view(hidden_states.shape)
+
     def _mix(self, coefficients):
         """Σ_i c_i v_i + b_out. For one token without gradients, only the output prototypes with c_i ≠ 0 are read."""
-        linear, simplex = self.output_prototypes, self.config.settings.simplex
-        fixed = (
-            torch.compiler.is_compiling() or coefficients.device.type != "cpu"
-        )  # there a number that depends on the data costs
-        if simplex == "softmax" or (fixed and simplex != "top-k") or not (_one_token(coefficients) and _is_plain(linear)):
-            return linear(coefficients)
-        if torch.is_autocast_enabled(coefficients.device.type) or coefficients.dtype != linear.weight.dtype:
-            return linear(coefficients)
+        simplex, fixed = self.config.settings.simplex, _fixed(coefficients)
+        if simplex == "softmax" or (fixed and simplex != "top-k"):
+            return self.output_prototypes(coefficients)
+        if not (_one_token(coefficients) and self._reads_columns(coefficients)):
+            return self.output_prototypes(coefficients)
         flat = coefficients.flatten()
         active = flat.abs().topk(min(self.top_k, len(flat)), sorted=False).indices if fixed else flat.nonzero()[:, 0]
-        if 4 * len(active) > len(flat):
-            return linear(coefficients)
-        if not fixed and not linear.weight.T.is_contiguous() and not self.training:
+        return self._written(flat[active], active).view(*coefficients.shape[:-1], -1)
+
+    def _written(self, coefficients, active):
+        """(hidden_size,) by the output prototypes ``active``, with ``coefficients`` (n,) each."""
+        linear = self.output_prototypes
+        if 4 * len(active) > linear.in_features:  # then all of them are sooner read
+            return linear(coefficients.new_zeros(linear.in_features).index_copy(0, active, coefficients))
+        if not (_fixed(coefficients) or self.training or linear.weight.T.is_contiguous()):
             _lay_out_by_prototypes(linear)
-        written = flat[active] @ linear.weight.T.index_select(0, active)
-        return (written if linear.bias is None else written + linear.bias).view(*coefficients.shape[:-1], -1)
+        return torch.addmv(linear.bias, linear.weight.T.index_select(0, active).T, coefficients)
 
     def _ups(self, hidden_states):
         """u·x (..., prototypes), or None where the output prototypes are fixed."""
@@ -254,14 +298,20 @@ class KernelFFN(nn.Module):
 
     def _scaled_kernel(self, hidden_states, ups):
         """scale · κ over the support."""
-        log_scale, simplex = self.log_positive("scale"), self.config.settings.simplex
-        kernel = self.kernel.scaled(*self.scores(hidden_states), log_scale, **self.kernel_parameters())
-        if simplex == "softmax":
+        kernel, loudness, least = self._kernel_and_loudness(hidden_states, ups)
+        if not self.config.settings.sparse:
             return kernel
-        loudness = (kernel if ups is None else kernel * ups.abs()).detach()  # what decides which prototypes a sparse map keeps
-        if simplex == "top-k":
-            return kernel * top_k_mask(loudness, self.top_k)
-        return kernel * (loudness >= (self.log_threshold() + log_scale).exp())
+        return kernel * (top_k_mask(loudness, self.top_k) if least is None else loudness >= least)
+
+    def _kernel_and_loudness(self, hidden_states, ups):
+        """scale · κ; what decides which prototypes a sparse map keeps: that, or |scale · κ u·x| with gated values; and the least of it
+        that is kept, or None where a number of them is."""
+        log_scale = self.log_positive("scale")
+        kernel = self.kernel.scaled(*self.scores(hidden_states), log_scale, **self.kernel_parameters())
+        return kernel, (kernel if ups is None else kernel * ups.abs()).detach(), self._least(log_scale)
+
+    def _least(self, log_scale):
+        return (self.log_threshold() + log_scale).exp() if self.config.settings.simplex == "threshold" else None
 
     def _log_loudness(self, log_kernel, hidden_states, ups=None):
         """log κ, or log |κ u·x| with gated values: a light-tailed kernel is 0 in float32 far from every prototype, and still has a
@@ -294,6 +344,11 @@ class KernelFFN(nn.Module):
 def _one_token(hidden_states) -> bool:
     """Whether this is decoding: one token, no gradients."""
     return hidden_states.numel() == hidden_states.shape[-1] and not torch.is_grad_enabled()
+
+
+def _fixed(tensor) -> bool:
+    """Whether a shape that depends on the data costs: it waits for a device, and a compiler starts anew."""
+    return torch.compiler.is_compiling() or tensor.device.type != "cpu"
 
 
 def _lay_out_by_prototypes(linear) -> None:

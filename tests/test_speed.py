@@ -5,12 +5,13 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import test_numbers
 import torch
 from test_readout import D, P, inputs, make_layer
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hf_kernel_ffn import one_pass, readout
+from hf_kernel_ffn import KernelFFNConfig, convert, one_pass, readout
 from hf_kernel_ffn.readout import YatMixture
 
 dense = pytest.mark.parametrize(
@@ -134,7 +135,9 @@ def test_hooks_and_adapters_see_the_plain_form():
     torch.testing.assert_close(seen[0], ffn.coefficients(x))
 
 
-@pytest.mark.parametrize("kernel, values", [("half-yat", "fixed"), ("half-yat", "gated"), ("gaussian", "fixed")])
+@pytest.mark.parametrize(
+    "kernel, values", [("half-yat", "fixed"), ("half-yat", "gated"), ("yat", "fixed"), ("gaussian", "fixed")]
+)
 @pytest.mark.parametrize("simplex", SPARSE)
 @pytest.mark.parametrize("intensity", ["mass", "none"])
 def test_sparse_decode_reads_the_active_prototypes_alone(kernel, simplex, values, intensity):
@@ -225,21 +228,25 @@ def test_hidden_dropout_is_not_passed_over():
     assert ffn.eval()._has_one_pass(x)
 
 
-@pytest.mark.parametrize("settings", [dict(simplex="softmax", values="gated"), dict(simplex="top-k")], ids=str)
-def test_compiled_in_one_graph_without_recompiling_for_new_lengths(settings):
-    ffn = make_layer(torch.float32, size=8, count=32, kernel="half-yat", intensity="mass", **settings)
+SETTINGS = [dict(simplex="softmax", values="gated"), dict(simplex="softmax"), dict(simplex="top-k", top_k=3)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_compiled_in_one_graph_without_recompiling_for_new_lengths(settings, llama):
+    student, _ = convert(llama, KernelFFNConfig(**settings), layers="1", calibration_tokens=0)
+    ffn = student.kernel_ffns()["layers.1.mlp"]
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ffn, fullgraph=True, backend=counter)
     lengths = (5, 9, 12, 33, 7)
     for count, length in enumerate(lengths):
-        x = inputs(length, 8, seed=length).float()
+        x = inputs(length, 32, seed=length).float()[None]
         torch.testing.assert_close(compiled(x), ffn(x), rtol=1e-4, atol=1e-5)
         if count == 1:
             settled = counter.frame_count  # the second length makes the first one a variable
     assert counter.frame_count == settled <= 2
     with torch.no_grad():
-        one = inputs(1, 8).float()
+        one = inputs(1, 32).float()[None]
         torch.testing.assert_close(compiled(one), ffn(one), rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
@@ -257,3 +264,25 @@ def test_only_linear_modules_are_plain():
     linear.forward = linear.forward  # as accelerate wraps it
     assert not readout._is_plain(linear)
     assert not readout._is_plain(nn.Linear(3, 3, device="meta"))
+
+
+@pytest.mark.parametrize("kernel", ["half-yat", "yat"])
+@pytest.mark.parametrize("dtype", test_numbers.DTYPES, ids=str)
+@pytest.mark.parametrize("norm", [1e-6, 1.0, 1e4])
+def test_one_token_of_any_length_is_close_to_float64(kernel, dtype, norm):
+    compared = 0
+    for kind in ("random", "zero", "at a prototype", "nothing fires"):
+        for simplex, values in (("softmax", "fixed"), ("top-k", "fixed"), ("top-k", "gated"), ("threshold", "fixed")):
+            ffn, exact, x = test_numbers.module(kernel, simplex, "mass", values, kind, norm, 1.0, 0, dtype)
+            x = x[:1, :1]
+            for keep in (False, True):
+                ffn.eval().keep_norms = keep
+                with torch.no_grad():
+                    found, expected, coefficients = ffn(x), exact.eval()(x.double()), exact.coefficients(x.double())
+                assert torch.isfinite(found).all() and found.dtype == dtype
+                if not test_numbers.undecided(exact, x) and coefficients.max() < torch.finfo(dtype).max / 2:
+                    room = 1e-3 if dtype == torch.float32 else 32 * torch.finfo(dtype).eps
+                    among = coefficients.abs() @ exact.output_prototypes.weight.T.abs() + exact.output_prototypes.bias.abs()
+                    assert ((found.double() - expected).abs() <= room * among + torch.finfo(dtype).tiny).all(), (kind, simplex)
+                    compared += 1
+    assert compared >= 16

@@ -1,6 +1,7 @@
 """A streamed conversion writes what one in memory writes, byte for byte, and holds little."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_families import tiny
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
+from hf_kernel_ffn.cli import main
 from hf_kernel_ffn.loading import load_student, load_teacher
 from hf_kernel_ffn.streaming import convert_streamed
 from hf_kernel_ffn.surgery import new_folder, save_converted
@@ -34,7 +36,8 @@ def stored(tmp_path_factory, tokenizer):
 
     def save(family, auto=None, **options):
         folder = tmp_path_factory.mktemp("stored") / family
-        model = tiny(family, auto or FAMILIES[family])
+        changes = {"vocab_size": options.pop("vocab_size")} if "vocab_size" in options else {}
+        model = tiny(family, auto or FAMILIES[family], **changes)
         model.to(options.pop("dtype", torch.float32)).save_pretrained(folder, **options)
         tokenizer.save_pretrained(folder)
         return folder
@@ -186,3 +189,27 @@ def test_the_index_of_a_sharded_output_names_every_tensor(stored, tmp_path, monk
     assert len(set(index["weight_map"].values())) > 2 and not (tmp_path / "out" / "model.safetensors").exists()
     assert all(finding.good for finding in verify(tmp_path / "out"))
     assert load_student(str(tmp_path / "out")) is not None
+
+
+def test_the_command(stored, text_file, tmp_path, monkeypatch, capsys):
+    source = str(stored("llama", vocab_size=4096))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-kernel-ffn", "convert", source, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, capsys.readouterr().err
+
+    options = ("--calibration-text", text_file, "--calibration-tokens", 256, "--layers", 1)
+    assert run(tmp_path / "whole", *options)[0] == run(tmp_path / "streamed", *options, "--stream")[0] == 0
+    check_equal(folder_bytes(tmp_path / "whole"), folder_bytes(tmp_path / "streamed"))
+    assert run(tmp_path / "none", "--calibration-tokens", 0, "--stream")[0] == 0
+    for options, said in (
+        (("--stream",), "calibration text, or 0"),
+        (("--stream", "--device", "cuda"), "expected cpu"),
+        (("--calibration-tokens", 17), "expected 0, or 256 and more"),
+        (("--calibration-tokens", 0, "--calibration-text", text_file), "leave one out"),
+    ):
+        code, error = run(tmp_path / "refused", *options)
+        assert code == 2 and said in error and len(error.splitlines()) == 1
+        assert not (tmp_path / "refused").exists()
