@@ -2,6 +2,9 @@
 """Does distance matter? Converts a teacher by several kernels and initialisers and reads off, on text, how much the distance term of the
 kernel varies and what it buys: purity of contexts, support scores. No training.
 
+"clusters": input prototypes at the k-means centroids of the calibration text's inputs, output prototypes solved for them.
+"standardised": the same teacher, written so that every dimension of an FFN's input has the same spread (and no mean, where the norm has a bias).
+
     python scripts/locality.py recipes/teachers/llama --out recipes/results/llama/locality
 """
 
@@ -25,6 +28,12 @@ SETTINGS = {
     "yat, firing means": {"kernel": "yat", "init": "firing-means"},
     "imq, firing means": {"kernel": "imq", "init": "firing-means"},
     "gaussian, firing means": {"kernel": "gaussian", "init": "firing-means"},
+    "half-yat, firing means, standardised": {"init": "firing-means"},
+    "yat, firing means, standardised": {"kernel": "yat", "init": "firing-means"},
+    "half-yat, clusters": {"init": "firing-means"},
+    "yat, clusters": {"kernel": "yat", "init": "firing-means"},
+    "imq, clusters": {"kernel": "imq", "init": "firing-means"},
+    "imq, clusters, standardised": {"kernel": "imq", "init": "firing-means"},
 }
 
 
@@ -46,10 +55,15 @@ def main(
     model, tokenizer = load_teacher(teacher), load_tokenizer(teacher)
     calibration = token_ids(tokenizer, [train], 256, tokens, spread=True)
     text = token_ids(tokenizer, [test], 128, tokens)
+    even = standardised(model, calibration)
     reports = {}
     for name, settings in SETTINGS.items():
-        student, _ = convert(model, KernelFFNConfig(**settings), calibration_ids=calibration, progress=True)
-        reports[name] = locality_report(student, model, text, seed)
+        source = even if "standardised" in name else model
+        student, report = convert(source, KernelFFNConfig(**settings), calibration_ids=calibration, progress=True)
+        fvus = [layer["fvu"] for layer in report.layers.values()]
+        if "clusters" in name:
+            fvus = at_clusters(student, source, calibration, seed)
+        reports[name] = {"fvu": sum(fvus) / len(fvus), **locality_report(student, source, text, seed)}
         typer.echo(name)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "locality.json", json.dumps(reports, indent=1) + "\n")
@@ -57,12 +71,85 @@ def main(
     typer.echo(markdown(reports), nl=False)
 
 
+def standardised(teacher, ids):
+    """A copy of ``teacher``, the same function, whose FFN inputs have unit variance in every dimension over ``ids``, and zero mean where
+    the norm before the FFN has a bias: norm and W_in are written anew."""
+    import copy
+
+    import torch
+
+    from hf_kernel_ffn.architectures import architecture_of, stock_ffns, stock_weights
+    from hf_kernel_ffn.calibration import ffn_inputs
+    from hf_kernel_ffn.hooks import on_input
+
+    model, made = copy.deepcopy(teacher), {}
+    before, after = {}, []
+    hooks = [
+        module.register_forward_hook(lambda module, args, out: made.__setitem__(out.data_ptr(), (module, out)))
+        for module in model.modules()
+        if "Norm" in type(module).__name__
+    ]
+    ffns = stock_ffns(model, architecture_of(model))
+    for path in ffns:
+        hooks.append(on_input(model.base_model, path, lambda x, path=path: before.__setitem__(path, made[x.data_ptr()][0])))
+    with torch.no_grad():
+        after.append(model(ids[:1]).logits)
+        for hook in hooks:
+            hook.remove()
+        for path, ffn in ffns.items():
+            norm, weights = before[path], stock_weights(model, ffn)
+            x = torch.cat(list(ffn_inputs(model, path, ids))).float()
+            scale, centre = x.std(0), x.mean(0)
+            for rows, bias in ((weights.up, weights.up_bias), (weights.gate, weights.gate_bias)):
+                if rows is None:
+                    continue
+                if bias is not None and norm.bias is not None:
+                    bias += rows @ centre
+                rows *= scale
+            if getattr(norm, "bias", None) is not None:
+                norm.bias.copy_((norm.bias - centre) / scale)
+            norm.weight /= scale
+        after.append(model(ids[:1]).logits)
+    torch.testing.assert_close(*after, rtol=1e-3, atol=1e-3)
+    return model
+
+
+def at_clusters(student, teacher, ids, seed: int) -> list[float]:
+    """Move the prototypes of ``student`` to the centroids of its inputs at ``ids`` (k-means from random tokens), solve its output
+    prototypes for them, and return the variance left unexplained, by layer."""
+    import torch
+    from scipy.cluster.vq import kmeans2
+
+    from hf_kernel_ffn.architectures import stock_ffn
+    from hf_kernel_ffn.calibration import calibrate, ffn_inputs, fit_sample, fitted_and_held
+
+    fvus = []
+    for path, ffn in student.kernel_ffns().items():
+        stock = stock_ffn(teacher, path)
+        fitted, held = (torch.cat(list(ffn_inputs(teacher, path, some))).float() for some in fitted_and_held(ids))
+        rows, nearest = kmeans2(fitted.numpy(), ffn.config.prototypes, minit="points", rng=seed)
+        with torch.no_grad():
+            rows, member = (
+                torch.from_numpy(rows),
+                torch.nn.functional.one_hot(torch.from_numpy(nearest).long(), len(rows)).float(),
+            )
+            outputs = stock(fitted).float()
+            ffn.input_prototypes.weight.copy_(rows)
+            if ffn.kernel.uses_bias:  # zero scores on average, as for firing means
+                ffn.input_prototypes.bias.copy_(-(rows @ fitted.mean(0)))
+            ffn.output_prototypes.weight.copy_((outputs - outputs.mean(0)).T @ member / member.sum(0).clamp_min(1))
+            ffn.output_prototypes.bias.copy_(outputs.mean(0))
+            sample = fit_sample(teacher, path, ids)
+            fvus.append(calibrate(ffn, stock, sample, [fitted], [held], ffn.config.settings.temperature)["fvu"])
+    return fvus
+
+
 def markdown(reports: dict[str, dict]) -> str:
     """One line a setting; AUCs against shuffled and against random tokens."""
     lines = [
-        "| | denominator varies over units / tokens | its share of log κ | purity, student / teacher / chance | AUC nearest | AUC mass "
+        "| | FVU | denominator varies over units / tokens | its share of log κ | purity, student / teacher / chance | AUC nearest | AUC mass "
         "| AUC −‖x − mean‖ | AUC −‖x‖ |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, report in reports.items():
         denominator, contexts, support = report["denominator"], report["contexts"], report["support"]
@@ -72,7 +159,7 @@ def markdown(reports: dict[str, dict]) -> str:
             for score in ("nearest", "mass", "control", "length")
         )
         lines.append(
-            f"| {name} | {denominator['over_units']:.1%} / {denominator['over_tokens']:.1%} "
+            f"| {name} | {report['fvu']:.3f} | {denominator['over_units']:.1%} / {denominator['over_tokens']:.1%} "
             f"| {denominator['log_share_weighted']:.2g} | {purity} | {aucs} |"
         )
     return "\n".join(lines) + "\n"
