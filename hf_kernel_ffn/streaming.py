@@ -88,12 +88,13 @@ def convert_streamed(
             for i, tensors in zip(
                 with_progress(range(len(groups)), "converting", progress), read_ahead(reader, groups), strict=True
             ):
+                here = [ffn for ffn in chosen.values() if ffn.number == i]
                 for name, tensor in tensors.items():
                     require_finite(name, tensor)
-                    replay.place(name.removeprefix(prefix), tensor)
+                    if here or ids is not None:
+                        replay.place(name.removeprefix(prefix), tensor)
                     if name in described:
                         writer.write(name, [_rounded(tensor, teacher.dtype)])
-                here = [ffn for ffn in chosen.values() if ffn.number == i]
                 for path, ffn in convert_block(teacher, here, settings, ids, report)[0].items():
                     found[path] = ffn.config
                     for name, tensor in ffn.state_dict().items():
@@ -139,8 +140,8 @@ def _expected(teacher, stock, settings):
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` as a model loaded in ``dtype`` has it."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    """``tensor`` as a model loaded in ``dtype`` has it, unless that has room for all its digits."""
+    return tensor if torch.promote_types(tensor.dtype, dtype) == dtype or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def _finite(name: str, pieces: Iterable[Tensor]) -> Iterator[Tensor]:

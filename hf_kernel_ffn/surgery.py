@@ -25,6 +25,7 @@ from .architectures import (
     architecture_of,
     attribute,
     choose_layers,
+    finite,
     parse_layers,
     stock_ffns,
     stock_weights,
@@ -154,7 +155,7 @@ def calibration_of(teacher, ids: Inputs | None, tokens: int, source: str) -> tup
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """InputError if ``tensor`` has NaN or infinite values."""
-    if not torch.isfinite(tensor).all():
+    if not finite(tensor):
         raise InputError(f"found NaN or infinite values in {name}, expected finite weights: repair the teacher")
 
 

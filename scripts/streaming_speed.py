@@ -5,7 +5,6 @@ python scripts/streaming_speed.py runs/streaming --json recipes/results/speed/st
 """
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -33,12 +32,11 @@ def main(
     teacher, out = folder / "teacher", folder / "student"
     if convert:  # in a process of its own, whose peak is its own
         out.mkdir()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_memory()
         start = time.perf_counter(), time.process_time()
         convert_streamed(str(teacher), out, KernelFFNConfig(values=values), layers, calibration_tokens=0)
         found = {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({**found, "peak_rss_bytes": peak * 1024, "rss_of_imports_bytes": before * 1024}))
+        print(json.dumps({**found, "peak_rss_bytes": peak_memory(), "rss_of_imports_bytes": before}))
         return
     size = make_teacher(teacher, gib)
     start = time.perf_counter()
@@ -68,6 +66,12 @@ def main(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had resident at most; of getrusage, a child's begins at its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def make_teacher(folder: Path, gib: float) -> int:
