@@ -12,7 +12,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_kernel_ffn import KernelFFNConfig, convert, one_pass, readout
-from hf_kernel_ffn.readout import YatMixture
+from hf_kernel_ffn.exporting import apply, export
+from hf_kernel_ffn.one_pass import YatMixture
 
 dense = pytest.mark.parametrize(
     "settings",
@@ -154,7 +155,19 @@ def test_sparse_decode_reads_the_active_prototypes_alone(kernel, simplex, values
             assert torch.isfinite(ffn(x[:1])).all()
 
 
-def test_the_layout_for_decoding_changes_nothing_else(tmp_path):
+def test_a_model_that_has_decoded_is_saved_as_before(llama, ids, tmp_path):
+    student, _ = convert(llama, KernelFFNConfig(simplex="top-k", top_k=5), calibration_tokens=0, copy=True)
+    student.save_pretrained(tmp_path / "before")
+    student.generate(ids[:1, :4], max_new_tokens=4, do_sample=False)
+    assert all(ffn.output_prototypes.weight.T.is_contiguous() for ffn in student.kernel_ffns().values())
+    student.save_pretrained(tmp_path / "after")
+    export(student, tmp_path / "after.safetensors")
+    assert (tmp_path / "before" / "model.safetensors").read_bytes() == (tmp_path / "after" / "model.safetensors").read_bytes()
+    again = apply(tmp_path / "after.safetensors", llama)
+    assert all(torch.equal(p, student.state_dict()[name]) for name, p in again.state_dict().items())
+
+
+def test_the_layout_for_decoding_changes_nothing_else():
     ffn, x = make_layer(kernel="half-yat", simplex="top-k", intensity="mass", count=64).eval(), inputs(8)
     before, weight = {n: p.clone() for n, p in ffn.state_dict().items()}, ffn.output_prototypes.weight
     with torch.inference_mode():
