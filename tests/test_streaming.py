@@ -4,9 +4,9 @@ import json
 import sys
 
 import pytest
+import test_families
 import torch
 from safetensors.torch import load_file, save_file
-from test_families import tiny
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.cli import main
@@ -23,7 +23,9 @@ FAMILIES = {
     "modernbert": "AutoModelForSequenceClassification", "mixtral": "AutoModelForCausalLM", "qwen3_moe": "AutoModelForCausalLM",
     "olmoe": "AutoModelForCausalLM",
 }  # fmt: skip
-"""Plain, gated, fused, split and expert FFNs; heads that generate, classify, or none."""
+"""Plain, gated, fused, split and expert FFNs; heads that generate, fill in and classify."""
+REFUSED = {"t5": "AutoModelForSeq2SeqLM", "vit": "AutoModel", "albert": "AutoModel", "clip": "AutoModel"}
+"""Two stacks, patches, a shared FFN, two stacks side by side."""
 
 
 def folder_bytes(folder):
@@ -37,7 +39,7 @@ def stored(tmp_path_factory, tokenizer):
     def save(family, auto=None, **options):
         folder = tmp_path_factory.mktemp("stored") / family
         changes = {"vocab_size": options.pop("vocab_size")} if "vocab_size" in options else {}
-        model = tiny(family, auto or FAMILIES[family], **changes)
+        model = test_families.tiny(family, auto or FAMILIES[family], **changes)
         model.to(options.pop("dtype", torch.float32)).save_pretrained(folder, **options)
         tokenizer.save_pretrained(folder)
         return folder
@@ -81,6 +83,13 @@ def test_the_same_bytes_as_in_memory(stored, family, settings, layers, calibrate
     assert {"checksums.json", "README.md", "tokenizer.json", "conversion.json", f"modeling_kernel_{family}.py"} <= found.keys()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted({*test_families.FAMILIES} - {*FAMILIES} - {*REFUSED, "clip_vision_model", "whisper"}))
+def test_the_same_bytes_in_every_other_family(stored, family, tmp_path):
+    auto = next(auto for auto in test_families.HEADS if auto in stock_heads(family))
+    check_equal(*both(stored(family, auto), tmp_path, calibration_ids=IDS, calibration_tokens=384))
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shards_and_half_precision(stored, family, dtype, tmp_path):
@@ -96,7 +105,7 @@ def test_experts_in_the_names_that_they_have_on_the_hub(stored):
 
 
 @pytest.mark.parametrize(
-    "family, auto", [("bart", "AutoModelForSeq2SeqLM"), ("vit", "AutoModel"), ("albert", "AutoModel"), ("clip", "AutoModel")]
+    "family, auto", [*REFUSED.items(), ("bart", "AutoModelForSeq2SeqLM"), ("clip_vision_model", "AutoModel")]
 )
 def test_models_that_are_not_one_stack_of_blocks_are_refused(stored, family, auto, tmp_path):
     assert auto in stock_heads(family)
