@@ -165,9 +165,9 @@ class KernelFFN(nn.Module):
     def _squares(self, weight):
         """‖w‖² (prototypes,); with ``keep_norms``, that of an earlier call if the weight is still the same: its memory, its version
         counter and a number of every row, since what merges an adapter into ``weight.data`` leaves the counter as it was."""
-        if not self.keep_norms or torch.compiler.is_compiling() or weight.is_inference() or not weight.is_contiguous():
+        if not self.keep_norms or torch.compiler.is_compiling() or weight.is_inference():
             return torch.linalg.vector_norm(weight, dim=-1).square()
-        version, sample = (weight._version, weight.shape, weight.dtype), weight.view(-1)[:: weight.shape[1] + 1]
+        version, sample = (weight._version, weight.shape, weight.dtype), weight[:, weight.shape[1] // 2]
         if self._norms is not None:
             held, same, few, squares = self._norms
             if held.data_ptr() == weight.data_ptr() and same == version and torch.equal(few, sample):

@@ -182,8 +182,11 @@ def assign(ffn):
     ffn.load_state_dict({name: 2 * tensor for name, tensor in ffn.state_dict().items()}, assign=True)
 
 
-def one_row(ffn):
-    ffn.input_prototypes.weight.data[3] *= 3
+def one_row(row):
+    def change(ffn):
+        ffn.input_prototypes.weight.data[row] *= 3
+
+    return change
 
 
 def merge_an_adapter(ffn):
@@ -196,7 +199,7 @@ CHANGES = {
     "nothing": lambda ffn: None,
     "in place": lambda ffn: ffn.input_prototypes.weight.mul_(1.5),
     "through data": lambda ffn: ffn.input_prototypes.weight.data.mul_(1.5),
-    "one row through data": one_row,
+    **{f"row {row} through data": one_row(row) for row in range(P)},
     "loaded": lambda ffn: ffn.load_state_dict({name: 2 * tensor for name, tensor in ffn.state_dict().items()}),
     "assigned": assign,
     "a merged adapter": merge_an_adapter,
