@@ -96,6 +96,12 @@ class StockFFN:
         """Path of the module whose output is the FFN's."""
         return join(self.host_path, self.shape.down) if self.shape.split else self.host_path
 
+    def norm(self, base: nn.Module) -> nn.Module | None:
+        """Under the base model ``base``, the norm whose output is its input; None if the entry does not describe it."""
+        if self.shape.ffn_norm is None:
+            return None
+        return base.get_submodule(join(self.host_path.removesuffix(self.shape.ffn).rstrip("."), self.shape.ffn_norm))
+
     def __call__(self, x: Tensor) -> Tensor:
         if self.expert is not None:  # forward(): a hook on the host may be what calls this
             flat = x.flatten(0, -2)
@@ -176,16 +182,20 @@ def _ffns(shape: Architecture, host: Any, host_path: str, number: int) -> Iterat
 def _blocks(base: nn.Module, architecture: Architecture) -> Iterator[tuple[str, nn.Module]]:
     """The blocks of every stack that is there, by path."""
     count = 0
-    for stack in architecture.stacks:
-        for path in _expand(base, stack):
-            for name, block in base.get_submodule(path).named_children():
-                count += 1
-                yield f"{path}.{name}", block
+    for path in stacks(base, architecture):
+        for name, block in base.get_submodule(path).named_children():
+            count += 1
+            yield f"{path}.{name}", block
     if not count:
         raise InputError(
             f"found no blocks at {' or '.join(architecture.stacks)} in a {type(base).__name__}, expected those of a "
             f"{architecture.model_type!r}: run hf-kernel-ffn families --explain on it"
         )
+
+
+def stacks(base: nn.Module, architecture: Architecture) -> list[str]:
+    """Paths of the lists of blocks that ``base`` has."""
+    return [path for stack in architecture.stacks for path in _expand(base, stack)]
 
 
 def _expand(base: nn.Module, path: str) -> list[str]:
@@ -303,6 +313,11 @@ def ffn_weights(ffn: Any, architecture: Architecture, config, path: str, expert:
     return FFNWeights(up, up_bias, gate, gate_bias, down.T, down_bias, act)
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether all its numbers are finite; without a mask of its size, which takes many times as long."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
+
+
 def _projection(ffn: Any, name: str, path: str, expert: int | None) -> tuple[Tensor, Tensor | None]:
     """Weight (out, in) and bias."""
     try:
@@ -320,7 +335,7 @@ def _projection(ffn: Any, name: str, path: str, expert: int | None) -> tuple[Ten
             f"found {kind} at {path}.{name}, expected a floating-point Linear or Conv1D: load the model unquantised"
         )
     for part, tensor in tensors.items():
-        if tensor is not None and not tensor.is_meta and not torch.isfinite(tensor).all():
+        if tensor is not None and not tensor.is_meta and not finite(tensor):
             raise InputError(
                 f"found NaN or infinite values in {path}.{name}.{part}, expected finite weights: repair the teacher"
             )

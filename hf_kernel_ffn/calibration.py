@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .architectures import family_name, get_architecture
 from .errors import InputError
@@ -92,12 +92,11 @@ def ffn_inputs(model: Any, path: str, ids: Inputs) -> Iterator[Tensor]:
         if not shared:
             raise _Reached
 
-    size = max(1, BATCH_TOKENS // row_tokens(ids))
-    for first in range(0, rows(ids), size):
+    for batch in batches(ids):
         hook = on_input(model.base_model, path, stop)  # for one pass at a time: who takes the batch may call the FFN on it
         try:
             with suppress(_Reached):
-                model.base_model(**arguments(model.base_model, take(ids, slice(first, first + size))))
+                model.base_model(**arguments(model.base_model, batch))
         finally:
             hook.remove()
         if not seen:
@@ -109,12 +108,36 @@ def ffn_inputs(model: Any, path: str, ids: Inputs) -> Iterator[Tensor]:
         seen.clear()
 
 
+def batches(ids: Inputs) -> Iterator[Inputs]:
+    """``ids`` (rows, …), about ``BATCH_TOKENS`` at a time."""
+    size = max(1, BATCH_TOKENS // row_tokens(ids))
+    for first in range(0, rows(ids), size):
+        yield take(ids, slice(first, first + size))
+
+
+def sampled(ids: Inputs) -> Inputs:
+    """Those of the rows ``ids`` that :func:`fit_sample` reads."""
+    return take(ids, torch.linspace(0, rows(ids) - 1, min(rows(ids), FIT_ROWS)).long())
+
+
 @torch.no_grad()
 def fit_sample(model: Any, path: str, ids: Inputs) -> Tensor:
     """(tokens, hidden_size) float32: about ``FIT_TOKENS`` evenly spaced inputs of the FFN at ``path``, the same on every process."""
-    ids = take(ids, torch.linspace(0, rows(ids) - 1, min(rows(ids), FIT_ROWS)).long())
+    ids = sampled(ids)
     every = max(1, rows(ids) * row_tokens(ids) // FIT_TOKENS)
     return torch.cat([batch[::every].float().contiguous() for batch in ffn_inputs(model, path, ids)])
+
+
+BLIND_TOKENS = 64
+"""Made-up inputs where nothing is calibrated."""
+
+
+@torch.no_grad()
+def blind_sample(norm: nn.Module | None, like: Tensor) -> Tensor:
+    """(BLIND_TOKENS, hidden_size) float32: Gaussian hidden states, or what the ``norm`` before an FFN makes of them; ``like``: rows
+    of the FFN (…, hidden_size)."""
+    sample = torch.randn(BLIND_TOKENS, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like)
+    return (sample if norm is None else norm(sample)).float()
 
 
 def fitted_and_held(ids: Inputs) -> tuple[Inputs, Inputs]:

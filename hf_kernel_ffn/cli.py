@@ -1,4 +1,5 @@
-"""The command line: convert, distill, evaluate, read, verify, export, apply, push, families. Bad input is one line on stderr and exit code 2."""
+"""The command line: convert, distill, evaluate, read, verify, export, apply, push, benchmark, families. Bad input is one
+line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -33,7 +34,11 @@ def convert(
     temperature: Annotated[Optional[float], typer.Option(help="[default: 1, or fitted where it is free]")] = None,
     layers: Annotated[Optional[str], typer.Option(help="such as 0-5,7  [default: all]")] = None,
     calibration_text: Annotated[Optional[str], typer.Option(help=".txt, .jsonl, .parquet or a datasets name")] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=256, help="tokens to calibrate on")] = 16_384,
+    calibration_tokens: Annotated[int, typer.Option(min=0, help="tokens to calibrate on; 0: no calibration")] = 16_384,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="a block at a time, for a model that does not fit in memory; needs text, or 0 tokens"),
+    ] = False,
     seed: Annotated[int, typer.Option(help="of the tokens the model makes itself when there is no text")] = 0,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -42,25 +47,35 @@ def convert(
     from . import surgery
     from .configuration import KernelFFNConfig
     from .data import token_ids
-    from .loading import import_kernel, load_teacher, load_tokenizer
+    from .errors import InputError
+    from .loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
 
     _quieten()
     surgery.require_empty(out_dir)
+    if 0 < calibration_tokens < 256:
+        raise InputError(f"found {calibration_tokens} calibration tokens, expected 0, or 256 and more: give more")
+    if stream and device != "cpu":
+        raise InputError(f"found --stream with device {device!r}, expected cpu: it computes there")
     settings = KernelFFNConfig(import_kernel(kernel), simplex, intensity, init, values, temperature, top_k, expansion)
-    teacher = load_teacher(model, dtype, device)
+    teacher = load_stock_on_meta(model) if stream else load_teacher(model, dtype, device)
     ids = None
     if calibration_text is not None:
         length = min(256, getattr(teacher.config, "max_position_embeddings", None) or 256)
         ids = token_ids(load_tokenizer(model), [calibration_text], length, calibration_tokens, spread=True)
-    student, report = surgery.convert(
-        teacher, settings, layers, calibration_ids=ids, calibration_tokens=calibration_tokens, seed=seed, progress=True
-    )
-    with surgery.new_folder(out_dir) as made:
-        surgery.save_converted(student, model, made, conversion=report.to_dict())
+    options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)
+    if stream:
+        from .streaming import convert_streamed
+
+        report = convert_streamed(model, out_dir, settings, layers, dtype=dtype, **options)
+    else:
+        student, report = surgery.convert(teacher, settings, layers, seed=seed, **options)
+        with surgery.new_folder(out_dir) as made:
+            surgery.save_converted(student, model, made, conversion=report.to_dict())
     _table(
         ["layer", "prototypes", "parameters", "FVU held out", "dictionary growth"],
         [
-            [path, f"{f['prototypes']}", f"{f['parameters']:,}", f"{f['fvu']:.4f}", f"{f['dictionary_growth']:.2f}"]
+            [path, f"{f['prototypes']}", f"{f['parameters']:,}"]
+            + [f"{f[name]:.{digits}f}" if name in f else "–" for name, digits in (("fvu", 4), ("dictionary_growth", 2))]
             for path, f in report.layers.items()
         ],
     )
@@ -243,6 +258,64 @@ def push(
 
 
 @app.command()
+def benchmark(
+    shapes: Annotated[
+        str, typer.Option(help="gpt2, llama-3.2-1b, llama-3-8b, mistral-7b, comma-separated")
+    ] = "gpt2,llama-3.2-1b",
+    model: Annotated[Optional[str], typer.Option(help="a checkpoint whose FFNs are timed instead of named shapes")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="read at once, forward and backward; fewer are faster")] = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; medians of them are reported")] = 7,
+    active: Annotated[int, typer.Option(min=1, help="prototypes per token of the sparse readouts")] = 64,
+    modes: Annotated[str, typer.Option(help="eager, compiled")] = "eager,compiled",
+    phases: Annotated[str, typer.Option(help="forward, forward+backward, decode")] = "forward,forward+backward,decode",
+    only: Annotated[Optional[str], typer.Option(help="readouts whose name has one of these parts, comma-separated")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="of a CPU")] = 1,
+    clock: Annotated[str, typer.Option(help="wall, or cpu: this process's own time, on a machine that others use")] = "wall",
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write all of it")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")
+    ] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Time readouts against the FFNs they replace: forward, forward+backward and one-token decode, as ratios."""
+    import torch
+
+    from . import benchmark as benchmarks
+    from .configuration import one_of
+    from .files import write_text
+    from .loading import load_model, torch_dtype
+    from .surgery import require_place
+
+    if json_file is not None:
+        require_place(json_file)
+    _quieten()
+    for name, text, choices in (
+        ("mode", modes, ("eager", "compiled")),
+        ("phase", phases, benchmarks.PHASES),
+        ("clock", clock, ("wall", "cpu")),
+    ):
+        for part in text.split(","):
+            one_of(name, part, choices)
+    own = None
+    if model is not None:
+        shape, own = benchmarks.checkpoint_ffns(load_model(model, dtype, device, trust_remote_code), model)
+        chosen = {model: shape}
+    else:
+        for part in shapes.split(","):
+            one_of("shape", part, benchmarks.SHAPES)
+        chosen = {part: benchmarks.SHAPES[part] for part in shapes.split(",")}
+    torch.set_num_threads(threads)
+    found = benchmarks.benchmark(
+        chosen, tokens=tokens, repeats=repeats, active=active, modes=tuple(modes.split(",")), phases=tuple(phases.split(",")),
+        dtype=torch_dtype(dtype), device=device, clock=clock, own=own, only=only, progress=lambda line: typer.echo(line, err=True),
+    )  # fmt: skip
+    if json_file is not None:
+        write_text(json_file, json.dumps(found, indent=1) + "\n")
+    _print_benchmark(found)
+
+
+@app.command()
 def families(
     explain: Annotated[
         Optional[str], typer.Option(metavar="MODEL", help="what looks like an FFN in this model, and which entry describes it")
@@ -303,6 +376,24 @@ def _print_report(report: dict) -> None:
         for who, figures in ((layer["path"], layer), ("  teacher", layer["teacher"])):
             rows.append([who, *(f"{figures[name]:.{1 if 'prototypes' in name else 4}f}" for name in columns)])
     _table(["layer", *columns.values()], rows)
+
+
+def _print_benchmark(found: dict) -> None:
+    rows = []
+    for row in found["rows"]:
+        spread, target, memory = row["ratio"], row["target"], row.get("memory_target")
+        rows.append([
+            row["shape"], row["mode"], row["phase"], row["variant"], f"{row['seconds']['median'] * 1e3:.2f}", row["against"],
+            f"{spread['median']:.2f} ({spread['low']:.2f}–{spread['high']:.2f})", "" if target is None else f"≤ {target}",
+            "" if "memory" not in row else f"{row['memory'] / 2**20:.1f}", "" if "memory" not in row else f"{row['memory_ratio']:.2f}",
+            "" if memory is None else f"≤ {memory}", "" if "bytes_moved" not in row else f"{row['bytes_moved'] / 2**20:.0f}",
+            f"{row['seconds_at_copy_bandwidth'] * 1e3:.2f}",
+        ])  # fmt: skip
+    _table(["shape", "mode", "phase", "what", "ms", "against", "time ratio", "aimed at", "MiB held", "ratio", "aimed at", "MiB moved",
+            "ms to copy weights"], rows)  # fmt: skip
+    typer.echo(
+        f"{found['machine']}, torch {found['torch']}, {found['dtype']}, {found['tokens']} tokens, medians of {found['repeats']}"
+    )
 
 
 def _print_reading(found: dict) -> None:

@@ -61,11 +61,11 @@ class KernelFFNConfig:
     one. None: 2 where a unit needs both signs, otherwise 1."""
 
     def __post_init__(self):
-        _one_of("simplex", self.simplex, SIMPLEX_MAPS)
-        _one_of("intensity", self.intensity, INTENSITIES)
-        _one_of("values", self.values, VALUES)
+        one_of("simplex", self.simplex, SIMPLEX_MAPS)
+        one_of("intensity", self.intensity, INTENSITIES)
+        one_of("values", self.values, VALUES)
         if self.init is not None:
-            _one_of("init", self.init, INITIALISERS)
+            one_of("init", self.init, INITIALISERS)
         if not get_kernel(self.kernel).nonnegative:
             raise InputError(f"kernel {self.kernel!r} can be negative: its readout is no mixture; choose a nonnegative kernel")
         _number("temperature", self.temperature, lambda t: 0 < t < float("inf"), "a positive number")
@@ -277,7 +277,8 @@ class KernelConfigMixin:
 
 
 TRAVELLING = (
-    "errors.py", "kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "readout.py", "integrity.py", "modeling.py",
+    "errors.py", "kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "one_pass.py", "readout.py", "integrity.py",
+    "modeling.py",
 )  # fmt: skip
 """Files that every checkpoint carries, beside its family's own modelling file."""
 
@@ -348,7 +349,8 @@ def get_custom_kernel_file(config) -> str | None:
     return source
 
 
-def _one_of(name, value, choices):
+def one_of(name, value, choices):
+    """InputError unless ``value`` is one of the names ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"found {name}={value!r}, expected one of {', '.join(choices)}")
 

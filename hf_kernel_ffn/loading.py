@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from .architectures import get_architecture
@@ -31,12 +32,7 @@ def torch_dtype(name: str) -> torch.dtype:
 def load_teacher(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:
     """The stock model at ``name``, with the head it is stored with, or as a causal language model if it has none; in eval mode. Its
     config remembers the dtype it is stored in. A family that transformers does not have needs ``trust_remote_code``."""
-    entry = read_config(name)
-    if entry.get("kernel_ffn") is not None:
-        raise InputError(f"found {name} converted already, expected a stock model: give its teacher")
-    get_architecture(entry.get("model_type"))
-    if entry.get("quantization_config") is not None:
-        raise InputError(f"found quantised weights at {name}, expected floating-point ones: load the unquantised model")
+    entry = _stock_config(name)
     model, info = loaded(
         _teacher_class(entry, name, trust_remote_code),
         name,
@@ -52,6 +48,28 @@ def load_teacher(name: str, dtype: str = "float32", device: str | torch.device =
             "they would be random; copy it again"
         )
     return _placed(model, device)
+
+
+def load_stock_on_meta(name: str, dtype: str = "float32") -> Any:
+    """The same model without its weights, on the meta device; of a family that transformers has."""
+    kind, config = _teacher_class(_stock_config(name), name, False), loaded(AutoConfig, name)
+    with torch.device("meta"):
+        make = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
+        model = make(config, dtype=torch_dtype(dtype))
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model.eval()
+
+
+def _stock_config(name: str) -> dict:
+    """config.json of a stock model of a known family, in floating point; InputError if it is none."""
+    entry = read_config(name)
+    if entry.get("kernel_ffn") is not None:
+        raise InputError(f"found {name} converted already, expected a stock model: give its teacher")
+    get_architecture(entry.get("model_type"))
+    if entry.get("quantization_config") is not None:
+        raise InputError(f"found quantised weights at {name}, expected floating-point ones: load the unquantised model")
+    return entry
 
 
 def load_student(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:

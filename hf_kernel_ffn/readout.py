@@ -13,11 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .configuration import LayerConfig
-from .kernels import get_kernel
+from .kernels import HalfYat, Yat, get_kernel
+from .one_pass import YatMixture, one_token
 from .simplex import shares, top_k_mask
 
 LOG_RATIO_BOUND = 20.0
 """Learned log-ratios act as if no further from zero than this: no step, however wild, makes a constrained value 0 or ∞."""
+ACTIVATION_BYTES = 2**28
+"""What a layer's temporaries, and what it keeps for its backward pass, may take each: more tokens are read in chunks, and their
+scores computed again."""
+EXACT = (torch.float32, torch.float64)
+"""dtypes in which scores are computed as they stand."""
 
 
 class Readout(NamedTuple):
@@ -62,6 +68,10 @@ class KernelFFN(nn.Module):
         self.reference = dict(config.reference)
         self.top_k = settings.top_k
         """Prototypes kept now; a distillation lets it fall to the setting."""
+        self.activation_bytes = ACTIVATION_BYTES
+        self.keep_norms = False
+        """Whether decoding reuses ‖w‖² while the weight is the same, so that it reads W_in once per token."""
+        self._norms: tuple | None = None
         size, prototypes = config.hidden_size, config.prototypes
         self.input_prototypes = nn.Linear(size, prototypes, bias=self.kernel.uses_bias)
         self.output_prototypes = nn.Linear(prototypes, size)
@@ -82,33 +92,39 @@ class KernelFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to (..., hidden_size), in the dtype of the input."""
+        if self._decodes_sparsely(hidden_states):
+            return self._decode(hidden_states)
+        if self._has_one_pass(hidden_states):
+            return self.dropout(self._one_pass(hidden_states))
         coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
         coefficients = nn.functional.dropout(coefficients, self.config.hidden_dropout, self.training)
-        return self.dropout(self.output_prototypes(coefficients))
+        return self.dropout(self._mix(coefficients))
 
     def coefficients(self, hidden_states: Tensor) -> Tensor:
         """(..., prototypes) in float32 (float64 for a float64 input): what multiplies the output prototypes."""
+        ups = self._ups(hidden_states)
         if self.config.settings.coefficients_are_kernel:
-            choice = self._scaled_kernel(hidden_states)
+            choice = self._scaled_kernel(hidden_states, ups)
         else:
-            choice, intensity = self._choice(hidden_states)
+            choice, intensity = self._choice(hidden_states, ups)
             choice = choice if intensity is None else choice * intensity
-        return self._values(hidden_states, choice)
+        return choice if ups is None else choice * ups
 
     def readout(self, hidden_states: Tensor) -> Readout:
         """The record of this layer at ``hidden_states`` (..., hidden_size), coefficients in the dtype that mixes."""
+        ups = self._ups(hidden_states)
         if self.config.settings.coefficients_are_kernel:
-            choice = self._scaled_kernel(hidden_states)
+            choice = self._scaled_kernel(hidden_states, ups)
             intensity = choice.sum(-1, keepdim=True)
             pi = choice / intensity.where(intensity > 0, torch.ones_like(intensity))
         else:
-            pi, intensity = self._choice(hidden_states)
+            pi, intensity = self._choice(hidden_states, ups)
             if intensity is None:
                 intensity = (pi.sum(-1, keepdim=True) > 0).to(pi.dtype)
             choice = pi * intensity
         dictionary, bias = effective(self.output_prototypes, hidden_states)
         return Readout(
-            coefficients=self._values(hidden_states, choice).to(hidden_states.dtype),
+            coefficients=(choice if ups is None else choice * ups).to(hidden_states.dtype),
             dictionary=dictionary.T,
             bias=bias,
             shares=pi,
@@ -130,6 +146,10 @@ class KernelFFN(nn.Module):
         weight, bias = effective(self.input_prototypes, hidden_states)
         device = hidden_states.device.type
         rounded = hidden_states.dtype.itemsize < 4 or weight.dtype.itemsize < 4 or torch.is_autocast_enabled(device)
+        if not rounded and self.kernel.uses_distance and _one_token(hidden_states) and _is_plain(self.input_prototypes):
+            dot, x = nn.functional.linear(hidden_states, weight), hidden_states.flatten()
+            distance = torch.add(self._squares(weight), x @ x).sub(dot, alpha=2).clamp_min(0)
+            return (dot if bias is None else dot + bias), distance
         with torch.autocast(device, enabled=False):
             x, weight = _at_least_float32(hidden_states), _at_least_float32(weight)
             if rounded:  # a product rounded to half precision overflows, or leaves noise of a small distance
@@ -141,6 +161,23 @@ class KernelFFN(nn.Module):
             if not self.kernel.uses_distance:
                 return score, None
             return score, (x.square().sum(-1, keepdim=True) + weight.square().sum(-1) - 2 * dot).clamp_min(0)
+
+    def _squares(self, weight):
+        """‖w‖² (prototypes,); with ``keep_norms``, that of an earlier call if the weight is still the same: its memory, its version
+        counter and a number of every row, since what merges an adapter into ``weight.data`` leaves the counter as it was."""
+        if not self.keep_norms or torch.compiler.is_compiling() or weight.is_inference():
+            return torch.linalg.vector_norm(weight, dim=-1).square()
+        version, sample = (weight._version, weight.shape, weight.dtype), weight[:, weight.shape[1] // 2]
+        if self._norms is not None:
+            held, same, few, squares = self._norms
+            if held.data_ptr() == weight.data_ptr() and same == version and torch.equal(few, sample):
+                return squares
+        squares = torch.linalg.vector_norm(weight, dim=-1).square()
+        self._norms = weight.detach(), version, sample.clone(), squares  # held, so that no other weight can come to lie there
+        return squares
+
+    def __getstate__(self):
+        return {**vars(self), "_norms": None}  # the version counter of a copy starts anew
 
     def kernel_parameters(self):
         return {name: self.positive(name) for name in self.kernel.parameters}
@@ -165,32 +202,129 @@ class KernelFFN(nn.Module):
         """The κ from which on a prototype takes part, shape (1,), at least float32."""
         return self.log_threshold().exp()
 
-    def _scaled_kernel(self, hidden_states):
+    def _has_one_pass(self, hidden_states) -> bool:
+        """Whether the layer at ``hidden_states`` is a dense Yat readout of plain weights. Adapters, quantised weights and hooks are
+        seen by the plain form alone; a compiler makes one pass of that by itself; one token has nothing to gain."""
+        settings, dtype = self.config.settings, hidden_states.dtype
+        linears = [self.input_prototypes, self.output_prototypes, *([self.value_proj] if settings.values == "gated" else [])]
+        return (
+            settings.coefficients_are_kernel
+            and settings.simplex == "softmax"
+            and type(self.kernel) in (Yat, HalfYat)
+            and not (self.training and self.config.hidden_dropout)
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+            and not _one_token(hidden_states)
+            and all(_is_plain(linear) and linear.bias is not None for linear in linears)
+            and (
+                torch.is_autocast_enabled(hidden_states.device.type) or all(linear.weight.dtype == dtype for linear in linears)
+            )
+        )
+
+    def _one_pass(self, hidden_states):
+        device = hidden_states.device.type
+        mix = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        up = self.value_proj if self.config.settings.values == "gated" else None
+        first, second = self.input_prototypes, self.output_prototypes
+        written = YatMixture.apply(
+            hidden_states.reshape(-1, hidden_states.shape[-1]), first.weight, first.bias, second.weight, self.positive("epsilon"),
+            self.log_positive("scale"), None if up is None else up.weight, None if up is None else up.bias,
+            type(self.kernel) is HalfYat, mix, self.activation_bytes,
+        )  # fmt: skip
+        return (written + second.bias.to(mix)).view(hidden_states.shape)
+
+    def _decodes_sparsely(self, hidden_states) -> bool:
+        """Whether it is one token of which a few kernel values are the coefficients, on a CPU, where shapes may depend on the data."""
+        settings = self.config.settings
+        return (
+            _one_token(hidden_states)
+            and settings.sparse
+            and settings.coefficients_are_kernel
+            and not self.training
+            and not _fixed(hidden_states)
+            and self._reads_columns(hidden_states)
+        )
+
+    def _reads_columns(self, x) -> bool:
+        """Whether the output prototypes are a plain matrix in the dtype of ``x``, of which some columns may be read alone."""
+        linear = self.output_prototypes
+        plain = _is_plain(linear) and linear.bias is not None
+        return plain and linear.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+
+    def _decode(self, hidden_states):
+        ups, first = self._ups(hidden_states), self.input_prototypes
+        if type(self.kernel) in (Yat, HalfYat) and _is_plain(first) and first.weight.dtype == hidden_states.dtype in EXACT:
+            log_scale = self.log_positive("scale")
+            kernel = one_token(
+                hidden_states.flatten(), first.weight, first.bias, self._squares(first.weight), self.positive("epsilon").item(),
+                log_scale.exp().item(), type(self.kernel) is HalfYat,
+            )  # fmt: skip
+            least = self._least(log_scale)
+            loudness = kernel if ups is None else kernel * ups.flatten().abs()
+        else:
+            kernel, loudness, least = self._kernel_and_loudness(hidden_states, ups)
+            loudness = loudness.flatten()
+        if least is None:
+            active = loudness.topk(min(self.top_k, len(loudness)), sorted=False).indices
+        else:
+            active = (loudness >= least).nonzero()[:, 0]
+        choice = kernel.flatten().index_select(0, active)
+        choice = choice if ups is None else choice * ups.flatten().index_select(0, active)
+        return self._written(choice.to(hidden_states.dtype), active).view(hidden_states.shape)
+
+    def _mix(self, coefficients):
+        """Σ_i c_i v_i + b_out. For one token without gradients, only the output prototypes with c_i ≠ 0 are read."""
+        simplex, fixed = self.config.settings.simplex, _fixed(coefficients)
+        if simplex == "softmax" or (fixed and simplex != "top-k"):
+            return self.output_prototypes(coefficients)
+        if not (_one_token(coefficients) and self._reads_columns(coefficients)):
+            return self.output_prototypes(coefficients)
+        flat = coefficients.flatten()
+        active = flat.abs().topk(min(self.top_k, len(flat)), sorted=False).indices if fixed else flat.nonzero()[:, 0]
+        return self._written(flat[active], active).view(*coefficients.shape[:-1], -1)
+
+    def _written(self, coefficients, active):
+        """(hidden_size,) by the output prototypes ``active``, with ``coefficients`` (n,) each."""
+        linear = self.output_prototypes
+        if 4 * len(active) > linear.in_features:  # then all of them are sooner read
+            return linear(coefficients.new_zeros(linear.in_features).index_copy(0, active, coefficients))
+        if not (_fixed(coefficients) or self.training or linear.weight.T.is_contiguous()):
+            _lay_out_by_prototypes(linear)
+        return torch.addmv(linear.bias, linear.weight.T.index_select(0, active).T, coefficients)
+
+    def _ups(self, hidden_states):
+        """u·x (..., prototypes), or None where the output prototypes are fixed."""
+        return _at_least_float32(self.value_proj(hidden_states)) if self.config.settings.values == "gated" else None
+
+    def _scaled_kernel(self, hidden_states, ups):
         """scale · κ over the support."""
+        kernel, loudness, least = self._kernel_and_loudness(hidden_states, ups)
+        if not self.config.settings.sparse:
+            return kernel
+        return kernel * (top_k_mask(loudness, self.top_k) if least is None else loudness >= least)
+
+    def _kernel_and_loudness(self, hidden_states, ups):
+        """scale · κ; what decides which prototypes a sparse map keeps: that, or |scale · κ u·x| with gated values; and the least of it
+        that is kept, or None where a number of them is."""
         log_scale = self.log_positive("scale")
         kernel = self.kernel.scaled(*self.scores(hidden_states), log_scale, **self.kernel_parameters())
-        if self.config.settings.simplex == "top-k":
-            return kernel * top_k_mask(self._loudness(kernel, hidden_states), self.top_k)
-        if self.config.settings.simplex == "threshold":
-            return kernel * (self._loudness(kernel, hidden_states) >= (self.log_threshold() + log_scale).exp())
-        return kernel
+        return kernel, (kernel if ups is None else kernel * ups.abs()).detach(), self._least(log_scale)
 
-    def _loudness(self, kernel, hidden_states):
-        """What decides which prototypes a sparse map keeps: κ, or |κ u·x| with gated values."""
-        if self.config.settings.values == "fixed":
-            return kernel.detach()
-        return (kernel * _at_least_float32(self.value_proj(hidden_states)).abs()).detach()
+    def _least(self, log_scale):
+        return (self.log_threshold() + log_scale).exp() if self.config.settings.simplex == "threshold" else None
 
-    def _log_loudness(self, log_kernel, hidden_states):
-        """Its logarithm: a light-tailed kernel is 0 in float32 far from every prototype, and still has a nearest one."""
-        return log_kernel.detach() + self._loudness(torch.ones_like(log_kernel), hidden_states).log()
+    def _log_loudness(self, log_kernel, hidden_states, ups=None):
+        """log κ, or log |κ u·x| with gated values: a light-tailed kernel is 0 in float32 far from every prototype, and still has a
+        nearest one."""
+        ups = self._ups(hidden_states) if ups is None else ups
+        return log_kernel.detach() if ups is None else log_kernel.detach() + ups.detach().abs().log()
 
-    def _choice(self, hidden_states):
+    def _choice(self, hidden_states, ups):
         """Shares π and the intensity g (..., 1), or None where g is one by definition."""
         settings = self.config.settings
         log_kernel = self.kernel.log(*self.scores(hidden_states), **self.kernel_parameters())
         if settings.sparse:
-            loudness = self._log_loudness(log_kernel, hidden_states)
+            loudness = self._log_loudness(log_kernel, hidden_states, ups)
             if settings.simplex == "threshold":
                 kept = loudness >= self.log_threshold()
             else:
@@ -206,10 +340,32 @@ class KernelFFN(nn.Module):
         finite = log_kernel.where(support, torch.zeros_like(log_kernel)) + self.log_positive("scale")
         return pi, (finite.exp() * support).sum(-1, keepdim=True)
 
-    def _values(self, hidden_states, choice):
-        if self.config.settings.values == "fixed":
-            return choice
-        return choice * _at_least_float32(self.value_proj(hidden_states))
+
+def _one_token(hidden_states) -> bool:
+    """Whether this is decoding: one token, no gradients."""
+    return hidden_states.numel() == hidden_states.shape[-1] and not torch.is_grad_enabled()
+
+
+def _fixed(tensor) -> bool:
+    """Whether a shape that depends on the data costs: it waits for a device, and a compiler starts anew."""
+    return torch.compiler.is_compiling() or tensor.device.type != "cpu"
+
+
+def _lay_out_by_prototypes(linear) -> None:
+    """The same weight, with the numbers of one output prototype side by side in memory, so that a few of them are quickly read."""
+    with torch.inference_mode(False):
+        linear.weight.data = linear.weight.data.T.contiguous().T
+
+
+def _is_plain(linear) -> bool:
+    """Whether ``linear`` is its weight and bias and nothing else: no adapter, quantisation, offloading or hook."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) in (nn.Parameter, Tensor)
+        and not linear.weight.is_meta
+        and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks)
+        and "forward" not in vars(linear)
+    )
 
 
 def _names(units: list) -> tuple:

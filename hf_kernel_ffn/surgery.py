@@ -25,11 +25,12 @@ from .architectures import (
     architecture_of,
     attribute,
     choose_layers,
+    finite,
     parse_layers,
     stock_ffns,
     stock_weights,
 )
-from .calibration import calibrate, ffn_inputs, fit_sample, fitted_and_held, own_text
+from .calibration import blind_sample, calibrate, ffn_inputs, fit_sample, fitted_and_held, own_text
 from .configuration import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
 from .detection import refuse_undescribed
 from .errors import InputError
@@ -53,7 +54,7 @@ class ConversionReport:
     family: str
     """The teacher's model_type."""
     calibration: str
-    """``text`` or ``own tokens``."""
+    """``text``, ``own tokens`` or ``none``."""
     calibration_tokens: int
     layers: dict[str, dict] = field(default_factory=dict)
     """By FFN path: prototypes, parameters, and the figures of :func:`hf_kernel_ffn.calibration.calibrate`."""
@@ -86,7 +87,7 @@ def convert(
             Several stacks are counted on; the experts of a layer have its number.
         calibration_ids: (rows, length) token ids of text, or whatever the model's main input is, or a mapping of its arguments;
             None: the teacher makes its own.
-        calibration_tokens: how many of them are read.
+        calibration_tokens: how many of them are read; 0: no calibration, and each unit is fitted on made-up inputs.
         copy: own copies of the parameters that teacher and student have in common, instead of sharing their memory.
         seed: of the teacher's own tokens.
         progress: show a bar.
@@ -98,47 +99,77 @@ def convert(
         InputError: the model is unsupported, converted already, quantised or not finite; it has FFNs that its family's entry does
             not describe, and all layers are asked for; a layer does not exist; or a combination of settings is refused.
     """
-    architecture = architecture_of(teacher)
-    ffns = stock_ffns(teacher, architecture)
-    per_layer = _settings(config, layers, ffns)
-    if layers is None and not isinstance(config, Mapping):
-        refuse_undescribed(teacher, ffns)
-    base = teacher.base_model
+    if calibration_tokens == 0 and calibration_ids is not None:
+        raise InputError("found calibration_tokens 0 with calibration text, expected one of them: leave one out")
+    chosen, settings = chosen_ffns(teacher, config, layers)
     for name, parameter in teacher.named_parameters():
         if parameter.is_meta:
             raise InputError(
                 f"found {name} offloaded, expected it in memory: load the teacher without device_map to convert it"
             )
-    chosen = {path: ffn for path, ffn in ffns.items() if ffn.number in per_layer}
-    weights = {path: stock_weights(teacher, ffn) for path, ffn in chosen.items()}
-    resolved = {path: with_defaults(per_layer[ffn.number], weights[path].gate is not None) for path, ffn in chosen.items()}
     for name, parameter in teacher.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise InputError(f"found NaN or infinite values in {name}, expected finite weights: repair the teacher")
+        require_finite(name, parameter)
 
     was_training = teacher.training
     teacher.eval()
     made: dict[str, KernelFFN] = {}
     changed: list[tuple] = []
     try:
-        ids = calibration_ids if calibration_ids is not None else own_text(teacher, calibration_tokens, seed)
-        ids = take(ids, slice(max(1, calibration_tokens // row_tokens(ids))))
-        source = "own tokens" if calibration_ids is None else "text"
-        report = ConversionReport(architecture.model_type, source, rows(ids) * row_tokens(ids))
-        for _, block in groupby(_with_progress(chosen, "converting", progress), lambda path: chosen[path].number):
-            here = {}
-            for path in block:
-                ffn, figures = _convert_ffn(teacher, chosen[path], weights[path], resolved[path], ids)
-                here[path] = ffn.to(next(teacher.parameters()).dtype)
-                report.layers[path] = figures
-            for path, ffn in here.items():  # later layers are calibrated on what the student feeds them
-                changed += install(base, path, ffn)
+        ids = calibration_ids
+        if ids is None and calibration_tokens:
+            ids = own_text(teacher, calibration_tokens, seed)
+        ids, report = calibration_of(teacher, ids, calibration_tokens, "own tokens" if calibration_ids is None else "text")
+        for _, block in groupby(with_progress(chosen, "converting", progress), lambda path: chosen[path].number):
+            here, undo = convert_block(teacher, [chosen[path] for path in block], settings, ids, report)
+            changed += undo
             made.update(here)
     finally:
         for owner, name, before in reversed(changed):
             setattr(owner, name, before)
         teacher.train(was_training)
-    return _assemble(teacher, architecture, made, copy), report
+    student = student_from_entry(teacher, config_entry(teacher, {path: ffn.config for path, ffn in made.items()}), copy)
+    for path, ffn in made.items():
+        student.base_model.get_submodule(path).load_state_dict(ffn.state_dict(), assign=True)
+    return student.requires_grad_(True), report
+
+
+def chosen_ffns(teacher, config, layers) -> tuple[dict[str, StockFFN], dict[str, KernelFFNConfig]]:
+    """The FFNs to convert, and the settings of each, by path in layer order; InputError as :func:`convert`."""
+    ffns = stock_ffns(teacher, architecture_of(teacher))
+    per_layer = _settings(config, layers, ffns)
+    if layers is None and not isinstance(config, Mapping):
+        refuse_undescribed(teacher, ffns)
+    chosen = {path: ffn for path, ffn in ffns.items() if ffn.number in per_layer}
+    return chosen, {
+        path: with_defaults(per_layer[ffn.number], stock_weights(teacher, ffn).gate is not None) for path, ffn in chosen.items()
+    }
+
+
+def calibration_of(teacher, ids: Inputs | None, tokens: int, source: str) -> tuple[Inputs | None, ConversionReport]:
+    """The first ``tokens`` of ``ids``, and a report that says so."""
+    if ids is None:
+        return None, ConversionReport(teacher.config.model_type, "none", 0)
+    ids = take(ids, slice(max(1, tokens // row_tokens(ids))))
+    return ids, ConversionReport(teacher.config.model_type, source, rows(ids) * row_tokens(ids))
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """InputError if ``tensor`` has NaN or infinite values."""
+    if not finite(tensor):
+        raise InputError(f"found NaN or infinite values in {name}, expected finite weights: repair the teacher")
+
+
+def convert_block(model, ffns: list[StockFFN], settings, ids, report) -> tuple[dict[str, KernelFFN], list[tuple]]:
+    """The readouts of one block's ``ffns`` by path, in the model's dtype and put in their place, where later blocks are calibrated on
+    what they write; their figures go into ``report``. And what :func:`install` changed."""
+    made: dict[str, KernelFFN] = {}
+    changed: list[tuple] = []
+    for stock in ffns:
+        ffn, report.layers[stock.path] = _convert_ffn(model, stock, settings[stock.path], ids)
+        made[stock.path] = ffn.to(next(model.parameters()).dtype)
+    for path, ffn in made.items():
+        changed += install(model.base_model, path, ffn)
+    return made, changed
 
 
 def _settings(config, layers, ffns) -> dict[int, KernelFFNConfig]:
@@ -156,29 +187,34 @@ def _settings(config, layers, ffns) -> dict[int, KernelFFNConfig]:
     return dict.fromkeys(chosen, config)
 
 
-def _convert_ffn(model, stock: StockFFN, weights, settings, ids) -> tuple[KernelFFN, dict]:
-    """One calibrated kernel readout, in float32, for the FFN ``stock``, and its figures."""
-    path, config = stock.path, model.config
-    sample = fit_sample(model, path, ids)
-    weights32 = weights._replace(**{k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)})
-    start = prototypes(weights32, settings, sample)
+def layer_config(model, stock: StockFFN, settings, size: int, prototypes: int, reference: dict) -> LayerConfig:
+    """What config.json says of the readout that replaces ``stock``."""
+    return LayerConfig(
+        settings,
+        size,
+        prototypes,
+        reference,
+        dropout=float(attribute(model.config, stock.shape.dropout)) if stock.shape.dropout else 0.0,
+        hidden_dropout=float(attribute(model.config, stock.shape.hidden_dropout)) if stock.shape.hidden_dropout else 0.0,
+        number=stock.number,
+        absorbed=stock.absorbed,
+        experts=len(attribute(stock.host, stock.shape.down)) if stock.expert is not None else 0,
+    )
+
+
+def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict]:
+    """One kernel readout, in float32, for the FFN ``stock``, and its figures; calibrated unless ``ids`` is None."""
+    weights = stock_weights(model, stock)
+    sample = blind_sample(stock.norm(model.base_model), weights.up) if ids is None else fit_sample(model, stock.path, ids)
+    in32: Any = {k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)}
+    start = prototypes(weights._replace(**in32), settings, sample)
     reference = dict(start.parameters)
     reference["scale"] = start.scale if settings.intensity == "mass" else 1.0
     if not settings.coefficients_are_kernel:
         reference["temperature"] = settings.temperature or 1.0
     if settings.simplex == "threshold":
         reference["threshold"] = 1.0  # found below
-    layer = LayerConfig(
-        settings,
-        start.rows.shape[1],
-        len(start.rows),
-        reference,
-        dropout=float(attribute(config, stock.shape.dropout)) if stock.shape.dropout else 0.0,
-        hidden_dropout=float(attribute(config, stock.shape.hidden_dropout)) if stock.shape.hidden_dropout else 0.0,
-        number=stock.number,
-        absorbed=stock.absorbed,
-        experts=len(attribute(stock.host, stock.shape.down)) if stock.expert is not None else 0,
-    )
+    layer = layer_config(model, stock, settings, start.rows.shape[1], len(start.rows), reference)
     ffn = KernelFFN(layer).to(sample.device).eval().requires_grad_(False)
     ffn.input_prototypes.weight.copy_(start.rows)
     if ffn.kernel.uses_bias:
@@ -199,41 +235,32 @@ def _convert_ffn(model, stock: StockFFN, weights, settings, ids) -> tuple[Kernel
         ffn.fit_threshold(sample)
         ffn.reference["threshold"] = math.exp(ffn.log_threshold().item())
         ffn.threshold_log_ratio.zero_()
-    fitted, held = (ffn_inputs(model, path, rows) for rows in fitted_and_held(ids))
-    figures = calibrate(ffn, stock, sample, fitted, held, settings.temperature)
+    figures: dict[str, float] = {}
+    if ids is not None:
+        fitted, held = (ffn_inputs(model, stock.path, rows) for rows in fitted_and_held(ids))
+        figures = calibrate(ffn, stock, sample, fitted, held, settings.temperature)
     ffn.config = replace(layer, reference=dict(ffn.reference))
     parameters = sum(p.numel() for p in ffn.parameters())
     return ffn, {"prototypes": layer.prototypes, "parameters": parameters, "reference": dict(ffn.reference), **figures}
 
 
-def _assemble(teacher, architecture, ffns: dict[str, KernelFFN], copy: bool) -> PreTrainedModel:
-    """A student around the teacher's other parameters and the new FFNs."""
-    entry = {
+def config_entry(teacher, layers: dict[str, LayerConfig]) -> dict:
+    """What config.json says of a student of ``teacher`` with these FFNs."""
+    architecture = architecture_of(teacher)
+    return {
         "format": FORMAT,
         "package_version": __version__,
         "family": architecture.model_type,
         "teacher_class": type(teacher).__name__,
         "activation": {name: attribute(teacher.config, name) for name in architecture.guards},
-        "layers": {path: ffn.config.to_dict() for path, ffn in ffns.items()},
+        "layers": {path: layer.to_dict() for path, layer in layers.items()},
     }
-    student = student_from_entry(teacher, entry, copy)
-    for path, ffn in ffns.items():
-        student.base_model.get_submodule(path).load_state_dict(ffn.state_dict(), assign=True)
-    return student.requires_grad_(True)
 
 
 def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False) -> Any:
     """A model of the family's own class with the FFNs that ``entry`` (of config.json) describes, zero until they are loaded,
     around the teacher's other parameters."""
-    student_class = _student_class(teacher, entry["family"])
-    settings = {
-        k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "auto_map", "transformers_version")
-    }
-    config = student_class.config_class(**settings, kernel_ffn=entry)
-    config._attn_implementation = teacher.config._attn_implementation
-    config.name_or_path = teacher.config.name_or_path
-    with torch.device("meta"):
-        student = student_class(config)
+    student = meta_student(teacher, entry)
     weight = next(teacher.parameters())
     for path in entry["layers"]:
         ffn = student.base_model.get_submodule(path).to(weight.dtype).to_empty(device=weight.device)
@@ -244,6 +271,19 @@ def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False
     if teacher.can_generate():
         student.generation_config = copying.deepcopy(teacher.generation_config)
     return student.eval()
+
+
+def meta_student(teacher: PreTrainedModel, entry: dict) -> Any:
+    """The same without any weights, on the meta device."""
+    student_class = _student_class(teacher, entry["family"])
+    settings = {
+        k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "auto_map", "transformers_version")
+    }
+    config = student_class.config_class(**settings, kernel_ffn=entry)
+    config._attn_implementation = teacher.config._attn_implementation
+    config.name_or_path = teacher.config.name_or_path
+    with torch.device("meta"):
+        return student_class(config)
 
 
 def share_equal(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -260,10 +300,10 @@ def inside(student: PreTrainedModel, entry: dict) -> tuple[str, ...]:
     """What the names of all parameters of converted FFNs start with."""
     paths = [path for layer in entry["layers"] for path in (layer, *entry["layers"][layer].get("absorbed", ()))]
     paths += [path.rpartition(".")[0] for path, layer in entry["layers"].items() if layer.get("experts")]
-    return tuple(f"{_prefix(student)}{path}." for path in paths)
+    return tuple(f"{name_prefix(student)}{path}." for path in paths)
 
 
-def _prefix(model: PreTrainedModel) -> str:
+def name_prefix(model: PreTrainedModel) -> str:
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
@@ -374,6 +414,11 @@ def save_converted(student: Any, source: str, out: Path, **reports: dict) -> Non
     """Save ``student`` in ``out``, in the dtype in which its teacher at ``source`` is stored, with that one's tokenizer and, as
     JSON, whatever reports are given by name."""
     student.to(dtype=stored_dtype(source)).save_pretrained(out)
+    save_companions(source, out, **reports)
+
+
+def save_companions(source: str, out: Path, **reports: dict) -> None:
+    """Put what belongs beside the weights and the config into ``out``: the tokenizer at ``source``, a model card, the reports."""
     if Path(source).is_dir():
         for file in Path(source).iterdir():
             if file.is_file() and file.name in TOKENIZER_FILES:
@@ -398,7 +443,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def _with_progress(items, label, show):
+def with_progress(items, label, show):
     if not show:
         return items
     from rich.progress import track

@@ -1,0 +1,237 @@
+"""Converting what does not fit in memory: safetensors to safetensors, one block of the model at a time.
+
+The blocks before the current one are stood in for by what they put out on the calibration tokens, so that each is read once.
+What is held: the tensors of one block and the next, read ahead, and hidden_size numbers per calibration token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from .architectures import architecture_of, stacks, stock_weights
+from .calibration import batches, fitted_and_held, sampled
+from .configuration import KernelFFNConfig
+from .errors import InputError
+from .inputs import Inputs, arguments
+from .integrity import record_checksums
+from .kernels import get_kernel
+from .loading import load_stock_on_meta, stored_dtype
+from .surgery import (
+    CALIBRATION_TOKENS,
+    ConversionReport,
+    calibration_of,
+    chosen_ffns,
+    config_entry,
+    convert_block,
+    layer_config,
+    meta_student,
+    name_prefix,
+    new_folder,
+    require_finite,
+    save_companions,
+    with_progress,
+)
+from .tensor_files import Reader, Writer
+
+
+@torch.no_grad()
+def convert_streamed(
+    source: str,
+    out: Path,
+    config: KernelFFNConfig | None = None,
+    layers: str | None = None,
+    *,
+    calibration_ids: Tensor | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    dtype: str = "float32",
+    progress: bool = False,
+) -> ConversionReport:
+    """Convert the stock model at ``source`` into the new or empty folder ``out``: the checkpoint that :func:`hf_kernel_ffn.convert`
+    and saving make, bit for bit, on the CPU. It is there whole or not at all.
+
+    Args:
+        calibration_ids: (rows, length) token ids of text; None only with ``calibration_tokens`` 0, since a model that is never
+            whole in memory cannot write its own.
+        dtype: of the weights while they are computed with.
+
+    Raises:
+        InputError: as convert(); the model is not one stack of blocks behind an embedding of token ids; or the checkpoint's tensors
+            are not the stock model's.
+    """
+    if (calibration_ids is None) != (calibration_tokens == 0):
+        raise InputError(
+            "found a streamed conversion without text, expected calibration text, or 0 calibration tokens: give one"
+        )
+    teacher = load_stock_on_meta(source, dtype)
+    chosen, settings = chosen_ffns(teacher, config, layers)
+    stack, reader = _only_stack(teacher), Reader(source, teacher)
+    ids, report = calibration_of(teacher, calibration_ids, calibration_tokens, "text")
+    stored, prefix = stored_dtype(source), name_prefix(teacher)
+    found = {path: _expected(teacher, ffn, settings[path]) for path, ffn in chosen.items()}
+    student = meta_student(teacher, config_entry(teacher, found)).to(stored)
+    described = {name: t for name, t in student.state_dict().items() if name not in student.all_tied_weights_keys}
+
+    with new_folder(out) as made:
+        weights = made / "weights"
+        weights.mkdir()
+        with Writer(weights, described) as writer:
+            replay = Replay(teacher, reader, stack)
+            groups = [[prefix + name for name in replay.names(i)] for i in range(len(replay.blocks))]
+            for i, tensors in zip(
+                with_progress(range(len(groups)), "converting", progress), read_ahead(reader, groups), strict=True
+            ):
+                here = [ffn for ffn in chosen.values() if ffn.number == i]
+                for name, tensor in tensors.items():
+                    require_finite(name, tensor)
+                    if here or ids is not None:
+                        replay.place(name.removeprefix(prefix), tensor)
+                    if name in described:
+                        writer.write(name, [_rounded(tensor, teacher.dtype)])
+                for path, ffn in convert_block(teacher, here, settings, ids, report)[0].items():
+                    found[path] = ffn.config
+                    for name, tensor in ffn.state_dict().items():
+                        writer.write(f"{prefix}{path}.{name}", [tensor])
+                if ids is not None and any(ffn.number > i for ffn in chosen.values()):
+                    replay.advance(i, ids)
+                replay.leave(i)
+            for name in sorted(writer.left):
+                writer.write(name, (_rounded(piece, teacher.dtype) for piece in _finite(name, reader.pieces(name))))
+        student = meta_student(teacher, config_entry(teacher, found)).to(stored)
+        if teacher.can_generate():
+            student.generation_config = teacher.generation_config
+        student.save_pretrained(made, state_dict={})  # all but the weights
+        (made / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
+        for file in weights.iterdir():
+            file.rename(made / file.name)
+        weights.rmdir()
+        record_checksums(made)
+        save_companions(source, made, conversion=report.to_dict())
+    return report
+
+
+def _only_stack(model: Any) -> str:
+    """The path of the model's blocks; InputError unless it is one stack, each with FFNs of its own, behind an embedding."""
+    architecture = architecture_of(model)
+    found = stacks(model.base_model, architecture)
+    embedding = None
+    with suppress(NotImplementedError):
+        embedding = model.get_input_embeddings()
+    alone = len(found) == 1 and not architecture.shared and not model.config.is_encoder_decoder
+    if not alone or not isinstance(embedding, nn.Embedding):
+        raise InputError(
+            f"found a {type(model).__name__}, expected one stack of blocks behind an embedding of token ids: convert it in memory"
+        )
+    return found[0]
+
+
+def _expected(teacher, stock, settings):
+    """The LayerConfig of the readout that is to replace ``stock``, but for its reference values."""
+    up = stock_weights(teacher, stock).up
+    reference = dict.fromkeys((*get_kernel(settings.kernel).parameters, "scale", "temperature", "threshold"), 1.0)
+    return layer_config(teacher, stock, settings, up.shape[1], round(settings.expansion * len(up)), reference)
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` as a model loaded in ``dtype`` has it, unless that has room for all its digits."""
+    return tensor if torch.promote_types(tensor.dtype, dtype) == dtype or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def _finite(name: str, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same ``pieces``; InputError if one is not finite."""
+    for piece in pieces:
+        require_finite(name, piece)
+        yield piece
+
+
+class Replay:
+    """A model on the meta device of which one block at a time has weights: the blocks before it put out what they once did."""
+
+    def __init__(self, model: Any, reader: Reader, stack: str):
+        self.base, self.reader, self.stack, self.dtype = model.base_model, reader, stack, model.dtype
+        self.blocks: Any = self.base.get_submodule(stack)
+        self.outputs: dict[bytes, Any] = {}
+        self.key = b""
+        for module in model.modules():  # buffers that no file has, such as rotary frequencies
+            names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+            for name in names:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+            if names:
+                model._init_weights(module)
+        prefix, self.embedding = name_prefix(model), model.get_input_embeddings()
+        inside = {id(p) for p in (*self.blocks.parameters(), *self.embedding.parameters())}
+        for name, parameter in list(self.base.named_parameters()):
+            if id(parameter) not in inside:
+                self.place(name, reader.read(prefix + name))
+        self.embedding_name = next(prefix + name for name, p in self.base.named_parameters() if p is self.embedding.weight)
+        self.embedding.forward = self._embed
+        self.embedding.padding_idx = None  # may be none of the rows that are there
+        self.embedding.weight = _constant(torch.empty(0, dtype=self.dtype))  # says where token ids are to be
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        self.key = str(tuple(ids.shape)).encode() + ids.contiguous().numpy().tobytes()
+        if self.key in self.outputs:  # what the first block is given is not looked at any more
+            return torch.zeros(*ids.shape, self.embedding.embedding_dim, dtype=self.dtype)
+        unique, inverse = ids.unique(return_inverse=True)
+        self.embedding.weight = _constant(self.reader.rows(self.embedding_name, unique).to(self.dtype))
+        return type(self.embedding).forward(self.embedding, inverse)
+
+    def names(self, number: int) -> list[str]:
+        """Names of the tensors of a block, under the base model."""
+        return [f"{self.stack}.{number}.{name}" for name, _ in self.blocks[number].named_parameters()]
+
+    def place(self, name: str, tensor: Tensor) -> None:
+        """Give the parameter ``name``, under the base model, these numbers."""
+        parent, _, leaf = name.rpartition(".")
+        self.base.get_submodule(parent)._parameters[leaf] = _constant(tensor.to(self.dtype))
+
+    def leave(self, number: int) -> None:
+        """Give up the weights of a block."""
+        self.blocks[number].to("meta")
+
+    def advance(self, number: int, ids: Inputs) -> None:
+        """Keep what block ``number`` puts out when a conversion reads ``ids`` (rows, length), and let it put out that from then on."""
+        outputs: dict[bytes, Any] = {}
+
+        def stop(module, args, output):
+            outputs[self.key] = output
+            raise _Done
+
+        hook = self.blocks[number].register_forward_hook(stop)
+        for part in (sampled(ids), *fitted_and_held(ids)):
+            for batch in batches(part):
+                with suppress(_Done):
+                    self.base(**arguments(self.base, batch))
+        hook.remove()
+        self.outputs = outputs
+        self.blocks[number].forward = lambda *args, **kwargs: self.outputs[self.key]
+
+
+def _constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class _Done(Exception):
+    """The forward pass has come as far as it is needed."""
+
+
+def read_ahead(reader: Reader, groups: list[list[str]]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each group by name; while one is at work, the next is read."""
+
+    def read(names: list[str]) -> dict[str, Tensor]:
+        return {name: reader.read(name) for name in names}
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(read, groups[0])
+        for number in range(len(groups)):
+            tensors = following.result()
+            if number + 1 < len(groups):
+                following = pool.submit(read, groups[number + 1])
+            yield tensors
