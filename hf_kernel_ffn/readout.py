@@ -67,7 +67,6 @@ class KernelFFN(nn.Module):
         self.kernel = get_kernel(settings.kernel)
         self.reference = dict(config.reference)
         self.top_k = settings.top_k
-        """Prototypes kept now; a distillation lets it fall to the setting."""
         self.activation_bytes = ACTIVATION_BYTES
         size, prototypes = config.hidden_size, config.prototypes
         self.input_prototypes = nn.Linear(size, prototypes, bias=self.kernel.uses_bias)

@@ -69,8 +69,6 @@ class Stage(_Section):
     """Weight of the KL (logits)."""
     cross_entropy: float = Field(0.0, ge=0)
     """Weight of the cross-entropy on the text's own next token, added to the KL (logits)."""
-    revive_after: int | None = Field(None, ge=1)
-    """Tokens after which a prototype of a sparse layer that has not fired gets half of one that fires most. None: never."""
     write_mass: float = Field(0.0, ge=0)
     """Weight of Σ|c_i|‖v_i‖ over the length of what is written, added to the loss: the price of contributions that cancel."""
     layers_at_once: int | None = Field(None, ge=1)
@@ -137,8 +135,6 @@ class Recipe(_Section):
     def _sharding_goes_with(self) -> Recipe:
         if self.shard and self.lora is not None:
             raise ValueError("shard with lora: only the FFNs can be sharded; leave one out")
-        if self.shard and any(stage.revive_after for stage in self.stages):
-            raise ValueError("shard with revive_after: prototypes are revived in whole FFNs only; leave one out")
         return self
 
     def kernel_settings(self) -> KernelFFNConfig:

@@ -119,11 +119,8 @@ class Run:
             shard(student.kernel_ffns().values(), accelerator.device, reshard)
         self.trained = {name: p for name, p in trainee.named_parameters() if p.requires_grad}
         self.kept: dict[str, Tensor] = dict(self.trained)  # with what else a converted FFN holds: its units
-        self.fired: dict[str, Tensor] = {}
         for path, ffn in student.kernel_ffns().items():
             self.kept.update((f"{path}.{name}", buffer) for name, buffer in ffn.named_buffers())
-            self.fired[path] = torch.zeros(ffn.config.prototypes, dtype=torch.int64, device=teacher.device)
-            self.kept[f"{path}.fired"] = self.fired[path]
 
     def stages(self, facts: dict | None, state: Path | None = None) -> None:
         """Run every part of every stage, from ``state`` on if there is one. States are kept, with ``facts`` in them, unless
@@ -177,7 +174,7 @@ class Run:
         every = max(1, self.recipe.save_every_tokens // (per_step * data.sequence_length))
         batches = iter(loader)
         shown = self.progress and accelerator.is_main_process
-        with _Bar(stage, steps, first, per_step * data.sequence_length, shown) as bar, Watch(ffns, stage, self.fired) as watch:
+        with _Bar(stage, steps, first, per_step * data.sequence_length, shown) as bar, Watch(ffns, stage) as watch:
             for step in range(first, steps):
                 for group in (group for optimizer in made for group in optimizer.param_groups):
                     group["lr"] = group["peak"] * schedule(step, steps, stage.warmup)
@@ -193,7 +190,7 @@ class Run:
                         accelerator.clip_grad_norm_(parameters, stage.clip)
                     for optimizer in made:
                         optimizer.step()
-                    watch.after(step, steps, per_step * data.sequence_length, self._average)
+                    watch.after(step, self._average)
                     if self.sharded:  # fitting a threshold has gathered the weights
                         for ffn in ffns.values():
                             ffn.reshard()
