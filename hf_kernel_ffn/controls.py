@@ -13,9 +13,10 @@ from .architectures import FFNWeights, architecture_of, stock_ffn, stock_ffns, s
 from .calibration import fit_sample
 from .configuration import KernelFFNConfig, LayerConfig
 from .errors import InputError
+from .kernels import get_kernel
 from .readout import Readout
 from .simplex import top_k_mask
-from .surgery import convert
+from .surgery import config_entry, layer_config, student_from_entry
 
 
 class TeacherFFN(nn.Module):
@@ -147,14 +148,16 @@ def transcoder_student(teacher: Any, ids: Tensor, width: int, top_k: int, skip: 
 
 @torch.no_grad()
 def _with_controls(teacher: Any, make: Callable[[str, FFNWeights], nn.Module]) -> Any:
-    ffns = stock_ffns(teacher, architecture_of(teacher))
-    # Any conversion will do: it gives a model that has the rest of the teacher, and knows which of its modules are FFNs.
-    student, _ = convert(
-        teacher, calibration_ids=torch.arange(256)[:, None] % teacher.config.vocab_size, calibration_tokens=256
-    )
-    for path, ffn in ffns.items():
-        weights = stock_weights(teacher, ffn)
-        student.base_model.set_submodule(path, make(path, weights).to(weights.up.device))
+    weights = {path: stock_weights(teacher, ffn) for path, ffn in stock_ffns(teacher, architecture_of(teacher)).items()}
+    # A model that has the rest of the teacher and knows which of its modules are FFNs; what they are now is of no matter.
+    reference = dict.fromkeys((*get_kernel("half-yat").parameters, "scale"), 1.0)
+    layers = {
+        path: layer_config(teacher, stock_ffn(teacher, path), KernelFFNConfig("half-yat"), w.up.shape[1], 1, reference)
+        for path, w in weights.items()
+    }
+    student = student_from_entry(teacher, config_entry(teacher, layers))
+    for path, w in weights.items():
+        student.base_model.set_submodule(path, make(path, w).to(w.up.device))
     return student
 
 

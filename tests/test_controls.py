@@ -105,7 +105,7 @@ def test_a_teacher_as_student_has_ffns_of_its_own(teacher, ids):
 
 @torch.no_grad()
 def test_thresholds_are_fitted_on_the_text(teacher, ids):
-    student = teacher_as_student(teacher, ids, "threshold", 2)
+    student = teacher_as_student(teacher, ids, "threshold", TOP_K)
     for path, ffn in student.kernel_ffns().items():
         x = torch.cat(list(ffn_inputs(teacher, path, ids)))
         active = (ffn.coefficients(x) != 0).sum(-1).float().mean()
