@@ -245,6 +245,8 @@ TRAVELLING = (
     "simplex.py",
     "configuration.py",
     "one_pass.py",
+    "fused_kernels.py",
+    "fused.py",
     "readout.py",
     "modeling.py",
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration import LayerConfig
+from .fused import fused_readout, gathered, use_fused, use_gather
 from .kernels import HalfYat, Yat, get_kernel
 from .one_pass import YatMixture
 from .simplex import shares, top_k_mask
@@ -74,6 +75,8 @@ class KernelFFN(nn.Module):
         """Whether decoding reuses ‖w‖² as long as the weight's memory and version counter are the same. It then reads W_in once
         per token, but does not see what is written by way of ``weight.data``, as adapters are merged: hence off."""
         self._norms: tuple | None = None
+        self.fused: bool | None = None
+        """Whether to run by the Triton kernels of fused.py: None, where they can; False, never; True, InputError where they cannot."""
         size, prototypes = config.hidden_size, config.prototypes
         self.input_prototypes = nn.Linear(size, prototypes, bias=self.kernel.uses_bias)
         self.output_prototypes = nn.Linear(prototypes, size)
@@ -94,6 +97,8 @@ class KernelFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to (..., hidden_size), in the dtype of the input."""
+        if use_fused(self, hidden_states, _is_plain):
+            return self.dropout(fused_readout(self, hidden_states))
         if self._has_one_pass(hidden_states):
             return self.dropout(self._one_pass(hidden_states))
         coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
@@ -225,6 +230,10 @@ class KernelFFN(nn.Module):
     def _mix(self, coefficients):
         """Σ_i c_i v_i + b_out. For one token without gradients, only the output prototypes with c_i ≠ 0 are read."""
         linear, simplex = self.output_prototypes, self.config.settings.simplex
+        if use_gather(self, coefficients, _is_plain):
+            if not (torch.compiler.is_compiling() or linear.weight.T.is_contiguous() or self.training):
+                _lay_out_by_prototypes(linear)
+            return gathered(self, coefficients) + linear.bias
         fixed = (
             torch.compiler.is_compiling() or coefficients.device.type != "cpu"
         )  # a number that depends on the data costs there
