@@ -12,7 +12,6 @@ This file travels inside converted checkpoints: it imports nothing but torch, an
 import re
 
 import torch
-from torch import Tensor
 
 from .errors import InputError
 from .fused_kernels import INTERPRETED, backward_tuned, forward_tuned, gather_kernel, triton
@@ -22,7 +21,8 @@ from .one_pass import plain as plain_conic
 from .simplex import shares
 
 TOKENS, PROTOTYPES = 128, 128
-"""Largest tile of scores. A tile always has that many prototypes: row masses are kept per tile."""
+"""Largest tile of scores; with half the tokens where a longer epilogue needs the registers. A tile always has that many prototypes:
+row masses are kept per tile."""
 FEW = 8
 """Tokens up to which a sparse readout without gradients gathers the active output prototypes."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,16 +55,15 @@ def _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided,
     width = tiles * PROTOTYPES
     written = x.new_empty(len(x), dictionary.shape[0], dtype=mix)
     log_mass = x.new_empty(len(x) if convex else 0, dtype=torch.float32)
-    given = _Given(x, rows, bias, epsilon, factor, up, up_bias, one_sided, convex)
+    block = TOKENS if up is None and not convex else TOKENS // 2
+    given = _Given(x, rows, bias, epsilon, factor, up, up_bias, one_sided, convex, block)
     mixed = dictionary.to(mix)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         for part in _chunks(len(x), limit, width * mix.itemsize):
             count = len(range(*part.indices(len(x))))
             coefficients = x.new_empty(count, width, dtype=mix)
             top, mass = (x.new_empty(count if convex else 1, tiles, dtype=torch.float32) for _ in range(2))
-            given.launch(
-                forward_tuned, part, coefficients=coefficients, tops=top, masses=mass, tiles=tiles, width=width
-            )
+            given.launch(forward_tuned, part, coefficients=coefficients, tops=top, masses=mass, tiles=tiles, width=width)
             if not convex:
                 torch.mm(coefficients[:, : len(rows)], mixed.T, out=written[part])
                 continue
@@ -94,7 +93,7 @@ def _mixture_backward(
     gradient, written, log_mass, wanted, x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex
 ):
     """Gradients of the eight tensors among the arguments, empty where not wanted."""
-    given = _Given(x, rows, bias, epsilon, factor, up, up_bias, one_sided, convex)
+    given = _Given(x, rows, bias, epsilon, factor, up, up_bias, one_sided, convex, TOKENS // 2)
     dtype, prototypes, tiles = given.x.dtype, len(rows), -(-len(rows) // PROTOTYPES)
     new = x.new_empty
     d_x = new(x.shape if wanted[0] else 0, dtype=x.dtype)
@@ -115,7 +114,7 @@ def _mixture_backward(
             d_scores = new(count, prototypes, dtype=dtype)
             d_ups = d_scores if up is None else torch.empty_like(d_scores)
             coefficients = new(count, prototypes, dtype=mix)
-            down = -(-count // _block(count))
+            down = -(-count // given.block(count))
             per_token = new(count, tiles, dtype=torch.float32)
             per_row, scores, ups = (new(down, prototypes, dtype=torch.float32) for _ in range(3))
             d_epsilon, d_factor = (new(down * tiles, dtype=torch.float32) for _ in range(2))
@@ -207,13 +206,15 @@ def plain(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mi
 
 
 class _Given:
-    """What both kernels read, in the dtype that scores are multiplied in."""
+    """What both kernels read, in the dtype that scores are multiplied in; ``most`` tokens in a tile."""
 
-    def __init__(self, x, rows, bias, epsilon, factor, up, up_bias, one_sided, convex):
-        dtype = x.dtype if x.dtype == rows.dtype else torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
-        self.x, self.rows, self.bias = x.to(dtype), rows.to(dtype), bias
-        self.up, self.up_bias = None if up is None else up.to(dtype), up_bias
-        self.epsilon, self.factor = epsilon.float(), factor.float()
+    def __init__(self, x, rows, bias, epsilon, factor, up, up_bias, one_sided, convex, most):
+        dtype = (
+            x.dtype if x.dtype == rows.dtype else torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
+        )
+        self.x, self.rows, self.up = (None if t is None else _within_reach(t.to(dtype)) for t in (x, rows, up))
+        self.bias, self.up_bias = bias.contiguous(), None if up_bias is None else up_bias.contiguous()
+        self.epsilon, self.factor, self.most = epsilon.float(), factor.float(), most
         # From the weight in use at every call: a norm kept from earlier would be wrong after a step or an adapter.
         self.square_x, self.square_rows = _square(x), _square(rows)
         tf32 = x.is_cuda and torch.backends.cuda.matmul.allow_tf32
@@ -222,10 +223,14 @@ class _Given:
             PRECISION="tf32" if tf32 else "ieee", BLOCK_PROTOTYPES=PROTOTYPES,
         )  # fmt: skip
 
+    def block(self, tokens):
+        """Tokens in a tile, of ``tokens``."""
+        return min(self.most, max(16, 1 << (tokens - 1).bit_length()))
+
     def launch(self, kernel, part, **own):
         """Run ``kernel`` over all tiles of the tokens ``part``."""
         x, up = self.x[part], self.rows if self.up is None else self.up
-        block = _block(len(x))
+        block = self.block(len(x))
         kernel[(-(-len(x) // block) * -(-len(self.rows) // PROTOTYPES),)](
             x=x, rows=self.rows, up=up, bias=self.bias, up_bias=self.bias if self.up_bias is None else self.up_bias,
             square_x=self.square_x[part], square_rows=self.square_rows, epsilon=self.epsilon, factor=self.factor,
@@ -235,9 +240,9 @@ class _Given:
         )  # fmt: skip
 
 
-def _block(tokens):
-    """Tokens in a tile."""
-    return min(TOKENS, max(16, 1 << (tokens - 1).bit_length()))
+def _within_reach(matrix):
+    """``matrix``, or a copy where 32 bits would not hold the offsets within a tile."""
+    return matrix if max(matrix.stride()) < 2**23 else matrix.contiguous()
 
 
 def _square(matrix):

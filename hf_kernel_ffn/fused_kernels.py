@@ -1,7 +1,7 @@
 """The Triton kernels of fused.py, where the formulas stand: tiles of x·w with all that follows in their epilogue, and a gather.
 
-Matrices are read at any strides, offsets are 64 bits wide, everything is summed in float32; what lies outside a matrix is
-zero. With TRITON_INTERPRET=1 they run on a CPU, for tests. This file travels inside converted checkpoints.
+Matrices are read at any strides; offsets are 64 bits wide up to a tile and 32 bits within; everything is summed in float32; what
+lies outside a matrix is zero. With TRITON_INTERPRET=1 they run on a CPU, for tests. This file travels inside converted checkpoints.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ try:
 except ImportError:  # readouts then compute the same without it
     triton = tl = None  # type: ignore[assignment]
 
-SHAPES = ((64, 8, 3), (64, 4, 3), (64, 8, 4), (32, 8, 4), (32, 8, 2))
-"""Features read at once, warps and pipeline stages that are tried once per size of a layer."""
+SHAPES = ((64, 8, 3), (64, 8, 4), (64, 4, 3), (32, 4, 4), (32, 8, 3), (16, 8, 3))
+"""Features read at once, warps and pipeline stages that are tried once per size of a layer and of its tiles."""
 
 _jit = triton.jit if triton else lambda function: function
 
@@ -29,28 +29,32 @@ def _place(tokens, prototypes, BLOCK_TOKENS: tl.constexpr, BLOCK_PROTOTYPES: tl.
 
 @_jit
 def _products(
-    x, rows, up, token, prototype, tokens, prototypes, x_token, x_feature, row, row_feature, up_row, up_feature,
+    x, rows, up, down, across, tokens, prototypes, x_token, x_feature, row, row_feature, up_row, up_feature,
     SIZE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_PROTOTYPES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
 ):  # fmt: skip
     """x·w and, if values are gated, x·u of one tile (BLOCK_TOKENS, BLOCK_PROTOTYPES), float32; zero outside the matrix."""
+    first, column, feature = tl.arange(0, BLOCK_TOKENS), tl.arange(0, BLOCK_PROTOTYPES), tl.arange(0, BLOCK_FEATURES)
+    x += down.to(tl.int64) * BLOCK_TOKENS * x_token
+    rows += across.to(tl.int64) * BLOCK_PROTOTYPES * row
+    up += across.to(tl.int64) * BLOCK_PROTOTYPES * up_row
+    xs = first[:, None] * x_token + feature[None, :] * x_feature
+    ws = column[None, :] * row + feature[:, None] * row_feature
+    us = column[None, :] * up_row + feature[:, None] * up_feature
+    here = (first < tokens - down * BLOCK_TOKENS)[:, None]
+    there = (column < prototypes - across * BLOCK_PROTOTYPES)[None, :]
+    step = tl.full((), BLOCK_FEATURES, tl.int64)
     dot = tl.zeros((BLOCK_TOKENS, BLOCK_PROTOTYPES), tl.float32)
     ups = dot
-    feature = tl.arange(0, BLOCK_FEATURES).to(tl.int64)
-    xs = x + token[:, None] * x_token + feature[None, :] * x_feature
-    ws = rows + prototype[None, :] * row + feature[:, None] * row_feature
-    us = up + prototype[None, :] * up_row + feature[:, None] * up_feature
-    step = tl.full((), BLOCK_FEATURES, tl.int64)
     for start in range(0, SIZE, BLOCK_FEATURES):
         inside = feature < SIZE - start
-        column = inside[:, None] & (prototype < prototypes)[None, :]
-        part = tl.load(xs, mask=inside[None, :] & (token < tokens)[:, None], other=0.0)
-        dot = tl.dot(part, tl.load(ws, mask=column, other=0.0), dot, input_precision=PRECISION)
+        part = tl.load(x + xs, mask=here & inside[None, :], other=0.0)
+        dot = tl.dot(part, tl.load(rows + ws, mask=there & inside[:, None], other=0.0), dot, input_precision=PRECISION)
         if GATED:
-            ups = tl.dot(part, tl.load(us, mask=column, other=0.0), ups, input_precision=PRECISION)
-        xs += step * x_feature
-        ws += step * row_feature
-        us += step * up_feature
+            ups = tl.dot(part, tl.load(up + us, mask=there & inside[:, None], other=0.0), ups, input_precision=PRECISION)
+        x += step * x_feature
+        rows += step * row_feature
+        up += step * up_feature
     return dot, ups
 
 
@@ -86,7 +90,7 @@ def forward_kernel(
     prototype = across.to(tl.int64) * BLOCK_PROTOTYPES + tl.arange(0, BLOCK_PROTOTYPES)
     here, there = token < tokens, prototype < prototypes
     dot, ups = _products(
-        x, rows, up, token, prototype, tokens, prototypes, x_token, x_feature, row, row_feature, up_row, up_feature,
+        x, rows, up, down, across, tokens, prototypes, x_token, x_feature, row, row_feature, up_row, up_feature,
         SIZE, GATED, PRECISION, BLOCK_TOKENS, BLOCK_PROTOTYPES, BLOCK_FEATURES,
     )  # fmt: skip
     score, _, denominator = _terms(
@@ -105,8 +109,9 @@ def forward_kernel(
         if BIASED:
             ups += tl.load(up_bias + prototype, mask=there, other=0.0)[None, :]
         value *= ups
-    place = coefficients + token[:, None] * width + prototype[None, :]
-    tl.store(place, value.to(coefficients.dtype.element_ty), mask=here[:, None] & there[None, :])
+    coefficients += down.to(tl.int64) * BLOCK_TOKENS * width + across * BLOCK_PROTOTYPES
+    place = tl.arange(0, BLOCK_TOKENS)[:, None] * width + tl.arange(0, BLOCK_PROTOTYPES)[None, :]
+    tl.store(coefficients + place, value.to(coefficients.dtype.element_ty), mask=here[:, None] & there[None, :])
 
 
 @_jit
@@ -123,9 +128,12 @@ def backward_kernel(
     token = down.to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     prototype = across.to(tl.int64) * BLOCK_PROTOTYPES + tl.arange(0, BLOCK_PROTOTYPES)
     here, there = token < tokens, prototype < prototypes
-    both, place = here[:, None] & there[None, :], token[:, None] * prototypes + prototype[None, :]
+    both = here[:, None] & there[None, :]
+    place = tl.arange(0, BLOCK_TOKENS)[:, None] * prototypes + tl.arange(0, BLOCK_PROTOTYPES)[None, :]
+    base = down.to(tl.int64) * BLOCK_TOKENS * prototypes + across * BLOCK_PROTOTYPES
+    gradient, coefficients, d_scores, d_ups = gradient + base, coefficients + base, d_scores + base, d_ups + base
     dot, ups = _products(
-        x, rows, up, token, prototype, tokens, prototypes, x_token, x_feature, row, row_feature, up_row, up_feature,
+        x, rows, up, down, across, tokens, prototypes, x_token, x_feature, row, row_feature, up_row, up_feature,
         SIZE, GATED, PRECISION, BLOCK_TOKENS, BLOCK_PROTOTYPES, BLOCK_FEATURES,
     )  # fmt: skip
     score, distance, denominator = _terms(
@@ -178,7 +186,8 @@ def gather_kernel(
     BLOCK_SLOTS: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_FEATURES features of one token's Σ c_j v_{i_j}, summed in float32."""
-    token, feature = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    token = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     total = tl.zeros((BLOCK_FEATURES,), tl.float32)
     count, start = tl.load(counts + token), 0
     while start < count:
@@ -198,12 +207,19 @@ INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFu
 """Triton was told (TRITON_INTERPRET=1) to run kernels on the CPU: for tests."""
 
 
+def _few_warps_for_small_tiles(shapes, arguments, **more):
+    """Four warps have registers enough for a small tile only."""
+    small = {**arguments, **more}["BLOCK_TOKENS"] <= 32
+    return [shape for shape in shapes if small or shape.num_warps == 8]
+
+
 def _tuned(kernel):
     if triton is None:
         return None
     shapes = [triton.Config({"BLOCK_FEATURES": f}, num_warps=w, num_stages=s) for f, w, s in SHAPES]
     key = ["prototypes", "SIZE", "GATED", "CONVEX", "PRECISION", "BLOCK_TOKENS"]
-    return triton.autotune(shapes[:1] if INTERPRETED else shapes, key=key)(kernel)
+    prune = {"early_config_prune": _few_warps_for_small_tiles}
+    return triton.autotune(shapes[:1] if INTERPRETED else shapes, key=key, prune_configs_by=prune)(kernel)
 
 
 forward_tuned, backward_tuned = _tuned(forward_kernel), _tuned(backward_kernel)
