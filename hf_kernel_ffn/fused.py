@@ -5,7 +5,8 @@
 
 The conic readout is the function of one_pass.py, the convex one softmax(log κ / τ): κ^(1/τ) is written relative to the power of
 two above its tile's largest, so that it neither over- nor underflows, and a row's tiles are brought to one such power afterwards,
-exactly. No (tokens, prototypes) matrix is held in more than the working dtype. Not measured on a GPU.
+exactly. No (tokens, prototypes) matrix is held in more than the working dtype. Checked by Triton's interpreter and compiler, not
+run or measured on a GPU.
 This file travels inside converted checkpoints: it imports nothing but torch, and Triton where there is one.
 """
 
