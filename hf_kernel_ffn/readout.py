@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration import LayerConfig
+from .fused import fused_readout, gathered, use_fused, use_gather
 from .kernels import HalfYat, Yat, get_kernel
 from .one_pass import YatMixture, one_token
 from .simplex import shares, top_k_mask
@@ -68,6 +69,8 @@ class KernelFFN(nn.Module):
         self.reference = dict(config.reference)
         self.top_k = settings.top_k
         self.activation_bytes = ACTIVATION_BYTES
+        self.fused: bool | None = False
+        """Whether to run by the Triton kernels of fused.py: False, never; None, where they can; True, InputError where they cannot."""
         size, prototypes = config.hidden_size, config.prototypes
         self.input_prototypes = nn.Linear(size, prototypes, bias=self.kernel.uses_bias)
         self.output_prototypes = nn.Linear(prototypes, size)
@@ -88,7 +91,9 @@ class KernelFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to (..., hidden_size), in the dtype of the input."""
-        if self._decodes_sparsely(hidden_states):
+        if use_fused(self, hidden_states, _is_plain):
+            return self.dropout(fused_readout(self, hidden_states))
+        if not self.fused and self._decodes_sparsely(hidden_states):
             return self._decode(hidden_states)
         if self._has_one_pass(hidden_states):
             return self.dropout(self._one_pass(hidden_states))
@@ -253,6 +258,11 @@ class KernelFFN(nn.Module):
 
     def _mix(self, coefficients):
         """Σ_i c_i v_i + b_out. For one token without gradients, only the output prototypes with c_i ≠ 0 are read."""
+        if use_gather(self, coefficients, _is_plain):
+            linear = self.output_prototypes
+            if not (torch.compiler.is_compiling() or linear.weight.T.is_contiguous() or self.training):
+                _lay_out_by_prototypes(linear)
+            return gathered(self, coefficients) + linear.bias
         simplex, fixed = self.config.settings.simplex, _fixed(coefficients)
         if simplex == "softmax" or (fixed and simplex != "top-k"):
             return self.output_prototypes(coefficients)
