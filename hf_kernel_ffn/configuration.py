@@ -277,8 +277,7 @@ class KernelConfigMixin:
 
 
 TRAVELLING = (
-    "errors.py", "kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "one_pass.py", "fused_kernels.py", "fused.py",
-    "readout.py", "integrity.py",
+    "errors.py", "kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "one_pass.py", "readout.py", "integrity.py",
     "modeling.py",
 )  # fmt: skip
 """Files that every checkpoint carries, beside its family's own modelling file."""

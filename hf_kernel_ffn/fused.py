@@ -7,18 +7,24 @@ The conic readout is the function of one_pass.py, the convex one softmax(log κ 
 two above its tile's largest, so that it neither over- nor underflows, and a row's tiles are brought to one such power afterwards,
 exactly. No (tokens, prototypes) matrix is held in more than the working dtype. Checked by Triton's interpreter and compiler, not
 run or measured on a GPU.
-This file travels inside converted checkpoints: it imports nothing but torch, and Triton where there is one.
+It stays in the package, and so off until :func:`fuse` is called.
 """
 
+from __future__ import annotations
+
 import re
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .errors import InputError
 from .fused_kernels import INTERPRETED, backward_tuned, forward_tuned, gather_kernel, triton
 from .kernels import HalfYat, Yat, get_kernel
 from .one_pass import _chunks
 from .one_pass import plain as plain_conic
+from .readout import KernelFFN, is_plain, lay_out_by_prototypes
 from .simplex import shares
 
 TOKENS, PROTOTYPES = 128, 128
@@ -306,30 +312,47 @@ def _(coefficients, indices, counts, dictionary):
     return coefficients.new_empty(coefficients.shape[0], dictionary.shape[0])
 
 
-def use_fused(ffn, hidden_states, is_plain) -> bool:
-    """Whether ``ffn`` (a KernelFFN) at ``hidden_states`` (..., d) is to be one :func:`fused_readout`. ``is_plain`` tells whether a
-    linear module is its weight and bias and nothing else.
+@dataclass(frozen=True)
+class Fused:
+    """What a KernelFFN asks first when it is in ``ffn.fused``."""
 
-    Raises:
-        InputError: ``ffn.fused`` is True, and neither the fused readout nor, for a sparse layer, the gather can serve this call.
-    """
-    if ffn.fused is False or (ffn.fused is None and not hidden_states.is_cuda):
-        return False
-    reason = _against_readout(ffn, hidden_states, is_plain)
-    if reason and ffn.fused and _against_gather(ffn, hidden_states, is_plain):
-        raise InputError(f"found {reason}: call it so, or set fused = None, which steps aside")
-    return reason is None
+    required: bool = False
+    """Whether a call that the Triton kernels cannot serve is an error; otherwise the layer goes on without them."""
+
+    def readout(self, ffn: KernelFFN, hidden_states: Tensor) -> Tensor | None:
+        """The output (..., d) of ``ffn`` before dropout, or None: by the plain form, or :meth:`mixture`.
+
+        Raises:
+            InputError: ``required``, and neither this nor, for a sparse layer, the gather can serve the call.
+        """
+        if not (self.required or hidden_states.is_cuda):
+            return None
+        reason = _against_readout(ffn, hidden_states)
+        if reason is None:
+            return fused_readout(ffn, hidden_states)
+        if self.required and _against_gather(ffn, hidden_states):
+            raise InputError(f"found {reason}: call it so, or fuse without required, which steps aside")
+        return None
+
+    def mixture(self, ffn: KernelFFN, coefficients: Tensor) -> Tensor | None:
+        """Σ c_i v_i + b_out (..., d) of few tokens by the active output prototypes alone, or None: by the plain form."""
+        if not (self.required or coefficients.is_cuda) or _against_gather(ffn, coefficients):
+            return None
+        linear = ffn.output_prototypes
+        if not (torch.compiler.is_compiling() or linear.weight.T.is_contiguous() or ffn.training):
+            lay_out_by_prototypes(linear)
+        return gathered(ffn, coefficients) + linear.bias
 
 
-def use_gather(ffn, coefficients, is_plain) -> bool:
-    """Whether ``ffn`` sums its output prototypes at ``coefficients`` (..., P) by :func:`gathered`."""
-    if ffn.fused is False or (ffn.fused is None and not coefficients.is_cuda):
-        return False
-    return _against_gather(ffn, coefficients, is_plain) is None
+def fuse(model: Any, required: bool = False) -> None:
+    """Let every kernel readout of ``model`` run by the Triton kernels of this file where they can serve a call; ``required``: raise
+    InputError in a call that they cannot. ``ffn.fused = None`` forbids it again. Nothing of it is saved."""
+    for ffn in model.kernel_ffns().values():
+        ffn.fused = Fused(required)
 
 
 def fused_readout(ffn, hidden_states):
-    """The output (..., d) of ``ffn`` before dropout, where :func:`use_fused` said so."""
+    """The output (..., d) of ``ffn`` before dropout, where nothing is against it."""
     settings, device = ffn.config.settings, hidden_states.device.type
     mix = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     first, second, up = ffn.input_prototypes, ffn.output_prototypes, ffn.value_proj if settings.values == "gated" else None
@@ -346,14 +369,14 @@ def fused_readout(ffn, hidden_states):
 
 
 def gathered(ffn, coefficients):
-    """Σ c_i v_i (..., d), without the output bias, where :func:`use_gather` said so."""
+    """Σ c_i v_i (..., d), without the output bias, where nothing is against it."""
     flat = coefficients.reshape(-1, coefficients.shape[-1])
     indices, counts = active(flat)
     written = gather(flat.gather(1, indices.clamp_min(0)), indices, counts, ffn.output_prototypes.weight)
     return written.unflatten(0, coefficients.shape[:-1])
 
 
-def _against_readout(ffn, x, is_plain) -> str | None:
+def _against_readout(ffn, x) -> str | None:
     """Why ``ffn`` cannot be fused at ``x``: what was found and what is expected; None if it can."""
     settings = ffn.config.settings
     if settings.simplex != "softmax":
@@ -365,18 +388,18 @@ def _against_readout(ffn, x, is_plain) -> str | None:
     if ffn.training and ffn.config.hidden_dropout:
         return "dropout of hidden units, expected none or evaluation for the fused readout"
     linears = [ffn.input_prototypes, ffn.output_prototypes, *([ffn.value_proj] if settings.values == "gated" else [])]
-    return _against(x, linears, is_plain)
+    return _against(x, linears)
 
 
-def _against_gather(ffn, x, is_plain) -> str | None:
+def _against_gather(ffn, x) -> str | None:
     if ffn.config.settings.simplex == "softmax" or torch.is_grad_enabled() or not 0 < _tokens(x) <= FEW:
         return "another call"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast"
-    return _against(x, [ffn.output_prototypes], is_plain)
+    return _against(x, [ffn.output_prototypes])
 
 
-def _against(x, linears, is_plain) -> str | None:
+def _against(x, linears) -> str | None:
     if triton is None:
         return "no Triton, expected triton 3.6 or newer (pip install triton) for the fused readout"
     if not _runs(x.device.type, x.device.index):

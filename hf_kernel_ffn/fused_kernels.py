@@ -1,7 +1,7 @@
 """The Triton kernels of fused.py, where the formulas stand: tiles of x·w with all that follows in their epilogue, and a gather.
 
 Matrices are read at any strides; offsets are 64 bits wide up to a tile and 32 bits within; everything is summed in float32; what
-lies outside a matrix is zero. With TRITON_INTERPRET=1 they run on a CPU, for tests. This file travels inside converted checkpoints.
+lies outside a matrix is zero. With TRITON_INTERPRET=1 they run on a CPU, for tests.
 """
 
 from __future__ import annotations

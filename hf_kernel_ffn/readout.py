@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from .configuration import LayerConfig
-from .fused import fused_readout, gathered, use_fused, use_gather
 from .kernels import HalfYat, Yat, get_kernel
 from .one_pass import YatMixture, one_token
 from .simplex import shares, top_k_mask
@@ -69,8 +68,8 @@ class KernelFFN(nn.Module):
         self.reference = dict(config.reference)
         self.top_k = settings.top_k
         self.activation_bytes = ACTIVATION_BYTES
-        self.fused: bool | None = False
-        """Whether to run by the Triton kernels of fused.py: False, never; None, where they can; True, InputError where they cannot."""
+        self.fused: Any = None
+        """What is asked first whether it runs this layer: hf_kernel_ffn.fused.fuse() puts its Triton kernels here."""
         size, prototypes = config.hidden_size, config.prototypes
         self.input_prototypes = nn.Linear(size, prototypes, bias=self.kernel.uses_bias)
         self.output_prototypes = nn.Linear(prototypes, size)
@@ -91,9 +90,11 @@ class KernelFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to (..., hidden_size), in the dtype of the input."""
-        if use_fused(self, hidden_states, _is_plain):
-            return self.dropout(fused_readout(self, hidden_states))
-        if not self.fused and self._decodes_sparsely(hidden_states):
+        if self.fused is not None:
+            written = self.fused.readout(self, hidden_states)
+            if written is not None:
+                return self.dropout(written)
+        elif self._decodes_sparsely(hidden_states):
             return self._decode(hidden_states)
         if self._has_one_pass(hidden_states):
             return self.dropout(self._one_pass(hidden_states))
@@ -147,7 +148,7 @@ class KernelFFN(nn.Module):
         weight, bias = effective(self.input_prototypes, hidden_states)
         device = hidden_states.device.type
         rounded = hidden_states.dtype.itemsize < 4 or weight.dtype.itemsize < 4 or torch.is_autocast_enabled(device)
-        if not rounded and self.kernel.uses_distance and _one_token(hidden_states) and _is_plain(self.input_prototypes):
+        if not rounded and self.kernel.uses_distance and _one_token(hidden_states) and is_plain(self.input_prototypes):
             dot, x = nn.functional.linear(hidden_states, weight), hidden_states.flatten()
             distance = torch.add(_squares(weight), x @ x).sub(dot, alpha=2).clamp_min(0)
             return (dot if bias is None else dot + bias), distance
@@ -199,7 +200,7 @@ class KernelFFN(nn.Module):
             and not torch.compiler.is_compiling()
             and not torch._C._are_functorch_transforms_active()
             and not _one_token(hidden_states)
-            and all(_is_plain(linear) and linear.bias is not None for linear in linears)
+            and all(is_plain(linear) and linear.bias is not None for linear in linears)
             and (
                 torch.is_autocast_enabled(hidden_states.device.type) or all(linear.weight.dtype == dtype for linear in linears)
             )
@@ -232,12 +233,12 @@ class KernelFFN(nn.Module):
     def _reads_columns(self, x) -> bool:
         """Whether the output prototypes are a plain matrix in the dtype of ``x``, of which some columns may be read alone."""
         linear = self.output_prototypes
-        plain = _is_plain(linear) and linear.bias is not None
+        plain = is_plain(linear) and linear.bias is not None
         return plain and linear.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
 
     def _decode(self, hidden_states):
         ups, first = self._ups(hidden_states), self.input_prototypes
-        if type(self.kernel) in (Yat, HalfYat) and _is_plain(first) and first.weight.dtype == hidden_states.dtype in EXACT:
+        if type(self.kernel) in (Yat, HalfYat) and is_plain(first) and first.weight.dtype == hidden_states.dtype in EXACT:
             log_scale = self.log_positive("scale")
             kernel = one_token(
                 hidden_states.flatten(), first.weight, first.bias, _squares(first.weight), self.positive("epsilon").item(),
@@ -258,11 +259,10 @@ class KernelFFN(nn.Module):
 
     def _mix(self, coefficients):
         """Σ_i c_i v_i + b_out. For one token without gradients, only the output prototypes with c_i ≠ 0 are read."""
-        if use_gather(self, coefficients, _is_plain):
-            linear = self.output_prototypes
-            if not (torch.compiler.is_compiling() or linear.weight.T.is_contiguous() or self.training):
-                _lay_out_by_prototypes(linear)
-            return gathered(self, coefficients) + linear.bias
+        if self.fused is not None:
+            written = self.fused.mixture(self, coefficients)
+            if written is not None:
+                return written
         simplex, fixed = self.config.settings.simplex, _fixed(coefficients)
         if simplex == "softmax" or (fixed and simplex != "top-k"):
             return self.output_prototypes(coefficients)
@@ -278,7 +278,7 @@ class KernelFFN(nn.Module):
         if 4 * len(active) > linear.in_features:  # then all of them are sooner read
             return linear(coefficients.new_zeros(linear.in_features).index_copy(0, active, coefficients))
         if not (_fixed(coefficients) or self.training or linear.weight.T.is_contiguous()):
-            _lay_out_by_prototypes(linear)
+            lay_out_by_prototypes(linear)
         return torch.addmv(linear.bias, linear.weight.T.index_select(0, active).T, coefficients)
 
     def _ups(self, hidden_states):
@@ -340,13 +340,13 @@ def _fixed(tensor) -> bool:
     return torch.compiler.is_compiling() or tensor.device.type != "cpu"
 
 
-def _lay_out_by_prototypes(linear) -> None:
+def lay_out_by_prototypes(linear) -> None:
     """The same weight, with the numbers of one output prototype side by side in memory, so that a few of them are quickly read."""
     with torch.inference_mode(False):
         linear.weight.data = linear.weight.data.T.contiguous().T
 
 
-def _is_plain(linear) -> bool:
+def is_plain(linear) -> bool:
     """Whether ``linear`` is its weight and bias and nothing else: no adapter, quantisation, offloading or hook."""
     return (
         type(linear) is nn.Linear

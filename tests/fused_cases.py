@@ -5,6 +5,7 @@ distances are summed in float32, and coefficients and gradients of scores are ro
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_kernel_ffn import InputError, fused, one_pass
-from hf_kernel_ffn.fused import FEW, active, fused_mixture, gather
+from hf_kernel_ffn.fused import FEW, Fused, active, fuse, fused_mixture, gather
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -368,7 +369,7 @@ def test_a_layer_is_what_it_is_in_float64(settings):
     """float32, at sizes of which a few sums lose at most 100 of its roundings: of the largest entry, or, where all tokens and
     features are added up in one number, of what is added up."""
     ffn, x = make_layer(torch.float32, 12, 20, **settings).to(DEVICE), inputs(24, 12).reshape(2, 12, 12).to(DEVICE)
-    ffn.fused = True
+    ffn.fused = Fused(required=True)
     found = gradients(ffn, x.float())
     expected = gradients(make_layer(torch.float32, 12, 20, **settings).double().to(DEVICE), x.float().double())
     for name, value in expected.items():
@@ -384,9 +385,9 @@ def test_half_precision_and_autocast_keep_to_the_plain_form(settings):
     for own, autocast in ((torch.bfloat16, False), (torch.float32, True)):
         ffn, x = make_layer(own, 12, 20, **settings).to(DEVICE), inputs(30, 12).to(DEVICE, own)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-            ffn.fused = True
+            ffn.fused = Fused(required=True)
             found = gradients(ffn, x)
-            ffn.fused = False
+            ffn.fused = None
             expected = gradients(ffn, x)
         for name, value in expected.items():
             assert found[name].dtype == value.dtype, name
@@ -398,7 +399,7 @@ def test_half_precision_and_autocast_keep_to_the_plain_form(settings):
 @pytest.mark.parametrize("settings", [LAYERS[3], LAYERS[10]], ids=lambda s: "-".join(s.values()))
 def test_compiled_in_one_graph_without_recompiling_for_new_lengths(settings):
     ffn = make_layer(torch.float32, size=8, count=32, **settings).to(DEVICE)
-    ffn.fused = True
+    ffn.fused = Fused(required=True)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ffn, fullgraph=True, backend=counter)
@@ -458,9 +459,9 @@ def test_few_tokens_of_a_sparse_layer(simplex, intensity):
     )
     x = inputs(FEW, 12).float().to(DEVICE)
     with torch.no_grad():
-        ffn.fused = False
+        ffn.fused = None
         expected = ffn(torch.cat([x, x]))[:FEW]
-        ffn.fused = True
+        ffn.fused = Fused(required=True)
         for found, like in ((ffn(x[:, None])[:, 0], expected), (ffn(x[:1]), expected[:1])):
             assert (found - like).abs().max() <= 20 * torch.finfo(torch.float32).eps * expected.abs().max()
         assert ffn.output_prototypes.weight.T.is_contiguous()
@@ -476,13 +477,13 @@ def test_where_it_cannot_run_it_steps_aside_or_says_why(monkeypatch):
         settings = dict(kernel="half-yat", simplex="softmax", intensity="mass") | settings
         ffn = make_layer(dtype, **settings).to(DEVICE)
         change(ffn)
-        ffn.fused = True
+        ffn.fused = Fused(required=True)
         with pytest.raises(InputError, match=message):
             ffn(x)
-        ffn.fused = None
+        ffn.fused = Fused()
         assert torch.isfinite(ffn(x)).all()
 
-    refused("found kernel 'gaussian', expected 'yat' or 'half-yat'.*: call it so, or set fused = None", kernel="gaussian")
+    refused("found kernel 'gaussian', expected 'yat' or 'half-yat'.*: call it so, or fuse without required", kernel="gaussian")
     refused("found intensity 'mass' at temperature 0.6, expected temperature 1", temperature=0.6)
     refused("found simplex 'top-k' with 6 tokens, expected 'softmax', or up to 8 tokens without gradients", simplex="top-k")
     refused("found float64, expected one of float32, bfloat16 and float16", x.double(), torch.float64)
@@ -498,8 +499,13 @@ def test_left_alone_it_is_for_gpus():
         make_layer(torch.float32, kernel="half-yat", simplex="softmax", intensity="mass").to(DEVICE),
         inputs(6).float().to(DEVICE),
     )
-    assert fused.use_fused(ffn, x, lambda linear: True) is CUDA
-    ffn.fused = False
-    assert not fused.use_fused(ffn, x, lambda linear: True)
-    assert ffn._has_one_pass(x) and one_pass
+    assert ffn.fused is None and ffn._has_one_pass(x) and one_pass
+    ffn.fused = Fused()
+    assert (ffn.fused.readout(ffn, x) is not None) is CUDA
     assert "fused" not in ffn.state_dict() and "fused" not in ffn.config.to_dict()
+
+
+def test_a_model_is_fused_as_a_whole():
+    ffns = {"a": make_layer(torch.float32, kernel="half-yat", simplex="softmax", intensity="mass")}
+    fuse(SimpleNamespace(kernel_ffns=lambda: ffns), required=True)
+    assert ffns["a"].fused == Fused(required=True)

@@ -80,7 +80,7 @@ from hf_kernel_ffn import InputError, fused
 assert fused.triton is None
 ffn, x = make_layer(torch.float32, kernel="half-yat", simplex="softmax", intensity="mass"), inputs().float()
 ffn(x).sum().backward()
-ffn.fused = True
+ffn.fused = fused.Fused(required=True)
 try:
     ffn(x)
 except InputError as error:

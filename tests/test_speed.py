@@ -260,10 +260,10 @@ def test_sparse_gated_values_are_computed_once():
 
 def test_only_linear_modules_are_plain():
     linear = nn.Linear(3, 3)
-    assert readout._is_plain(linear)
+    assert readout.is_plain(linear)
     linear.forward = linear.forward  # as accelerate wraps it
-    assert not readout._is_plain(linear)
-    assert not readout._is_plain(nn.Linear(3, 3, device="meta"))
+    assert not readout.is_plain(linear)
+    assert not readout.is_plain(nn.Linear(3, 3, device="meta"))
 
 
 @pytest.mark.parametrize("kernel", ["half-yat", "yat"])
