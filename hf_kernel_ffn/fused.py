@@ -18,7 +18,6 @@ from .errors import InputError
 from .fused_kernels import INTERPRETED, backward_tuned, forward_tuned, gather_kernel, triton
 from .kernels import HalfYat, Yat, get_kernel
 from .one_pass import _chunks
-from .one_pass import plain as plain_conic
 from .simplex import shares
 
 TOKENS, PROTOTYPES = 128, 128
@@ -193,17 +192,20 @@ _mixture.register_autograd(_differentiate, setup_context=_setup)
 
 def plain(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, convex):
     """The same function in plain torch, from float32 on: what double backward differentiates."""
-    if not convex:
-        return plain_conic(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix)
     dtype = torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
-    x, rows = x.to(dtype), rows.to(dtype)
-    dot = x @ rows.T
-    kernel = get_kernel("half-yat" if one_sided else "yat")
+    x, rows, epsilon, factor = x.to(dtype), rows.to(dtype), epsilon.to(dtype), factor.to(dtype)
+    dot, kernel = x @ rows.T, get_kernel("half-yat" if one_sided else "yat")
+    score = dot + bias.to(dtype)
     distance = (x.square().sum(-1, keepdim=True) + rows.square().sum(-1) - 2 * dot).clamp_min(0)
-    pi = shares("softmax", kernel.log(dot + bias.to(dtype), distance, epsilon.to(dtype)), factor.to(dtype))
+    if convex:
+        coefficients = shares("softmax", kernel.log(score, distance, epsilon), factor)
+    else:
+        coefficients = kernel.value(score, distance, epsilon) * factor
     if up is not None:
-        pi = pi * torch.nn.functional.linear(x, up.to(dtype), None if up_bias is None else up_bias.to(dtype))
-    return pi.to(mix) @ dictionary.to(mix).T
+        coefficients = coefficients * torch.nn.functional.linear(
+            x, up.to(dtype), None if up_bias is None else up_bias.to(dtype)
+        )
+    return coefficients.to(mix) @ dictionary.to(mix).T
 
 
 class _Given:
@@ -362,6 +364,8 @@ def _against_readout(ffn, x, is_plain) -> str | None:
         return f"kernel {settings.kernel!r}, expected 'yat' or 'half-yat' for the fused readout"
     if settings.intensity == "mass" and not settings.coefficients_are_kernel:
         return f"intensity 'mass' at temperature {settings.temperature}, expected temperature 1 for the fused readout"
+    if ffn.training and getattr(ffn.config, "hidden_dropout", 0):
+        return "dropout of coefficients in training, expected none for the fused readout"
     linears = [ffn.input_prototypes, ffn.output_prototypes, *([ffn.value_proj] if settings.values == "gated" else [])]
     return _against(x, linears, is_plain)
 
