@@ -4,7 +4,8 @@
     python scripts/train_teacher.py llama books.txt teachers/llama --tokens 12000000
 
 The first run makes a byte-level BPE tokenizer; give the folder of a finished teacher as
-``--tokenizer`` to share it. The weights are trained in float32 and saved in bfloat16.
+``--tokenizer`` to share it (an encoder adds a mask token). The weights are trained in float32
+and saved in bfloat16.
 """
 
 from __future__ import annotations
@@ -17,21 +18,28 @@ from typing import Annotated, Any, Optional
 
 import torch
 import typer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
+    BertConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
+
+from hf_kernel_ffn.inputs import arguments
+from hf_kernel_ffn.prediction import answered, question
 
 VOCAB_SIZE = 4096
 SEQUENCE_LENGTH = 256
 BATCH_SIZE = 32
 END = "<|endoftext|>"
+MASK = "<|mask|>"
 
 # Small, and unlike each other: grouped and single key-value heads, a sliding window, tied or not.
 SHAPES: dict[str, Any] = {
@@ -48,6 +56,16 @@ SHAPES: dict[str, Any] = {
         vocab_size=VOCAB_SIZE, hidden_size=160, intermediate_size=448, num_hidden_layers=5,
         num_attention_heads=5, num_key_value_heads=1, head_dim=32, sliding_window=64,
         max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+    ),
+    "qwen3": lambda: Qwen3Config(
+        vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=48, max_position_embeddings=512,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    ),
+    "bert": lambda: BertConfig(
+        vocab_size=VOCAB_SIZE + 1, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=SEQUENCE_LENGTH, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, pad_token_id=0,
     ),
 }  # fmt: skip
 
@@ -85,6 +103,9 @@ def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
 
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
+    if not model.can_generate():
+        prompt = tokenizer(f"The old man looked at {MASK} sea, and said {MASK} word.", return_tensors="pt")
+        return tokenizer.decode(model(input_ids=prompt.input_ids).logits[0].argmax(-1))
     prompt = tokenizer("The old man looked at", return_tensors="pt")
     output = model.generate(
         **prompt, max_new_tokens=60, do_sample=True, top_p=0.9, temperature=0.8,
@@ -94,7 +115,7 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def main(
-    family: Annotated[str, typer.Argument(help="llama, gpt2 or mistral")],
+    family: Annotated[str, typer.Argument(help="llama, gpt2, mistral, qwen3 or bert")],
     text: Annotated[Path, typer.Argument(help="training text, .txt or .txt.xz")],
     out: Path,
     tokens: int = 12_000_000,
@@ -109,13 +130,17 @@ def main(
     torch.manual_seed(seed)
     document = read_text(text)
     tok = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else train_tokenizer(document)
+    auto: Any = AutoModelForCausalLM
+    if family == "bert":
+        auto = AutoModelForMaskedLM
+        tok.add_special_tokens({"mask_token": AddedToken(MASK, lstrip=True, special=True)})
     lines = document.splitlines(keepends=True)
     ids = torch.tensor([i for ids in tok(lines).input_ids for i in ids], dtype=torch.long)
     typer.echo(f"{len(ids):,} tokens of text")
 
-    model = AutoModelForCausalLM.from_config(SHAPES[family](), dtype=torch.float32)
+    model = auto.from_config(SHAPES[family](), dtype=torch.float32)
     typer.echo(f"{model.num_parameters():,} parameters")
-    compiled = torch.compile(model)
+    body, head = torch.compile(model.base_model), model.cls if family == "bert" else model.lm_head
     opts = optimizers(model)
     peaks = [[group["lr"] for group in opt.param_groups] for opt in opts]
     steps = max(1, tokens // (BATCH_SIZE * SEQUENCE_LENGTH))
@@ -132,10 +157,11 @@ def main(
         for opt, lrs in zip(opts, peaks):
             for group, lr in zip(opt.param_groups, lrs):
                 group["lr"] = lr * scale
+        asked = question(model, tok, batch, f"{seed} {step}")
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = compiled(input_ids=batch, use_cache=False).logits
-        targets = batch[:, 1:].clone()
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten())
+            hidden, answers = answered(body(**arguments(model.base_model, asked)).last_hidden_state, asked)
+            logits = head(hidden)
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), answers.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:

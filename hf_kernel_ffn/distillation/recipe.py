@@ -68,7 +68,7 @@ class Stage(_Section):
     kl: float = Field(1.0, ge=0)
     """Weight of the KL (logits)."""
     cross_entropy: float = Field(0.0, ge=0)
-    """Weight of the cross-entropy on the text's own next token, added to the KL (logits)."""
+    """Weight of the cross-entropy on the text's own tokens (the next or the masked ones), added to the KL (logits)."""
     start_top_k: int | None = Field(None, ge=1)
     """Prototypes kept at the start of the stage by a sparse map, from where they fall by equal ratios to the layer's own
     ``top_k``. None: that from the start."""
