@@ -37,7 +37,6 @@ from hf_kernel_ffn.prediction import answered, question
 
 VOCAB_SIZE = 4096
 SEQUENCE_LENGTH = 256
-BATCH_SIZE = 32
 END = "<|endoftext|>"
 MASK = "<|mask|>"
 
@@ -119,6 +118,7 @@ def main(
     text: Annotated[Path, typer.Argument(help="training text, .txt or .txt.xz")],
     out: Path,
     tokens: int = 12_000_000,
+    batch_size: Annotated[int, typer.Option(help="rows of 256 tokens a step")] = 32,
     tokenizer: Annotated[Optional[Path], typer.Option(help="folder to take it from")] = None,
     seed: int = 0,
     threads: Annotated[Optional[int], typer.Option(help="CPU threads")] = None,
@@ -143,15 +143,15 @@ def main(
     body, head = torch.compile(model.base_model), model.cls if family == "bert" else model.lm_head
     opts = optimizers(model)
     peaks = [[group["lr"] for group in opt.param_groups] for opt in opts]
-    steps = max(1, tokens // (BATCH_SIZE * SEQUENCE_LENGTH))
+    steps = max(1, tokens // (batch_size * SEQUENCE_LENGTH))
     blocks = len(ids) // SEQUENCE_LENGTH - 1
-    order = torch.cat([torch.randperm(blocks) for _ in range(steps * BATCH_SIZE // blocks + 1)])
+    order = torch.cat([torch.randperm(blocks) for _ in range(steps * batch_size // blocks + 1)])
     start, average = time.time(), None
     for step in range(steps):
-        rows = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
+        rows = order[step * batch_size : (step + 1) * batch_size]
         offset = int(torch.randint(SEQUENCE_LENGTH, ()))
         batch = torch.stack([ids[i : i + SEQUENCE_LENGTH] for i in (rows * SEQUENCE_LENGTH + offset)])
-        batch[: BATCH_SIZE // 4, 0] = tok.bos_token_id  # so that it can start from nothing
+        batch[: batch_size // 4, 0] = tok.bos_token_id  # so that it can start from nothing
         progress = step / steps
         scale = min(1.0, (step + 1) / 50) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * progress)))
         for opt, lrs in zip(opts, peaks):
@@ -169,7 +169,7 @@ def main(
             opt.zero_grad()
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         if step % 25 == 0 or step == steps - 1:
-            speed = (step + 1) * BATCH_SIZE * SEQUENCE_LENGTH / (time.time() - start)
+            speed = (step + 1) * batch_size * SEQUENCE_LENGTH / (time.time() - start)
             typer.echo(f"step {step}/{steps} loss {average:.3f} {speed:,.0f} tokens/s")
     model.to(torch.bfloat16).save_pretrained(out)
     tok.save_pretrained(out)

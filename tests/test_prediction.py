@@ -1,12 +1,15 @@
 """Masked language models: what is masked, that only masked tokens count, and the ordinary commands on an encoder."""
 
 import copy
+import importlib.util
 import json
 import math
 import sys
 
 import pytest
 import torch
+import yaml
+from conftest import RECIPES
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForMaskedLM,
@@ -157,18 +160,20 @@ def test_what_is_under_no_mask_does_not_count(bert, student, asked):
 # a run
 
 
-def run(folder, text_file, out, **more):
-    stages = [{**STAGE, "name": name} for name in ("layer-wise", "logits")]
-    content = {
+def recipe(folder, text_file, out, **more):
+    return {
         "teacher": str(folder),
         "data": {"train": str(text_file), "sequence_length": 32, "shuffle_buffer": 16},
-        "stages": stages,
+        "stages": [{**STAGE, "name": name} for name in ("layer-wise", "logits")],
         "output_dir": str(out),
         "calibration_tokens": 256,
         "save_every_tokens": 128,  # two steps
+        **more,
     }
-    resume = more.pop("resume", False)
-    return distill(Recipe(**{**content, **more}), resume=resume, progress=False)
+
+
+def run(folder, text_file, out, resume=False, **more):
+    return distill(Recipe(**recipe(folder, text_file, out, **more)), resume=resume, progress=False)
 
 
 def test_each_stage_lowers_its_loss(folder, text_file, tmp_path, monkeypatch):
@@ -259,6 +264,7 @@ def test_convert_and_evaluate_an_encoder(folder, text_file, tmp_path, monkeypatc
         assert "256 tokens (text)" in cli("convert", folder, tmp_path / name, *few, "--seed", seed)
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]  # the seed is that of the masks
+    assert "model = AutoModelForMaskedLM.from_pretrained" in (tmp_path / "a" / "README.md").read_text()
     out = tmp_path / "report.json"
     lengths = ("--max-tokens", 512, "--sequence-length", 32)
     printed = cli("evaluate", tmp_path / "a", "--teacher", folder, "--text", text_file, *lengths, "--json", out)
@@ -266,3 +272,25 @@ def test_convert_and_evaluate_an_encoder(folder, text_file, tmp_path, monkeypatc
     assert "pooled_cosine" in printed and report["tokens"] == 16 * 5
     assert 0.5 < report["pooled_cosine"] <= 1 and math.isfinite(report["delta_cross_entropy"])
     assert len(report["layers"]) == 2
+
+
+def test_the_table_of_trained_families(folder, text_file, tmp_path, capsys):
+    (tmp_path / "bert-short.yaml").write_text(yaml.safe_dump(recipe(folder, text_file, tmp_path / "student")))
+    file = RECIPES.parent / "scripts" / "trained_families.py"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(file.parent)  # which it removes
+        spec = importlib.util.spec_from_file_location("trained_families", file)
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+    printed = []
+    for _ in range(2):  # what is there is not made again
+        script.main([str(tmp_path / "bert-short.yaml")], tmp_path / "results", str(text_file), 512)
+        printed.append(capsys.readouterr().out.splitlines()[-5:])
+    assert printed[0] == printed[1]
+    columns = [line.count("|") for line in printed[0]]
+    assert columns == [columns[0]] * 5 and [line.split(" | ")[0] for line in printed[0][2:]] == [
+        "| *bert, untouched*", "| bert, converted", "| bert, distilled",
+    ]  # fmt: skip
+    before, after = (json.loads((tmp_path / "results" / "bert" / f"{n}.json").read_text()) for n in ("converted", "distilled"))
+    assert (before["training_tokens"], after["training_tokens"]) == (0, 768)
+    assert before["teacher"] == after["teacher"] and before["kl"] != after["kl"]
