@@ -46,10 +46,10 @@ def question(model: Any, tokenizer: PreTrainedTokenizerBase | None, ids: Tensor,
     return masked(ids, mask, seed if isinstance(seed, int) else random.Random(seed).getrandbits(63))
 
 
-def masked(ids: Tensor, mask_token_id: int, seed: int = 0) -> dict[str, Tensor]:
-    """``input_ids`` and ``labels`` (rows, length): ``ids`` with ``MASKED_SHARE`` of every row, at least one token, masked, and
-    what is under the masks, elsewhere -100."""
-    count = max(1, round(MASKED_SHARE * ids.shape[1]))
+def masked(ids: Tensor, mask_token_id: int, seed: int = 0, share: float = MASKED_SHARE) -> dict[str, Tensor]:
+    """``input_ids`` and ``labels`` (rows, length): ``ids`` with a ``share`` of every row, at least one token, masked, and what is
+    under the masks, elsewhere -100."""
+    count = max(1, round(share * ids.shape[1]))
     order = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)).argsort(-1)
     under = torch.zeros(ids.shape, dtype=torch.bool).scatter(1, order[:, :count], True).to(ids.device)
     return {"input_ids": ids.masked_fill(under, mask_token_id), "labels": ids.masked_fill(~under, -100)}
