@@ -66,7 +66,7 @@ SHAPES: dict[str, Any] = {
     "bert": lambda: BertConfig(
         vocab_size=VOCAB_SIZE + 1, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=4, max_position_embeddings=64, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, pad_token_id=0,
+        attention_probs_dropout_prob=0.0, initializer_range=0.05, pad_token_id=0,
     ),
 }  # fmt: skip
 
@@ -122,7 +122,7 @@ def start_near(model: PreTrainedModel, ids: torch.Tensor) -> None:
     positions = model.base_model.embeddings.position_embeddings.weight
     count, size = positions.shape
     angles = torch.arange(count)[:, None] * 10000 ** -(torch.arange(0, size, 2) / size)
-    positions.copy_(0.14 * torch.stack([angles.sin(), angles.cos()], -1).flatten(1))
+    positions.copy_(0.07 * torch.stack([angles.sin(), angles.cos()], -1).flatten(1))
     for layer in model.base_model.encoder.layer:
         for projection in (layer.attention.self.query, layer.attention.self.key):
             projection.weight.copy_(torch.eye(size))
