@@ -39,7 +39,7 @@ def convert(
         bool,
         typer.Option("--stream", help="a block at a time, for a model that does not fit in memory; needs text, or 0 tokens"),
     ] = False,
-    seed: Annotated[int, typer.Option(help="of the tokens the model makes itself when there is no text")] = 0,
+    seed: Annotated[int, typer.Option(help="of masks in the text, or of the tokens the model makes itself without any")] = 0,
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> None:
@@ -49,6 +49,7 @@ def convert(
     from .data import token_ids
     from .errors import InputError
     from .loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
+    from .prediction import question
 
     _quieten()
     surgery.require_empty(out_dir)
@@ -61,7 +62,9 @@ def convert(
     ids = None
     if calibration_text is not None:
         length = min(256, getattr(teacher.config, "max_position_embeddings", None) or 256)
-        ids = token_ids(load_tokenizer(model), [calibration_text], length, calibration_tokens, spread=True)
+        tokenizer = load_tokenizer(model)
+        text = token_ids(tokenizer, [calibration_text], length, calibration_tokens, spread=True)
+        ids = question(teacher, tokenizer, text, seed)
     options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)
     if stream:
         from .streaming import convert_streamed
@@ -137,8 +140,9 @@ def evaluate(
     sequence_length = sequence_length or min(256, limit or 256)
     if limit is not None and sequence_length > limit:
         raise InputError(f"found sequence length {sequence_length}, expected at most the teacher's {limit}")
-    ids = token_ids(load_tokenizer(teacher), [text], sequence_length, max_tokens)
-    report = evaluate_student(converted, stock, ids, progress=True)
+    tokenizer = load_tokenizer(teacher)
+    ids = token_ids(tokenizer, [text], sequence_length, max_tokens)
+    report = evaluate_student(converted, stock, ids, tokenizer=tokenizer, progress=True)
     report = {"student_path": student, "teacher_path": teacher, "text": text, "sequence_length": sequence_length, **report}
     if json_file is not None:
         write_text(json_file, json.dumps(report, indent=1) + "\n")
@@ -359,7 +363,8 @@ def _quieten() -> None:
 
 
 def _print_report(report: dict) -> None:
-    names = ("student.cross_entropy", "teacher.cross_entropy", "delta_cross_entropy", "kl", "top1_agreement", "loss_recovered")
+    names = ["student.cross_entropy", "teacher.cross_entropy", "delta_cross_entropy", "kl", "top1_agreement", "loss_recovered"]
+    names += ["pooled_cosine"] if "pooled_cosine" in report else []
     rows = []
     for name in names:
         value = report

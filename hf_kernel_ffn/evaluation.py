@@ -14,10 +14,13 @@ import datasets
 import evaluate
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from .architectures import FFNWeights, stock_ffn, stock_weights, teacher_readout
 from .errors import InputError
 from .hooks import collected, recorded, replaced
+from .inputs import Inputs, arguments, take
+from .prediction import answered, predicts_masked, question
 from .readout import KernelFFN, Readout
 from .surgery import check_pair
 
@@ -108,35 +111,40 @@ def evaluate_student(
     teacher: Any,
     ids: Tensor,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     batch_tokens: int = 2048,
     progress: bool = False,
 ) -> dict:
     """The report on ``student`` against ``teacher`` over ``ids`` (rows, length), token ids of text trained on by neither.
 
-    Keys: those of :class:`Fidelity`, and ``layers``, one entry per converted FFN: ``path``, ``fvu`` (on the teacher's inputs),
-    ``fvu_student_inputs``, the means of :func:`readability` (on the teacher's inputs), ``write_mass_ratio``,
+    Masked language models, which need a ``tokenizer`` with a mask token, read the text with masks (of seed 0, the same for
+    both), and are compared at the masked tokens.
+
+    Keys: those of :class:`Fidelity`; of masked language models ``pooled_cosine``, the mean over rows, without masks, of the
+    cosine between the teacher's and the student's mean over the row of the last hidden states; and ``layers``, one
+    entry per converted FFN: ``path``, ``fvu`` (on the teacher's inputs), ``fvu_student_inputs``, the means of :func:`readability` (on the teacher's inputs), ``write_mass_ratio``,
     ``active_prototypes_student_inputs`` (what a token reads when the student runs),
     ``dead_prototypes`` (how many fire on no token of ``ids``), and under ``teacher`` the same for the teacher's own FFN.
 
     Raises:
-        InputError: ``student`` is not converted, or the two have different vocabularies or layers.
+        InputError: ``student`` is not converted, the two have different vocabularies or layers, or a mask token is missing.
     """
     check_pair(student, teacher)
     student.eval(), teacher.eval()
     kernels = student.kernel_ffns()
     stock = {path: stock_ffn(teacher, path) for path in kernels}
     weights = {path: stock_weights(teacher, ffn) for path, ffn in stock.items()}
-    device = student.get_input_embeddings().weight.device
-    batches = [rows.to(device) for rows in ids.split(max(1, batch_tokens // ids.shape[1]))]
+    asked, size = question(teacher, tokenizer, ids), max(1, batch_tokens // ids.shape[1])
+    batches = [take(asked, slice(first, first + size)) for first in range(0, len(ids), size)]
     sums: dict[str, dict[str, Tensor]] = {path: defaultdict(lambda: torch.zeros((), dtype=torch.float64)) for path in kernels}
 
     fidelity: dict[str, list[Tensor]] = defaultdict(list)
     for batch in _progress(batches, "fidelity", progress):
         with collected(teacher.base_model, stock) as seen:
-            teacher_logits = teacher(input_ids=batch, use_cache=False).logits[:, :-1].float()
+            teacher_logits, answers = answered(_logits(teacher, batch), batch)
         with recorded(kernels) as seen_by_student:
-            student_logits = student(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        for name, values in _predictions(teacher_logits, student_logits, batch[:, 1:]).items():
+            student_logits, _ = answered(_logits(student, batch), batch)
+        for name, values in _predictions(teacher_logits, student_logits, answers).items():
             fidelity[name].append(values.cpu())
         for path, ffn in kernels.items():
             if path in seen:  # a mixture's expert may have been given nothing
@@ -156,10 +164,9 @@ def evaluate_student(
     figures: dict[tuple[str, str], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for batch in _progress(batches, "readability", progress):
         with collected(teacher.base_model, stock) as seen:
-            teacher.base_model(input_ids=batch, use_cache=False)
+            teacher.base_model(**arguments(teacher.base_model, batch))
         with replaced(teacher.base_model, stock, mean_output):
-            logits = teacher(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        fidelity["ablated_nll"].append(_nll(logits, batch[:, 1:]).cpu())
+            fidelity["ablated_nll"].append(_nll(*answered(_logits(teacher, batch), batch)).cpu())
         for path, ffn in kernels.items():
             for who, record in _records(ffn, weights[path], seen[path][0]).items() if path in seen else ():
                 mean_write = sums[path][f"{who} c"] / sums[path]["count"] @ record.dictionary.double()
@@ -168,6 +175,9 @@ def evaluate_student(
 
     metric = Fidelity(keep_in_memory=True)
     report = metric.compute(**{name: torch.cat(parts).tolist() for name, parts in fidelity.items()})
+    if predicts_masked(teacher):
+        means = [torch.cat([_pooled(model, rows) for rows in ids.split(size)]) for model in (teacher, student)]
+        report["pooled_cosine"] = _mean(nn.functional.cosine_similarity(means[0], means[1]))
     report["layers"] = []
     for path in kernels:
         entry: dict = {
@@ -186,6 +196,15 @@ def evaluate_student(
         }
         report["layers"].append(entry)
     return report
+
+
+def _logits(model: Any, ids: Inputs) -> Tensor:
+    return model(**arguments(model, ids)).logits.float()
+
+
+def _pooled(model: Any, ids: Tensor) -> Tensor:
+    base = model.base_model
+    return base(**arguments(base, ids)).last_hidden_state.double().mean(1).cpu()
 
 
 def _predictions(teacher_logits: Tensor, student_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Inputs = Tensor | Mapping[str, Tensor]
-"""Of a model's main input, (rows, …), or of every argument by name."""
+"""Of a model's main input, (rows, …), or of every argument by name; labels among them are for whoever compares with them."""
 OTHER_TOKENS = 256
 """A row that is not token ids (an image, a sound) counts for so many tokens."""
 
@@ -36,6 +36,7 @@ def arguments(model: Any, inputs: Inputs, device: Any = None) -> dict[str, Any]:
     """Arguments for a forward pass of ``model`` over ``inputs``, on ``device`` (None: the model's own; one that
     device_map has spread moves them by itself); a decoder without ids of its own reads those of the encoder, or its start token."""
     named = {model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    named.pop("labels", None)
     if model.config.is_encoder_decoder and "decoder_input_ids" not in named and reads(model, "decoder_input_ids"):
         ids = named.get("input_ids")
         start = getattr(model.config, "decoder_start_token_id", None) or 0

@@ -86,7 +86,7 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
             raise InputError(
                 f"found code of its author's own at {name}: read {name}/{own}, then allow it by --trust-remote-code (in a recipe: trust_remote_code)"
             )
-        auto = _auto_class(entry, entry["architectures"][0])
+        auto = auto_class(entry, entry["architectures"][0])
         found = loaded(auto, name, dtype=torch_dtype(dtype), trust_remote_code=True, output_loading_info=True)
     else:
         found = loaded(kind, name, dtype=torch_dtype(dtype), output_loading_info=True)
@@ -126,11 +126,11 @@ def empty_teacher(name: str, trust_remote_code: bool = False) -> Any:
     with torch.device("meta"):
         if hasattr(transformers, head):
             return getattr(transformers, head)(config)
-        auto = _auto_class(entry, head) if entry.get("auto_map") else AutoModel
+        auto = auto_class(entry, head) if entry.get("auto_map") else AutoModel
         return auto.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def _auto_class(entry: dict, head: str) -> Any:
+def auto_class(entry: dict, head: str) -> Any:
     """The Auto class that ``entry`` (of config.json) maps to the class ``head``; that for causal language models if none is."""
     autos = [auto for auto, ref in (entry.get("auto_map") or {}).items() if str(ref).rpartition(".")[2] == head]
     return getattr(transformers, autos[0]) if autos else AutoModelForCausalLM
@@ -146,7 +146,7 @@ def _teacher_class(entry: dict, name: str, trust_remote_code: bool) -> Any:
         raise InputError(
             f"found a {entry['model_type']!r} at {name}, which brings its own code: read it, then allow it by --trust-remote-code"
         )
-    return _auto_class(entry, head)
+    return auto_class(entry, head)
 
 
 def load_model(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:

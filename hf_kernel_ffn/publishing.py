@@ -11,6 +11,7 @@ from . import __version__
 from .errors import InputError
 from .files import write_text
 from .integrity import read_json
+from .loading import auto_class
 
 FIGURES = ("delta_cross_entropy", "kl", "top1_agreement", "loss_recovered")
 CARD = """---
@@ -24,9 +25,9 @@ output prototypes, weighted by a nonnegative kernel between the input and input 
 ## Load it
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+model = {auto}.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 readouts = model(**tokenizer("Hello", return_tensors="pt"), output_readouts=True).readouts
 ```
@@ -48,7 +49,8 @@ The code in this repository is that of hf_kernel_ffn; `hf-kernel-ffn verify FOLD
 def model_card(folder: str | Path, base_model: str, report: dict | None = None, name: str | None = None) -> str:
     """The README.md of the converted checkpoint in ``folder``: what it was made from and with, how to load it, and the
     ``report`` of evaluate_student, if there is one."""
-    entry = read_json(Path(folder) / "config.json").get("kernel_ffn")
+    config = read_json(Path(folder) / "config.json")
+    entry = config.get("kernel_ffn")
     if not isinstance(entry, dict):
         raise InputError(
             f"found no kernel_ffn entry in {folder}/config.json, expected a converted model: run hf-kernel-ffn convert"
@@ -66,6 +68,7 @@ def model_card(folder: str | Path, base_model: str, report: dict | None = None, 
         lines += [f"| {key} | {report[key]:.4f} |" for key in FIGURES]
         evaluation = "\n".join(lines)
     return CARD.format(
+        auto=auto_class(config, (config.get("architectures") or [""])[0]).__name__,
         front=yaml.safe_dump(front, sort_keys=False), name=name or Path(folder).name, base=base_model, count=len(rows),
         link=f"https://huggingface.co/{base_model}" if not Path(base_model).exists() else base_model, version=__version__,
         columns=" | ".join([*keys, "prototypes"]), rules="---|" * len(keys) + "---",

@@ -48,7 +48,8 @@ def refusal(recipe):
 
 def test_three_operating_points_per_family_are_shipped():
     points = ("faithful", "readable", "mercer")
-    assert {f"{family}-{point}.yaml" for family in FAMILIES for point in points} == {file.name for file in SHIPPED}
+    expected = {f"{family}-{point}.yaml" for family in FAMILIES for point in points}
+    assert expected | {"bert-faithful.yaml", "qwen3-faithful.yaml"} == {file.name for file in SHIPPED}
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)

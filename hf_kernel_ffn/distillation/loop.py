@@ -17,6 +17,7 @@ from ..data import token_ids
 from ..errors import InputError
 from ..files import sync, writing
 from ..loading import check_vocabularies, load_student, load_teacher, load_tokenizer
+from ..prediction import question
 from ..surgery import check_pair, convert, require_empty, save_converted, share_equal, student_from_entry
 from .recipe import Recipe
 from .sharding import unsharded
@@ -109,7 +110,8 @@ def _student(recipe: Recipe, teacher: PreTrainedModel, tokenizer, state: Path | 
     ids = token_ids(tokenizer, data.sources, data.sequence_length, recipe.calibration_tokens, data.text_field, spread=True)
     student, _ = convert(
         teacher, recipe.kernel_settings(), recipe.kernel_ffn.get("layers"),
-        calibration_ids=ids, calibration_tokens=recipe.calibration_tokens, seed=recipe.seed,
+        calibration_ids=question(teacher, tokenizer, ids, recipe.seed), calibration_tokens=recipe.calibration_tokens,
+        seed=recipe.seed,
     )  # fmt: skip
     return student
 

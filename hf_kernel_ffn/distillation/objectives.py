@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..architectures import stock_ffn
 from ..hooks import recorded_ffns
 from ..inputs import Inputs, arguments
+from ..prediction import answered, predictions
 from .recipe import Stage
 
 Backward = Callable[[Tensor], None]
@@ -61,12 +62,12 @@ def logits(
     teacher: PreTrainedModel,
     student: nn.Module,
     ffns: dict[str, nn.Module],
-    ids: Tensor,
+    ids: Inputs,
     backward: Backward,
     price: Price = _free,
 ) -> Tensor:
     """T² · KL(teacher ‖ student) at temperature T (Hinton et al. 2015, arXiv:1503.02531, §2) and the cross-entropy on the text,
-    each with its weight, in nats per predicted token.
+    each with its weight, in nats per predicted token; where ``ids`` have labels, those are what is predicted.
 
     Returns:
         the loss, detached.
@@ -75,12 +76,13 @@ def logits(
         wanted = at_least_float32(teacher(**arguments(teacher, ids)).logits) / stage.temperature
     read = arguments(teacher, ids, next(student.parameters()).device)  # the teacher may be on another one
     output = at_least_float32(student(**read).logits)
-    wanted = wanted.to(output.device).log_softmax(-1)
-    predicted = (output / stage.temperature).log_softmax(-1)
+    wanted = predictions(wanted.to(output.device), ids).log_softmax(-1)
+    predicted = predictions(output / stage.temperature, ids).log_softmax(-1)
     loss = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1).mean() * stage.temperature**2
     loss = loss * stage.kl
     if stage.cross_entropy:
-        loss = loss + stage.cross_entropy * nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        guesses, answers = answered(output, ids)
+        loss = loss + stage.cross_entropy * nn.functional.cross_entropy(guesses.flatten(0, -2), answers.flatten())
     backward(loss + sum(price(path) for path in ffns) / len(ffns))
     return loss.detach()
 

@@ -68,7 +68,7 @@ class Stage(_Section):
     kl: float = Field(1.0, ge=0)
     """Weight of the KL (logits)."""
     cross_entropy: float = Field(0.0, ge=0)
-    """Weight of the cross-entropy on the text's own next token, added to the KL (logits)."""
+    """Weight of the cross-entropy on the text's own tokens (the next or the masked ones), added to the KL (logits)."""
     write_mass: float = Field(0.0, ge=0)
     """Weight of Σ|c_i|‖v_i‖ over the length of what is written, added to the loss: the price of contributions that cancel."""
     layers_at_once: int | None = Field(None, ge=1)

@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..data import blocks
 from ..errors import InputError
 from ..hooks import recorded
+from ..inputs import Inputs, arguments
 from ..loading import torch_dtype
+from ..prediction import question
 from .objectives import OBJECTIVES
 from .optimizers import optimizers, schedule
 from .recipe import Data, Recipe, Stage
@@ -178,7 +180,8 @@ class Run:
             for step in range(first, steps):
                 for group in (group for optimizer in made for group in optimizer.param_groups):
                     group["lr"] = group["peak"] * schedule(step, steps, stage.warmup)
-                ids = next(batches)
+                number = f"{self.recipe.seed} {sequences} {accelerator.process_index}"
+                ids = question(self.teacher, self.tokenizer, next(batches), number)
                 with self._autocast():
                     loss = OBJECTIVES[stage.name](stage, self.teacher, student, ffns, ids, accelerator.backward, watch.price)
                 value, stopping = self._agreed(loss)
@@ -266,7 +269,7 @@ class Run:
 
 
 @torch.no_grad()
-def first_bad(ffns: dict[str, nn.Module], student, teacher, ids: Tensor, layer_wise: bool) -> str | None:
+def first_bad(ffns: dict[str, nn.Module], student, teacher, ids: Inputs, layer_wise: bool) -> str | None:
     """The first of ``ffns`` (by path) with a weight, input or output that is not finite when ``ids`` are read, or None; layer-wise
     its inputs are the teacher's."""
     for path, ffn in ffns.items():
@@ -274,7 +277,7 @@ def first_bad(ffns: dict[str, nn.Module], student, teacher, ids: Tensor, layer_w
             return path
     model = teacher if layer_wise else student
     with recorded({path: model.base_model.get_submodule(path) for path in ffns}) as seen:
-        model.base_model(input_ids=ids, use_cache=False)
+        model.base_model(**arguments(model.base_model, ids))
     for path, (given, written) in seen.items():
         if layer_wise:  # what was recorded is the teacher's own; a squared error overflows before its parts do
             written = (ffns[path](given).float() - written.float()).square().mean()
