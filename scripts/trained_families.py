@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Trained models of other families, by their recipes: how close they are converted with calibration, and how close distilled.
 
-    python scripts/trained_families.py                 # BERT and Qwen3; reports that are there already are kept
-    python scripts/trained_families.py MY_RECIPE.yaml --out runs/results
+    python scripts/trained_families.py recipes/qwen3-faithful.yaml         # reports that are there already are kept
+    python scripts/trained_families.py MY_RECIPE.yaml … --out runs/results
 
 Writes OUT/<teacher>/converted.json and distilled.json, what `hf-kernel-ffn evaluate --json` writes, and prints the table.
 """
@@ -10,13 +10,12 @@ Writes OUT/<teacher>/converted.json and distilled.json, what `hf-kernel-ffn eval
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 del sys.path[0]  # this folder, whose evaluate.py would hide the evaluate package
 
 import typer  # noqa: E402
 
-RECIPES = ("recipes/bert-faithful.yaml", "recipes/qwen3-faithful.yaml")
 HEAD = "| | tokens | CE | ΔCE | KL | top-1 | pooled cosine | read | dead | coherence | opposed | mass |"
 
 
@@ -47,7 +46,7 @@ def distilled(recipe, teacher, tokenizer) -> Any:
 
 
 def main(
-    recipes: Annotated[Optional[list[str]], typer.Argument(help="recipes  [default: those of BERT and Qwen3]")] = None,
+    recipes: Annotated[list[str], typer.Argument(help="recipes whose teachers are in folders of different names")],
     out: Annotated[Path, typer.Option(help="folder of reports")] = Path("recipes/results"),
     text: Annotated[str, typer.Option(help="text to evaluate on")] = "recipes/text/books-test.txt",
     max_tokens: Annotated[int, typer.Option(help="tokens of it")] = 16_384,
@@ -59,7 +58,7 @@ def main(
     from hf_kernel_ffn.loading import load_teacher, load_tokenizer
 
     lines = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
-    for name in recipes or RECIPES:
+    for name in recipes:
         recipe = load_recipe(name)
         folder = out / Path(recipe.teacher).name
         folder.mkdir(parents=True, exist_ok=True)
