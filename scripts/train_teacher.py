@@ -115,19 +115,16 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
     return tokenizer.decode(output[0])
 
 
-@torch.no_grad()
-def start_near(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Let an encoder start with what takes it longest to find, since a masked token says nothing by itself: attention to near
-    tokens (positions are sines and cosines, and their products the scores) and the tokens' frequencies."""
-    positions = model.base_model.embeddings.position_embeddings.weight
-    count, size = positions.shape
-    angles = torch.arange(count)[:, None] * 10000 ** -(torch.arange(0, size, 2) / size)
-    positions.copy_(0.07 * torch.stack([angles.sin(), angles.cos()], -1).flatten(1))
+CAUSAL_SHARE = 0.4
+"""Share of the steps in which an encoder first predicts next tokens, under a causal mask: a masked token says nothing by itself, and
+attention that has to be found from masks alone took more than a million tokens to begin."""
+
+
+def look_back_only(model: PreTrainedModel, on: bool) -> None:
+    """Put the causal mask on an encoder, or take it off."""
+    model.config.is_decoder = on
     for layer in model.base_model.encoder.layer:
-        for projection in (layer.attention.self.query, layer.attention.self.key):
-            projection.weight.copy_(torch.eye(size))
-    counts = torch.bincount(ids, minlength=model.config.vocab_size) + 1
-    model.cls.predictions.bias.copy_((counts / counts.sum()).log())
+        layer.attention.self.is_causal = on
 
 
 def main(
@@ -157,8 +154,6 @@ def main(
     typer.echo(f"{len(ids):,} tokens of text")
 
     model = auto.from_config(SHAPES[family](), dtype=torch.float32)
-    if family == "bert":
-        start_near(model, ids)
     typer.echo(f"{model.num_parameters():,} parameters")
     body, head = torch.compile(model.base_model), model.cls if family == "bert" else model.lm_head
     opts = optimizers(model)
@@ -177,7 +172,10 @@ def main(
         for opt, lrs in zip(opts, peaks):
             for group, lr in zip(opt.param_groups, lrs):
                 group["lr"] = lr * scale
-        asked: Any = batch if family != "bert" else masked(batch, tok.mask_token_id, seed + step, MASKED_SHARE)
+        if family == "bert" and step in (0, round(CAUSAL_SHARE * steps)):
+            look_back_only(model, step == 0)
+        looks_both_ways = family == "bert" and not model.config.is_decoder
+        asked: Any = masked(batch, tok.mask_token_id, seed + step, MASKED_SHARE) if looks_both_ways else batch
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden, answers = answered(body(**arguments(model.base_model, asked)).last_hidden_state, asked)
             logits = head(hidden)
