@@ -48,11 +48,13 @@ def convert(
     from .configuration import KernelFFNConfig
     from .data import token_ids
     from .errors import InputError
+    from .files import new_folder, require_empty
     from .loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
     from .prediction import question
+    from .saving import save_converted
 
     _quieten()
-    surgery.require_empty(out_dir)
+    require_empty(out_dir)
     if 0 < calibration_tokens < 256:
         raise InputError(f"found {calibration_tokens} calibration tokens, expected 0, or 256 and more: give more")
     if stream and device != "cpu":
@@ -72,8 +74,8 @@ def convert(
         report = convert_streamed(model, out_dir, settings, layers, dtype=dtype, **options)
     else:
         student, report = surgery.convert(teacher, settings, layers, seed=seed, **options)
-        with surgery.new_folder(out_dir) as made:
-            surgery.save_converted(student, model, made, conversion=report.to_dict())
+        with new_folder(out_dir) as made:
+            save_converted(student, model, made, conversion=report.to_dict())
     _table(
         ["layer", "prototypes", "parameters", "FVU held out", "dictionary growth"],
         [
@@ -122,9 +124,9 @@ def evaluate(
     """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of every layer."""
     from .data import token_ids
     from .errors import InputError
-    from .files import write_text
+    from .files import require_place, write_text
     from .loading import check_vocabularies, load_student, load_teacher, load_tokenizer
-    from .surgery import check_pair, require_place
+    from .surgery import check_pair
 
     try:
         from .evaluation import evaluate_student
@@ -172,12 +174,11 @@ def read(
     """Read MODEL at one token: what every FFN chose and how loudly, what it wrote, and who wrote the next token's logit."""
     from .architectures import parse_layers
     from .data import token_ids
-    from .files import write_text
+    from .files import require_place, write_text
     from .loading import load_model, load_teacher, load_tokenizer
     from .reading import trace
     from .reading.summary import summary
     from .reading.support import Support
-    from .surgery import require_place
 
     for file in (json_file, html):
         if file is not None:
@@ -219,8 +220,8 @@ def export(
 ) -> None:
     """Write the converted FFNs of STUDENT alone to FILE, which `apply` puts into the original model."""
     from .exporting import export
+    from .files import require_place
     from .loading import load_student
-    from .surgery import require_place
 
     _quieten()
     require_place(file)
@@ -236,8 +237,9 @@ def apply(
 ) -> None:
     """Make the student of TEACHER that FILE was exported from; refused if TEACHER is another model."""
     from .exporting import apply
+    from .files import new_folder, require_empty
     from .loading import load_teacher
-    from .surgery import new_folder, require_empty, save_converted
+    from .saving import save_converted
 
     _quieten()
     require_empty(out_dir)
@@ -287,9 +289,8 @@ def benchmark(
 
     from . import benchmark as benchmarks
     from .configuration import one_of
-    from .files import write_text
+    from .files import require_place, write_text
     from .loading import load_model, torch_dtype
-    from .surgery import require_place
 
     if json_file is not None:
         require_place(json_file)

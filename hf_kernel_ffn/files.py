@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,3 +53,39 @@ def sync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def new_folder(out: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write to that becomes ``out`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        InputError: ``out`` is a file or holds something.
+    """
+    out = Path(out)
+    require_empty(out)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            made = Path(scratch, "made")
+            made.mkdir()
+            yield made
+            sync(made)
+            if out.is_dir():
+                out.rmdir()
+            os.replace(made, out)
+
+
+def require_empty(out: str | os.PathLike) -> None:
+    """InputError if ``out`` exists and is not an empty folder, or cannot be made."""
+    out = Path(out)
+    require_place(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"found {out} not empty, expected a new or empty folder: choose another or remove it")
+
+
+def require_place(path: Path) -> None:
+    """InputError if nothing can be made at ``path``, because what lies above it is no folder or not writable."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"found {above} no writable folder, expected one to make {path} in: choose another place")

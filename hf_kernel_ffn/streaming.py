@@ -20,10 +20,12 @@ from .architectures import architecture_of, stacks, stock_weights
 from .calibration import batches, fitted_and_held, sampled
 from .configuration import KernelFFNConfig
 from .errors import InputError
+from .files import new_folder
 from .inputs import Inputs, arguments
 from .integrity import record_checksums
 from .kernels import get_kernel
 from .loading import load_stock_on_meta, stored_dtype
+from .saving import save_companions
 from .surgery import (
     CALIBRATION_TOKENS,
     ConversionReport,
@@ -34,9 +36,7 @@ from .surgery import (
     layer_config,
     meta_student,
     name_prefix,
-    new_folder,
     require_finite,
-    save_companions,
     with_progress,
 )
 from .tensor_files import Reader, Writer

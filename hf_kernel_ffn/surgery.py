@@ -1,18 +1,12 @@
-"""Convert a pretrained model, restore it, save and load it: the surgery itself."""
+"""Convert a pretrained model and restore it: the surgery itself."""
 
 from __future__ import annotations
 
 import copy as copying
-import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,12 +28,9 @@ from .calibration import blind_sample, calibrate, ffn_inputs, fit_sample, fitted
 from .configuration import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
 from .detection import refuse_undescribed
 from .errors import InputError
-from .files import sync, write_text, writing
 from .initialization import gate_bias, prototypes
 from .inputs import Inputs, row_tokens, rows, take
-from .loading import load_tokenizer, stored_dtype
 from .modeling import install
-from .publishing import model_card
 from .readout import KernelFFN
 from .task_classes import task_classes
 
@@ -379,68 +370,6 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             raise InputError(
                 f"found {name} {mine} in the student and {other} in the teacher, expected equal: give the student's own teacher"
             )
-
-
-@contextmanager
-def new_folder(out: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write to that becomes ``out`` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        InputError: ``out`` is a file or holds something.
-    """
-    out = Path(out)
-    require_empty(out)
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-            made = Path(scratch, "made")
-            made.mkdir()
-            yield made
-            sync(made)
-            if out.is_dir():
-                out.rmdir()
-            os.replace(made, out)
-
-
-def require_empty(out: str | os.PathLike) -> None:
-    """InputError if ``out`` exists and is not an empty folder, or cannot be made."""
-    out = Path(out)
-    require_place(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"found {out} not empty, expected a new or empty folder: choose another or remove it")
-
-
-def save_converted(student: Any, source: str, out: Path, **reports: dict) -> None:
-    """Save ``student`` in ``out``, in the dtype in which its teacher at ``source`` is stored, with that one's tokenizer and, as
-    JSON, whatever reports are given by name."""
-    student.to(dtype=stored_dtype(source)).save_pretrained(out)
-    save_companions(source, out, **reports)
-
-
-def save_companions(source: str, out: Path, **reports: dict) -> None:
-    """Put what belongs beside the weights and the config into ``out``: the tokenizer at ``source``, a model card, the reports."""
-    if Path(source).is_dir():
-        for file in Path(source).iterdir():
-            if file.is_file() and file.name in TOKENIZER_FILES:
-                shutil.copyfile(file, out / file.name)
-    else:
-        load_tokenizer(source).save_pretrained(out)
-    write_text(out / "README.md", model_card(out, source))
-    for name, report in reports.items():
-        (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-
-
-def require_place(path: Path) -> None:
-    """InputError if nothing can be made at ``path``, because what lies above it is no folder or not writable."""
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"found {above} no writable folder, expected one to make {path} in: choose another place")
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt",
-    "tokenizer.model", "added_tokens.json", "chat_template.jinja", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
 
 
 def with_progress(items, label, show):

@@ -289,13 +289,13 @@ def test_a_text_needs_a_tokenizer(refused, model, tmp_path, text_file):
 
 
 def test_an_interrupted_conversion_leaves_nothing(monkeypatch, teacher_folder, tmp_path):
-    from hf_kernel_ffn import surgery
+    from hf_kernel_ffn import saving
 
     def save(student, source, out, **extra):
         (out / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(surgery, "save_converted", save)
+    monkeypatch.setattr(saving, "save_converted", save)
     monkeypatch.setattr(sys, "argv", ["", "convert", str(teacher_folder("llama")), str(tmp_path / "out"), *map(str, FEW)])
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         main()

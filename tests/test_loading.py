@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_kernel_ffn import convert
 from hf_kernel_ffn.loading import check_vocabularies, load_student
-from hf_kernel_ffn.surgery import save_converted
+from hf_kernel_ffn.saving import save_converted
 
 
 def test_no_question_is_asked_at_the_terminal(teacher_folder, ids, tmp_path, monkeypatch):

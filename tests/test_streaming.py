@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.files import new_folder
 from hf_kernel_ffn.loading import load_student, load_teacher
+from hf_kernel_ffn.saving import save_converted
 from hf_kernel_ffn.streaming import convert_streamed
-from hf_kernel_ffn.surgery import new_folder, save_converted
 from hf_kernel_ffn.task_classes import stock_heads
 from hf_kernel_ffn.verification import verify
 

@@ -15,10 +15,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data import token_ids
 from ..errors import InputError
-from ..files import sync, writing
+from ..files import require_empty, sync, writing
 from ..loading import check_vocabularies, load_student, load_teacher, load_tokenizer
 from ..prediction import question
-from ..surgery import check_pair, convert, require_empty, save_converted, share_equal, student_from_entry
+from ..saving import save_converted
+from ..surgery import check_pair, convert, share_equal, student_from_entry
 from .recipe import Recipe
 from .sharding import unsharded
 from .state import REMAINS, find_state, load_facts, load_rng, load_trained, remove_remains, remove_state
