@@ -365,7 +365,7 @@ def _quieten() -> None:
 
 def _print_report(report: dict) -> None:
     names = ["student.cross_entropy", "teacher.cross_entropy", "delta_cross_entropy", "kl", "top1_agreement", "loss_recovered"]
-    names += ["pooled_cosine"] if "pooled_cosine" in report else []
+    names += ["pooled_cosine", "pooled_cosine_centred"] if "pooled_cosine" in report else []
     rows = []
     for name in names:
         value = report

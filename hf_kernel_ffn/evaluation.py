@@ -121,8 +121,10 @@ def evaluate_student(
     both), and are compared at the masked tokens.
 
     Keys: those of :class:`Fidelity`; of masked language models ``pooled_cosine``, the mean over rows, without masks, of the
-    cosine between the teacher's and the student's mean over the row of the last hidden states; and ``layers``, one
-    entry per converted FFN: ``path``, ``fvu`` (on the teacher's inputs), ``fvu_student_inputs``, the means of :func:`readability` (on the teacher's inputs), ``write_mass_ratio``,
+    cosine between the teacher's and the student's mean over the row of the last hidden states, ``pooled_cosine_centred``, the same less
+    the teacher's mean over all rows, and under ``teacher`` ``pooled_cosine_of_neighbours``, what it comes to between a row and the one
+    before; and ``layers``, one entry per converted FFN: ``path``, ``fvu`` (on the teacher's inputs), ``fvu_student_inputs``, the means of
+    :func:`readability` (on the teacher's inputs), ``write_mass_ratio``,
     ``active_prototypes_student_inputs`` (what a token reads when the student runs),
     ``dead_prototypes`` (how many fire on no token of ``ids``), and under ``teacher`` the same for the teacher's own FFN.
 
@@ -178,6 +180,9 @@ def evaluate_student(
     if predicts_masked(teacher):
         means = [torch.cat([_pooled(model, rows) for rows in ids.split(size)]) for model in (teacher, student)]
         report["pooled_cosine"] = _mean(nn.functional.cosine_similarity(means[0], means[1]))
+        centred = [mean - means[0].mean(0) for mean in means]
+        report["pooled_cosine_centred"] = _mean(nn.functional.cosine_similarity(*centred))
+        report["teacher"]["pooled_cosine_of_neighbours"] = _mean(nn.functional.cosine_similarity(means[0], means[0].roll(1, 0)))
     report["layers"] = []
     for path in kernels:
         entry: dict = {

@@ -16,7 +16,7 @@ del sys.path[0]  # this folder, whose evaluate.py would hide the evaluate packag
 
 import typer  # noqa: E402
 
-HEAD = "| | tokens | CE | ΔCE | KL | top-1 | pooled cosine | read | dead | coherence | opposed | mass |"
+HEAD = "| | tokens | CE | ΔCE | KL | top-1 | pooled cosine, centred | read | dead | coherence | opposed | mass |"
 
 
 def converted(recipe, teacher, tokenizer) -> Any:
@@ -93,14 +93,18 @@ def row(name: str, report: dict, untouched: bool = False) -> str:
         found = [(layer["teacher"] if untouched else layer)[figure] for layer in report["layers"]]
         return sum(found) / len(found)
 
-    cosine = report.get("pooled_cosine")
+    pooled = "–"
+    if "pooled_cosine" in report:
+        pooled = f"{report['pooled_cosine']:.5f}, {report['pooled_cosine_centred']:.4f}"
+        if untouched:
+            pooled = f"between rows {report['teacher']['pooled_cosine_of_neighbours']:.3f}"
     if untouched:
-        fidelity = f"| {report['teacher']['cross_entropy']:.4f} | 0 | 0 | 100% | {'–' if cosine is None else 1} "
+        fidelity = f"| {report['teacher']['cross_entropy']:.4f} | 0 | 0 | 100% | {pooled} "
         read = f"{mean('active_prototypes'):.1f}"
     else:
         fidelity = (
             f"| {report['student']['cross_entropy']:.4f} | {report['delta_cross_entropy']:.4f} | {report['kl']:.4f} "
-            f"| {report['top1_agreement']:.1%} | {'–' if cosine is None else format(cosine, '.5f')} "
+            f"| {report['top1_agreement']:.1%} | {pooled} "
         )
         read = f"{mean('active_prototypes'):.1f} of {report['prototypes'][0]}"
     tokens = "" if untouched else f"{report['training_tokens'] / 1e6:.1f}M"

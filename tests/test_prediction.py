@@ -244,7 +244,8 @@ def test_a_student_that_computes_the_same_is_perfect(bert, mask_tokenizer, asked
     report = evaluate_student(student, bert, ids, tokenizer=mask_tokenizer)
     assert report["kl"] == report["delta_cross_entropy"] == 0
     assert report["top1_agreement"] == report["loss_recovered"] == 1
-    assert report["pooled_cosine"] == pytest.approx(1, abs=1e-12)
+    assert report["pooled_cosine"] == report["pooled_cosine_centred"] == pytest.approx(1, abs=1e-12)
+    assert report["teacher"]["pooled_cosine_of_neighbours"] < 1 - 1e-6
 
 
 # the commands
