@@ -162,6 +162,9 @@ def variants(shape: Shape, active: int, own: dict[str, nn.Module] | None = None)
         for simplex in ("top-k", "threshold"):
             sparse = readout(shape, width, active, simplex, weights=dense)
             found[f"{name}, {simplex} {active}"] = Variant(sparse, "stock", target, ("decode",), sparse=True)
+        sparse = readout(shape, width, active, weights=dense)
+        sparse.keep_norms = True
+        found[f"{name}, top-k {active}, norms kept"] = Variant(sparse, "stock", target, ("decode",), sparse=True)
     if shape.gated:
         gated = readout(shape, m, values="gated")
         found["gated"] = Variant(gated, "stock", "gated")

@@ -180,8 +180,8 @@ def evaluate_student(
     if predicts_masked(teacher):
         means = [torch.cat([_pooled(model, rows) for rows in ids.split(size)]) for model in (teacher, student)]
         report["pooled_cosine"] = _mean(nn.functional.cosine_similarity(means[0], means[1]))
-        centred = [mean - means[0].mean(0) for mean in means]
-        report["pooled_cosine_centred"] = _mean(nn.functional.cosine_similarity(*centred))
+        centre = means[0].mean(0)
+        report["pooled_cosine_centred"] = _mean(nn.functional.cosine_similarity(means[0] - centre, means[1] - centre))
         report["teacher"]["pooled_cosine_of_neighbours"] = _mean(nn.functional.cosine_similarity(means[0], means[0].roll(1, 0)))
     report["layers"] = []
     for path in kernels:

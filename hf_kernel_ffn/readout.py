@@ -70,6 +70,9 @@ class KernelFFN(nn.Module):
         self.activation_bytes = ACTIVATION_BYTES
         self.fused: Any = None
         """What is asked first whether it runs this layer: hf_kernel_ffn.fused.fuse() puts its Triton kernels here."""
+        self.keep_norms = False
+        """Whether decoding reuses ‖w‖² while the weight is the same, so that it reads W_in once per token."""
+        self._norms: tuple | None = None
         size, prototypes = config.hidden_size, config.prototypes
         self.input_prototypes = nn.Linear(size, prototypes, bias=self.kernel.uses_bias)
         self.output_prototypes = nn.Linear(prototypes, size)
@@ -150,7 +153,7 @@ class KernelFFN(nn.Module):
         rounded = hidden_states.dtype.itemsize < 4 or weight.dtype.itemsize < 4 or torch.is_autocast_enabled(device)
         if not rounded and self.kernel.uses_distance and _one_token(hidden_states) and is_plain(self.input_prototypes):
             dot, x = nn.functional.linear(hidden_states, weight), hidden_states.flatten()
-            distance = torch.add(_squares(weight), x @ x).sub(dot, alpha=2).clamp_min(0)
+            distance = torch.add(self._squares(weight), x @ x).sub(dot, alpha=2).clamp_min(0)
             return (dot if bias is None else dot + bias), distance
         with torch.autocast(device, enabled=False):
             x, weight = _at_least_float32(hidden_states), _at_least_float32(weight)
@@ -163,6 +166,23 @@ class KernelFFN(nn.Module):
             if not self.kernel.uses_distance:
                 return score, None
             return score, (x.square().sum(-1, keepdim=True) + weight.square().sum(-1) - 2 * dot).clamp_min(0)
+
+    def _squares(self, weight):
+        """‖w‖² (prototypes,); with ``keep_norms``, that of an earlier call if the weight is still the same: its memory, its version
+        counter and a number of every row, since what merges an adapter into ``weight.data`` leaves the counter as it was."""
+        if not self.keep_norms or torch.compiler.is_compiling() or weight.is_inference():
+            return torch.linalg.vector_norm(weight, dim=-1).square()
+        version, sample = (weight._version, weight.shape, weight.dtype), weight[:, weight.shape[1] // 2]
+        if self._norms is not None:
+            held, same, few, squares = self._norms
+            if held.data_ptr() == weight.data_ptr() and same == version and torch.equal(few, sample):
+                return squares
+        squares = torch.linalg.vector_norm(weight, dim=-1).square()
+        self._norms = weight.detach(), version, sample.clone(), squares  # held, so that no other weight can come to lie there
+        return squares
+
+    def __getstate__(self):
+        return {**vars(self), "_norms": None}  # the version counter of a copy starts anew
 
     def kernel_parameters(self):
         return {name: self.positive(name) for name in self.kernel.parameters}
@@ -241,7 +261,7 @@ class KernelFFN(nn.Module):
         if type(self.kernel) in (Yat, HalfYat) and is_plain(first) and first.weight.dtype == hidden_states.dtype in EXACT:
             log_scale = self.log_positive("scale")
             kernel = one_token(
-                hidden_states.flatten(), first.weight, first.bias, _squares(first.weight), self.positive("epsilon").item(),
+                hidden_states.flatten(), first.weight, first.bias, self._squares(first.weight), self.positive("epsilon").item(),
                 log_scale.exp().item(), type(self.kernel) is HalfYat,
             )  # fmt: skip
             least = self._least(log_scale)
@@ -401,11 +421,6 @@ def effective(linear: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
     unit = torch.eye(features, device=like.device, dtype=like.dtype)
     rows = linear(torch.cat([torch.zeros_like(unit[:1]), unit]))
     return (rows[1:] - rows[0]).T, rows[0]
-
-
-def _squares(weight):
-    """‖w‖² (prototypes,) of the rows of ``weight``."""
-    return torch.linalg.vector_norm(weight, dim=-1).square()
 
 
 def _at_least_float32(tensor):

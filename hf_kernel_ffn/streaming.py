@@ -102,6 +102,8 @@ def convert_streamed(
                 if ids is not None and any(ffn.number > i for ffn in chosen.values()):
                     replay.advance(i, ids)
                 replay.leave(i)
+                for ffn in here:  # no part of the block any more, where the readout has taken its place
+                    ffn.host.to("meta")
             for name in sorted(writer.left):
                 writer.write(name, (_rounded(piece, teacher.dtype) for piece in _finite(name, reader.pieces(name))))
         student = meta_student(teacher, config_entry(teacher, found)).to(stored)

@@ -41,7 +41,7 @@ def test_the_command_writes_ratios(teacher_folder, tmp_path, monkeypatch, capsys
     found = json.loads(file.read_text())
     assert {row["phase"] for row in found["rows"]} == set(benchmark.PHASES)
     names = {row["variant"] for row in found["rows"]}
-    assert {"stock", "single", "single, top-k 4", "yat single"} <= names
+    assert {"stock", "single", "single, top-k 4", "single, top-k 4, norms kept", "yat single"} <= names
     assert any(name.endswith("h.0.mlp") for name in names)
     assert all(row["ratio"]["median"] > 0 for row in found["rows"])
     assert "medians of 2" in capsys.readouterr().out

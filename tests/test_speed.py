@@ -1,5 +1,6 @@
 """What makes readouts fast computes what the plain form computes."""
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -209,15 +210,30 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_one_token_sees_every_change_of_the_rows(change):
+def test_one_token_sees_every_change_of_the_rows(change, keep):
     ffn, x = make_layer(kernel="gaussian", simplex="softmax", intensity="mass"), inputs(1)
+    ffn.keep_norms = keep
     plainly(ffn, inputs()).sum().backward()
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(ffn(x), ffn(torch.cat([x, x]))[:1])
             CHANGES[change](ffn)
         torch.testing.assert_close(ffn(x), ffn(torch.cat([x, x]))[:1])
+
+
+def test_kept_norms_are_kept_and_not_copied():
+    ffn, x = make_layer(kernel="gaussian", simplex="softmax", intensity="mass"), inputs(1)
+    ffn.keep_norms = True
+    with torch.no_grad():
+        ffn(x)
+        squares = ffn._norms[-1]
+        ffn(x)
+        assert ffn._norms[-1] is squares
+        copy = deepcopy(ffn)
+        assert copy._norms is None and copy.keep_norms
+        torch.testing.assert_close(copy(x), ffn(x))
 
 
 def test_hidden_dropout_is_not_passed_over():
@@ -275,12 +291,14 @@ def test_one_token_of_any_length_is_close_to_float64(kernel, dtype, norm):
         for simplex, values in (("softmax", "fixed"), ("top-k", "fixed"), ("top-k", "gated"), ("threshold", "fixed")):
             ffn, exact, x = test_numbers.module(kernel, simplex, "mass", values, kind, norm, 1.0, 0, dtype)
             x = x[:1, :1]
-            with torch.no_grad():
-                found, expected, coefficients = ffn.eval()(x), exact.eval()(x.double()), exact.coefficients(x.double())
-            assert torch.isfinite(found).all() and found.dtype == dtype
-            if not test_numbers.undecided(exact, x) and coefficients.max() < torch.finfo(dtype).max / 2:
-                room = 1e-3 if dtype == torch.float32 else 32 * torch.finfo(dtype).eps
-                among = coefficients.abs() @ exact.output_prototypes.weight.T.abs() + exact.output_prototypes.bias.abs()
-                assert ((found.double() - expected).abs() <= room * among + torch.finfo(dtype).tiny).all(), (kind, simplex)
-                compared += 1
-    assert compared >= 8
+            for keep in (False, True):
+                ffn.eval().keep_norms = keep
+                with torch.no_grad():
+                    found, expected, coefficients = ffn(x), exact.eval()(x.double()), exact.coefficients(x.double())
+                assert torch.isfinite(found).all() and found.dtype == dtype
+                if not test_numbers.undecided(exact, x) and coefficients.max() < torch.finfo(dtype).max / 2:
+                    room = 1e-3 if dtype == torch.float32 else 32 * torch.finfo(dtype).eps
+                    among = coefficients.abs() @ exact.output_prototypes.weight.T.abs() + exact.output_prototypes.bias.abs()
+                    assert ((found.double() - expected).abs() <= room * among + torch.finfo(dtype).tiny).all(), (kind, simplex)
+                    compared += 1
+    assert compared >= 16
