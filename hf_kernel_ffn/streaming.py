@@ -6,6 +6,7 @@ What is held: the tensors of one block and the next, read ahead, and hidden_size
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -102,8 +103,9 @@ def convert_streamed(
                 if ids is not None and any(ffn.number > i for ffn in chosen.values()):
                     replay.advance(i, ids)
                 replay.leave(i)
-                for ffn in here:  # no part of the block any more, where the readout has taken its place
-                    ffn.host.to("meta")
+                for stock in here:  # no part of the block any more, where the readout has taken its place
+                    stock.host.to("meta")
+                _give_back()
             for name in sorted(writer.left):
                 writer.write(name, (_rounded(piece, teacher.dtype) for piece in _finite(name, reader.pieces(name))))
         student = meta_student(teacher, config_entry(teacher, found)).to(stored)
@@ -117,6 +119,12 @@ def convert_streamed(
         record_checksums(made)
         save_companions(source, made, conversion=report.to_dict())
     return report
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps what lies below its threshold, more of it with every block."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _only_stack(model: Any) -> str:
