@@ -14,6 +14,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the weights while they are computed with")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")]
 
 
 @app.command()
@@ -115,9 +116,7 @@ def evaluate(
         Optional[int], typer.Option(min=2, help="tokens per sequence  [default: 256, or the teacher's most if that is less]")
     ] = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write the report")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")
-    ] = False,
+    trust_remote_code: Trust = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> None:
@@ -165,9 +164,7 @@ def read(
     alternatives: Annotated[
         int, typer.Option(min=0, help="other mixtures of the last token's outputs in the report; seconds each, minutes if wide")
     ] = 3,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")
-    ] = False,
+    trust_remote_code: Trust = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> None:
@@ -278,9 +275,7 @@ def benchmark(
     threads: Annotated[int, typer.Option(min=1, help="of a CPU")] = 1,
     clock: Annotated[str, typer.Option(help="wall, or cpu: this process's own time, on a machine that others use")] = "wall",
     json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write all of it")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")
-    ] = False,
+    trust_remote_code: Trust = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> None:

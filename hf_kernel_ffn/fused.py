@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .errors import InputError
 from .fused_kernels import INTERPRETED, backward_tuned, forward_tuned, gather_kernel, triton
@@ -53,9 +53,7 @@ def fused_mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_s
     return _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex)[0]
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::mixture", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor written, Tensor log_mass)"
-)
+@library.custom_op(f"{NAMESPACE}::mixture", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor written, Tensor log_mass)")
 def _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex):
     """The mixture, and if convex log₂ Σ κ^(1/τ) (N,) float32, +∞ where nothing fires."""
     tiles = -(-len(rows) // PROTOTYPES)
@@ -91,7 +89,7 @@ def _(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, l
     return x.new_empty(x.shape[0], dictionary.shape[0], dtype=mix), log_mass
 
 
-@torch.library.custom_op(
+@library.custom_op(
     f"{NAMESPACE}::mixture_backward",
     mutates_args=(),
     schema=f"(Tensor gradient, Tensor written, Tensor log_mass, bool[] wanted, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})",
@@ -285,7 +283,7 @@ def active(coefficients):
     return indices.scatter(1, slots, numbers)[:, 1:], place[:, -1]
 
 
-@torch.library.custom_op(
+@library.custom_op(
     f"{NAMESPACE}::gather",
     mutates_args=(),
     schema="(Tensor coefficients, Tensor indices, Tensor counts, Tensor dictionary) -> Tensor",

@@ -13,6 +13,7 @@ import triton
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_readout import inputs, make_layer
+from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -343,7 +344,7 @@ def test_no_matrix_of_scores_is_held_in_float32(convex, gated, monkeypatch):
 @gating
 def test_operators_are_registered_as_torch_expects(convex, gated):
     tensors = case(5, 6, 7, convex, gated)
-    torch.library.opcheck(fused._mixture, (*tensors, True, torch.float32, WHOLE, convex))
+    library.opcheck(fused._mixture, (*tensors, True, torch.float32, WHOLE, convex))
 
 
 LAYERS = [
@@ -445,7 +446,7 @@ def test_gather_skips_padding_and_what_does_not_exist():
     expected = torch.stack([dictionary[:, 3] + 2 * dictionary[:, 4], 2 * dictionary[:, 9]])
     torch.testing.assert_close(found, expected)
     assert gather(coefficients[:0], indices[:0], torch.tensor([], device=DEVICE), dictionary).shape == (0, 6)
-    torch.library.opcheck(gather, (coefficients, indices, torch.tensor([4, 2], device=DEVICE), dictionary))
+    library.opcheck(gather, (coefficients, indices, torch.tensor([4, 2], device=DEVICE), dictionary))
 
 
 @pytest.mark.parametrize("simplex", ["top-k", "threshold", "sparsemax", "entmax-1.5"])

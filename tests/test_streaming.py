@@ -1,5 +1,6 @@
 """A streamed conversion writes what one in memory writes, byte for byte, and holds little."""
 
+import gc
 import json
 import sys
 
@@ -8,7 +9,7 @@ import test_families
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_kernel_ffn import InputError, KernelFFNConfig, convert
+from hf_kernel_ffn import InputError, KernelFFNConfig, convert, streaming
 from hf_kernel_ffn.cli import main
 from hf_kernel_ffn.files import new_folder
 from hf_kernel_ffn.loading import load_student, load_teacher
@@ -223,3 +224,23 @@ def test_the_command(stored, text_file, tmp_path, monkeypatch, capsys):
         code, error = run(tmp_path / "refused", *options)
         assert code == 2 and said in error and len(error.splitlines()) == 1
         assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "mixtral"])
+def test_what_is_held_does_not_grow_with_the_blocks(tokenizer, tmp_path, monkeypatch, family):
+    """Neither a block that is done nor the FFN that was taken out of it."""
+
+    def weigh():
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and not o.is_meta]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        held.append(sum(storages.values()))
+
+    held = []
+    model = test_families.tiny(family, FAMILIES[family], num_hidden_layers=8)
+    block = sum(p.nbytes for p in model.parameters()) // 8
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "stored")
+    monkeypatch.setattr(streaming, "_give_back", weigh)
+    convert_streamed(str(tmp_path / "stored"), tmp_path / "out", calibration_tokens=0)
+    assert len(held) == 8 and held[6] < held[0] + block  # the next block may have been read ahead already, or not yet
