@@ -258,7 +258,8 @@ def benchmark(
                 progress(f"{name}, {mode}, {phase}")
                 pieces = _pieces(chosen, phase, shape.hidden_size, tokens, where, dtype)
                 inputs = torch.randn(1, tokens, shape.hidden_size, device=where, dtype=dtype, requires_grad=True)
-                rows += _measure(name, mode, phase, chosen, pieces, inputs, repeats, where, clock, bandwidth)
+                with torch._dynamo.config.patch(recompile_limit=len(chosen) + 1):  # one class, compiled for each variant
+                    rows += _measure(name, mode, phase, chosen, pieces, inputs, repeats, where, clock, bandwidth)
                 torch._dynamo.reset()
     return {
         "machine": _machine(where), "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(dtype)[6:],

@@ -11,6 +11,10 @@ BLOCK = 2**16
 """Elements of a score matrix that elementwise work goes over at once on a CPU: what stays in its cache."""
 
 
+FAR = 2.0**40
+"""A scale and its inverse up to this may divide squared distances without leaving float32."""
+
+
 class YatMixture(torch.autograd.Function):
     """``Σ_i scale · κ_i(x) · u_i(x) · v_i``, with κ = s² / (‖x − w‖² + ε), or relu(s)² in place of s² (half-yat).
 
@@ -34,7 +38,7 @@ class YatMixture(torch.autograd.Function):
                 kernel = terms.kernel(part, dots, ups, torch.empty_like(dots) if ctx.kept else dots)
                 torch.mm(kernel.to(mix), mixed.T, out=written[part])
         kept = (dots, ups) if ctx.kept else (None, None)
-        ctx.save_for_backward(x, rows, bias, dictionary, epsilon, log_scale, up, up_bias, *kept)
+        ctx.save_for_backward(x, rows, bias, dictionary, epsilon, log_scale, up, up_bias, written, *kept)
         return written
 
     @staticmethod
@@ -49,16 +53,17 @@ class YatMixture(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, gradient):
-        x, rows, bias, dictionary, epsilon, log_scale, up, up_bias, kept_dots, kept_ups = ctx.saved_tensors
+        x, rows, bias, dictionary, epsilon, log_scale, up, up_bias, written, kept_dots, kept_ups = ctx.saved_tensors
         terms = _Terms(x, rows, bias, epsilon, log_scale, up, up_bias, ctx.one_sided)
         wanted, dtype = ctx.needs_input_grad, terms.dtype
         sums = _Sums(terms)
         gradient = gradient.to(ctx.mix)
         mixed = dictionary.to(ctx.mix)
-        d_dictionary = torch.zeros_like(mixed) if wanted[3] else None
-        d_x = x.new_empty(x.shape, dtype=dtype) if wanted[0] else None
-        d_rows = torch.zeros_like(rows, dtype=dtype) if wanted[1] else None
-        d_up = torch.zeros_like(up, dtype=dtype) if up is not None and wanted[6] else None
+        new = torch.empty_like if len(x) else torch.zeros_like  # the first chunk writes, the others add
+        d_dictionary = new(mixed) if wanted[3] else None
+        d_x = new(x, dtype=dtype) if wanted[0] else None
+        d_rows = new(rows, dtype=dtype) if wanted[1] else None
+        d_up = new(up, dtype=dtype) if up is not None and wanted[6] else None
         x_cast, rows_cast, up_cast = x.to(dtype), rows.to(dtype), None if up is None else up.to(dtype)
         for part in _chunks(len(x), ctx.limit, 4 * terms.bytes_per_token):
             dots, ups = (kept_dots[part], None if up is None else kept_ups[part]) if ctx.kept else terms.products(x[part])
@@ -66,24 +71,27 @@ class YatMixture(torch.autograd.Function):
             coefficient = torch.empty_like(d_coefficient)
             d_ups = None if up is None else torch.empty_like(d_coefficient)
             terms.backward(part, dots, ups, d_coefficient, coefficient, d_ups, sums)
-            d_dots = d_coefficient  # overwritten by it
+            half, added = d_coefficient, int(part.start > 0)  # overwritten by half the gradient of x·w
             if d_dictionary is not None:
-                d_dictionary.addmm_(gradient[part].T, coefficient.to(ctx.mix))
+                d_dictionary.addmm_(gradient[part].T, coefficient.to(ctx.mix), beta=added)
             if d_rows is not None:
-                d_rows.addmm_(d_dots.T, x_cast[part])
+                d_rows.addmm_(half.T, x_cast[part], beta=added, alpha=2)
             if d_x is not None:
-                torch.mm(d_dots, rows_cast, out=d_x[part])
+                d_x[part].addmm_(half, rows_cast, beta=0, alpha=2)
             if up is not None:
                 if d_up is not None:
-                    d_up.addmm_(d_ups.T, x_cast[part])
+                    d_up.addmm_(d_ups.T, x_cast[part], beta=added)
                 if d_x is not None:
                     d_x[part].addmm_(d_ups, up_cast)
+        per_token, per_row = sums.per_token / terms.inside, sums.per_row / terms.inside
         if d_x is not None:
-            d_x.addcmul_(x_cast, sums.per_token, value=-2)
+            d_x.addcmul_(x_cast, per_token, value=-2)
         if d_rows is not None:
-            d_rows.addcmul_(rows_cast, sums.per_row[:, None], value=-2)
+            d_rows.addcmul_(rows_cast, per_row[:, None], value=-2)
+        d_epsilon = -(per_row.sum() + sums.touching / terms.inside)
+        d_log_scale = (gradient.to(dtype) * written.to(dtype)).sum()  # the output is proportional to the scale
         found = (
-            d_x, d_rows, sums.scores, d_dictionary, -sums.epsilon.reshape(1), sums.log_scale.reshape(1), d_up,
+            d_x, d_rows, 2 * sums.scores, d_dictionary, d_epsilon.reshape(1), d_log_scale.reshape(1), d_up,
             None if up is None else sums.ups,
         )  # fmt: skip
         like = (x, rows, bias, dictionary, epsilon, log_scale, up, up_bias)
@@ -120,13 +128,16 @@ class _Sums:
     def __init__(self, terms):
         count, prototypes = len(terms.square_x), len(terms.square_rows)
         new = terms.square_x.new_zeros
-        self.per_token, self.per_row = new(count, 1), new(prototypes)  # of −∂/∂‖x−w‖²
-        self.scores, self.ups = new(prototypes), new(prototypes)
-        self.epsilon, self.log_scale = new(()), new(())
+        self.per_token, self.per_row = new(count, 1), new(prototypes)  # of −∂/∂‖x−w‖², times `inside`
+        self.touching = new(())  # the same where rounding left no distance, of which ε alone has a gradient
+        self.scores, self.ups = new(prototypes), new(prototypes)  # half the gradient of scores, and that of u·x
 
 
 class _Terms:
-    """What the elementwise part needs beside the products x·w, in the dtype that they are computed in."""
+    """What the elementwise part needs beside the products x·w, in the dtype that they are computed in.
+
+    On a CPU the kernel's scale goes inside, where it costs nothing: scale · κ = s · (s / D) with D = (‖x − w‖² + ε) / scale.
+    """
 
     def __init__(self, x, rows, bias, epsilon, log_scale, up, up_bias, one_sided):
         self.dtype = torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
@@ -136,13 +147,17 @@ class _Terms:
         if up is not None and not self.native:
             self.up = up.to(self.dtype)
         self.bias, self.up_bias = bias.to(self.dtype), None if up_bias is None else up_bias.to(self.dtype)
-        # On a CPU plain numbers are at hand; elsewhere reading one would wait for the device.
-        self.epsilon, self.scale = (
-            t.to(self.dtype).item() if x.device.type == "cpu" else t.to(self.dtype) for t in (epsilon, log_scale.exp())
-        )
-        self.square_x = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.dtype).square()
+        epsilon, scale = epsilon.to(self.dtype), log_scale.exp().to(self.dtype)
+        self.inside: float = 1.0
+        self.outside, self.least = scale, epsilon
+        if x.device.type == "cpu":  # plain numbers are at hand; elsewhere reading one would wait for the device
+            self.inside = min(max(scale.item(), 1 / FAR), FAR)
+            self.outside, self.least = scale.item() / self.inside, epsilon.item() / self.inside
+        self._all_inside = x.device.type == "cpu" and self.outside == 1
+        self.square_x = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.dtype).square() / self.inside
         # From the weight in use at every call: a norm kept from earlier would be wrong after a step or an adapter.
-        self.square_rows = torch.linalg.vector_norm(rows, dim=-1, dtype=self.dtype).square()
+        square_rows = torch.linalg.vector_norm(rows, dim=-1, dtype=self.dtype).square()
+        self.square_rows = (square_rows + epsilon) / self.inside
         self.one_sided = one_sided
         self.bytes_per_token = len(rows) * self.dtype.itemsize * (1 if up is None else 2)
 
@@ -156,10 +171,10 @@ class _Terms:
             return product if bias is None else product.add_(bias)
         return torch.nn.functional.linear(x.to(self.dtype), weight, bias)
 
-    def _distance_and_score(self, part, dots):
-        """‖x − w‖², negative where rounding left it so, and x·w + b, or what is positive of it."""
+    def _denominator_and_score(self, part, dots):
+        """D, less than ``least`` where rounding left it so, and x·w + b, or what is positive of it."""
         score = dots + self.bias
-        return torch.add(self.square_x[part], self.square_rows).add_(dots, alpha=-2), (
+        return torch.add(self.square_x[part], self.square_rows).add_(dots, alpha=-2 / self.inside), (
             score.clamp_min_(0) if self.one_sided else score
         )
 
@@ -167,38 +182,40 @@ class _Terms:
         """scale · κ · u over the tokens ``part``, into ``out``, which may be ``dots`` itself."""
         for low, rows in _blocks(dots):
             dot, target = dots[rows], out[rows]
-            distance, score = self._distance_and_score(slice(part.start + low, part.start + low + len(dot)), dot)
-            denominator = distance.clamp_min_(0).add_(self.epsilon)
-            torch.div(score, denominator, out=denominator)
+            denominator, score = self._denominator_and_score(slice(part.start + low, part.start + low + len(dot)), dot)
+            torch.div(score, denominator.clamp_min_(self.least), out=denominator)
             torch.mul(score, denominator, out=target)
-            target.mul_(self.scale)
+            if not self._all_inside:
+                target.mul_(self.outside)
             if ups is not None:
                 target.mul_(ups[rows])
         return out
 
     def backward(self, part, dots, ups, d_coefficient, coefficient, d_ups, sums):
-        """From the gradient of the coefficients to that of x·w, in its place; fills ``coefficient`` and ``d_ups``."""
+        """From the gradient of the coefficients to half that of x·w, in its place; fills ``coefficient`` and ``d_ups``."""
         for low, rows in _blocks(dots):
             dot, gradient = dots[rows], d_coefficient[rows]
             here = slice(part.start + low, part.start + low + len(dot))
-            distance, score = self._distance_and_score(here, dot)
-            apart = distance >= 0
-            share = score / distance.clamp_min_(0).add_(self.epsilon)  # s / (‖x − w‖² + ε)
+            denominator, score = self._denominator_and_score(here, dot)
+            apart = None if dot.device.type == "cpu" and denominator.amin() >= self.least else denominator >= self.least
+            share = torch.div(score, denominator.clamp_min_(self.least), out=denominator)
             kernel = torch.mul(score, share, out=coefficient[rows])
-            kernel.mul_(self.scale)
+            if not self._all_inside:
+                kernel.mul_(self.outside)
             if ups is not None:
                 torch.mul(gradient, kernel, out=d_ups[rows])
                 gradient.mul_(ups[rows])
                 kernel.mul_(ups[rows])
                 sums.ups += d_ups[rows].sum(0)
-            gradient.mul_(share).mul_(self.scale)
-            sums.log_scale += torch.mul(gradient, score, out=distance).sum()
-            far = torch.mul(gradient, share, out=share)  # −∂/∂‖x − w‖²
-            sums.epsilon += far.sum()
-            gradient.mul_(2)
+            gradient.mul_(share)
+            if not self._all_inside:
+                gradient.mul_(self.outside)
+            far = torch.mul(gradient, share, out=share)  # −∂/∂‖x − w‖², times `inside`
             sums.scores += gradient.sum(0)
-            far.mul_(apart)
-            gradient.add_(far, alpha=2)
+            if apart is not None:
+                sums.touching += far.masked_fill(apart, 0).sum()
+                far.mul_(apart)
+            gradient.add_(far, alpha=1 / self.inside)
             sums.per_token[here] = far.sum(-1, keepdim=True)
             sums.per_row += far.sum(0)
 
