@@ -70,7 +70,9 @@ def prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
             return _rows(_some(weights, units), ratio, sign, length)
 
     every = slice(None)
-    parameters = _parameters(kernel, *rows_of(every, weights.up.new_ones(len(weights.up)), signs[0]), inputs)
+    parameters = {}
+    if kernel.parameters:
+        parameters = _parameters(kernel, *rows_of(every, weights.up.new_ones(len(weights.up)), signs[0]), inputs)
 
     parts = []
     for amount, ratio, shift in _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, rows_of):
@@ -79,19 +81,32 @@ def prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
             if kernel.uses_bias:
                 bias = bias + shift * (inputs @ rows.T).std(0)
             parts.append((rows, bias, amount if sign >= 0 else -amount))
-    rows, bias, amount = (torch.cat(part) for part in zip(*parts))
+    bias, amount = (torch.cat([part[i] for part in parts]) for i in (1, 2))
     scale = amount.abs().median().clamp_min(torch.finfo(torch.float32).tiny).item()
-    dictionary = weights.down.repeat(len(parts), 1) * (amount / scale)[:, None]
+    factor, stretch = amount / scale, torch.ones_like(amount)
     if kernel.degree and length is None:
         # One length for every output prototype: then κ alone tells the loud contributions, which sparse maps keep.
-        loudness = dictionary.norm(dim=-1, keepdim=True)
+        loudness = _lengths(weights.down).repeat(len(parts)) * factor.abs()
         loudness = (loudness / loudness.mean()).clamp_min(QUIETEST)
-        dictionary = dictionary / loudness
-        stretch = loudness ** (1 / kernel.degree)
-        rows, bias = rows * stretch, bias * stretch[:, 0]
+        factor, stretch = factor / loudness, loudness ** (1 / kernel.degree)
+        bias = bias * stretch
+    # A matrix of all rows is the largest thing there is: each is made once, and lies as the teacher's does.
+    rows = _joined([part[0] for part in parts], stretch)
+    dictionary = _joined([weights.down] * len(parts), factor)
     units = torch.arange(1, len(weights.up) + 1, device=rows.device).repeat(len(parts)) * torch.where(amount < 0, -1, 1)
     result = Prototypes(rows, bias, dictionary, units.to(torch.int32), parameters, scale)
     return result if kept == len(rows) else _loudest(result, kernel, inputs, kept)
+
+
+def _joined(parts: list[Tensor], factor: Tensor) -> Tensor:
+    """``parts`` (rows, d) below each other, each row times its ``factor`` (all rows,)."""
+    scaled = [part * share[:, None] for part, share in zip(parts, factor.split([len(part) for part in parts]))]
+    return scaled[0] if len(scaled) == 1 else torch.cat(scaled)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Norms (rows,) of ``rows`` (rows, d), which may lie in memory column by column: a norm over those is slow."""
+    return sum(part.square().sum(-1) for part in rows.split(64, dim=1)).sqrt()
 
 
 def _rows(weights: FFNWeights, ratio: Tensor, sign: float, length: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,9 +120,11 @@ def _rows(weights: FFNWeights, ratio: Tensor, sign: float, length: Tensor | None
     elif sign == 0:
         rows, bias = weights.gate, gate_bias
     else:
-        rows = (weights.gate + sign * ratio[:, None] * weights.up) / 2
+        rows = torch.addcmul(weights.gate, ratio[:, None], weights.up, value=sign).div_(2)
         bias = (gate_bias + sign * ratio * up_bias) / 2
-    stretch = torch.ones_like(zero) if length is None else length / rows.norm(dim=-1).clamp_min(1e-12)
+    if length is None:
+        return rows, bias, torch.ones_like(zero)
+    stretch = length / rows.norm(dim=-1).clamp_min(1e-12)
     return rows * stretch[:, None], bias * stretch, stretch
 
 
@@ -134,7 +151,7 @@ def _some(weights: FFNWeights, units: slice) -> FFNWeights:
 
 
 def _parameters(kernel: Kernel, rows: Tensor, bias: Tensor, stretch: Tensor, inputs: Tensor) -> dict[str, float]:
-    square = inputs.square().sum(-1).mean() + rows.square().sum(-1).mean()
+    square = inputs.square().sum(-1).mean() + rows.norm(dim=-1).square().mean()
     starts = {"distance": DISTANCE_SHARE * square.item(), "bandwidth": stretch.mean().item()}
     return {name: starts.get(start, start) for name, start in kernel.parameters.items()}
 
@@ -152,9 +169,10 @@ def _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, row
         part = slice(low, low + UNITS_AT_ONCE)
         some = _some(weights, part)
         up, gate = some.pre_activations(inputs)
-        target, importance = some.coefficients(inputs), None
+        act, importance = weights.activation(up if gate is None else gate), None
+        target = act if gate is None else act * up
         if settings.values == "gated":  # y = Σ κ_i (u_i·x) v_i: κ stands in for the activation, weighted by (u·x)²
-            target, importance = weights.activation(gate), up.square()
+            target, importance = act, up.square()
         columns = []
         for r in dict.fromkeys(ratio for ratio, _ in candidates):
             sides = []
@@ -183,12 +201,14 @@ def _matching_pursuit(
     weight = (weight / weight.sum(0).clamp_min(1e-30)).sqrt()
     if importance is None:
         columns, target = columns - columns.mean(1, keepdim=True), target - target.mean(0)
-    columns = (columns * weight).permute(2, 1, 0)
-    size = columns.norm(dim=1).clamp_min(1e-15)
-    columns = columns / size[:, None]
-    gram = columns.transpose(1, 2) @ columns
-    cross = (columns.transpose(1, 2) @ (target * weight).T[..., None])[..., 0]
-    units, count = cross.shape
+    columns = columns * weight
+    size = columns.square().sum(1).sqrt().clamp_min(1e-15)
+    cross = ((columns * (target * weight)).sum(1) / size).T
+    size, (units, count) = size.T, cross.shape
+    gram = torch.eye(count, device=cross.device).expand(units, -1, -1)  # of one piece alone, no more than the diagonal is read
+    if pieces > 1:
+        columns = columns.permute(2, 1, 0) / size[:, None]
+        gram = columns.transpose(1, 2) @ columns
     chosen = torch.zeros(units, 0, dtype=torch.int64, device=cross.device)
     for _ in range(pieces):
         # One system per unit and candidate: those chosen before, and the candidate.

@@ -148,7 +148,7 @@ class _Terms:
             self.up = up.to(self.dtype)
         self.bias, self.up_bias = bias.to(self.dtype), None if up_bias is None else up_bias.to(self.dtype)
         epsilon, scale = epsilon.to(self.dtype), log_scale.exp().to(self.dtype)
-        self.inside: float = 1.0
+        self.inside = 1.0
         self.outside, self.least = scale, epsilon
         if x.device.type == "cpu":  # plain numbers are at hand; elsewhere reading one would wait for the device
             self.inside = min(max(scale.item(), 1 / FAR), FAR)

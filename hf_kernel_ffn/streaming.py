@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .architectures import architecture_of, stacks, stock_weights
+from .architectures import StockFFN, architecture_of, stacks, stock_weights
 from .calibration import batches, fitted_and_held, sampled
 from .configuration import KernelFFNConfig
 from .errors import InputError
@@ -90,9 +90,10 @@ def convert_streamed(
                 with_progress(range(len(groups)), "converting", progress), read_ahead(reader, groups), strict=True
             ):
                 here = [ffn for ffn in chosen.values() if ffn.number == i]
+                read = set(tensors) if ids is not None else replay.read_by(here)
                 for name, tensor in tensors.items():
                     require_finite(name, tensor)
-                    if here or ids is not None:
+                    if name in read:
                         replay.place(name.removeprefix(prefix), tensor)
                     if name in described:
                         writer.write(name, [_rounded(tensor, teacher.dtype)])
@@ -108,6 +109,7 @@ def convert_streamed(
                 _give_back()
             for name in sorted(writer.left):
                 writer.write(name, (_rounded(piece, teacher.dtype) for piece in _finite(name, reader.pieces(name))))
+            writer.finish()
         student = meta_student(teacher, config_entry(teacher, found)).to(stored)
         if teacher.can_generate():
             student.generation_config = teacher.generation_config
@@ -175,12 +177,12 @@ class Replay:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
             if names:
                 model._init_weights(module)
-        prefix, self.embedding = name_prefix(model), model.get_input_embeddings()
+        self.prefix, self.embedding = name_prefix(model), model.get_input_embeddings()
         inside = {id(p) for p in (*self.blocks.parameters(), *self.embedding.parameters())}
         for name, parameter in list(self.base.named_parameters()):
             if id(parameter) not in inside:
-                self.place(name, reader.read(prefix + name))
-        self.embedding_name = next(prefix + name for name, p in self.base.named_parameters() if p is self.embedding.weight)
+                self.place(name, reader.read(self.prefix + name))
+        self.embedding_name = next(self.prefix + name for name, p in self.base.named_parameters() if p is self.embedding.weight)
         self.embedding.forward = self._embed
         self.embedding.padding_idx = None  # may be none of the rows that are there
         self.embedding.weight = _constant(torch.empty(0, dtype=self.dtype))  # says where token ids are to be
@@ -196,6 +198,12 @@ class Replay:
     def names(self, number: int) -> list[str]:
         """Names of the tensors of a block, under the base model."""
         return [f"{self.stack}.{number}.{name}" for name, _ in self.blocks[number].named_parameters()]
+
+    def read_by(self, ffns: list[StockFFN]) -> set[str]:
+        """Names of the tensors that converting ``ffns`` without calibration reads: theirs, and those of the norms before them."""
+        modules = [module for ffn in ffns for module in (ffn.host, ffn.norm(self.base)) if module is not None]
+        inside = {id(p) for module in modules for p in module.parameters()}
+        return {self.prefix + name for name, p in self.base.named_parameters() if id(p) in inside}
 
     def place(self, name: str, tensor: Tensor) -> None:
         """Give the parameter ``name``, under the base model, these numbers."""

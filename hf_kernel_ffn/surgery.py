@@ -206,23 +206,28 @@ def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict
     if settings.simplex == "threshold":
         reference["threshold"] = 1.0  # found below
     layer = layer_config(model, stock, settings, start.rows.shape[1], len(start.rows), reference)
-    ffn = KernelFFN(layer).to(sample.device).eval().requires_grad_(False)
-    ffn.input_prototypes.weight.copy_(start.rows)
+    with torch.device("meta"):  # drawing numbers for weights that are at hand takes longer than all the rest
+        ffn = KernelFFN(layer).eval().requires_grad_(False)
+    ffn.to_empty(device=sample.device)
+    ffn.units.copy_(start.units)
+    for ratio in ffn.log_ratio.values():
+        ratio.zero_()
+    ffn.input_prototypes.weight.data = start.rows.contiguous()
     if ffn.kernel.uses_bias:
         ffn.input_prototypes.bias.copy_(start.bias)
-    ffn.output_prototypes.weight.copy_(start.dictionary.T)
+    ffn.output_prototypes.weight.data = start.dictionary.T.contiguous()
     ffn.output_prototypes.bias.zero_()
     if weights.down_bias is not None:
         ffn.output_prototypes.bias.copy_(weights.down_bias)
-    ffn.units.copy_(start.units)
     if settings.values == "gated":
         unit = start.units.abs().long() - 1
-        ffn.value_proj.weight.copy_(weights.up[unit])
+        ffn.value_proj.weight.data = in32["up"].index_select(0, unit)
         ffn.value_proj.bias.zero_() if weights.up_bias is None else ffn.value_proj.bias.copy_(weights.up_bias[unit])
     if settings.intensity == "gate":
         ffn.gate.weight.zero_()
         ffn.gate.bias.fill_(gate_bias())
     if settings.simplex == "threshold":
+        ffn.threshold_log_ratio.zero_()
         ffn.fit_threshold(sample)
         ffn.reference["threshold"] = math.exp(ffn.log_threshold().item())
         ffn.threshold_log_ratio.zero_()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
@@ -30,6 +32,8 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE = 2**24
 """Bytes copied at once."""
+WAITING = 8
+"""Tensors that may wait to be written: about a block."""
 
 
 class Reader:
@@ -154,7 +158,8 @@ def _fill(opened: Any, start: int, tensor: Tensor, key: str) -> None:
 
 
 class Writer:
-    """Safetensors files whose tensors, described beforehand, are filled in any order; the same bytes as ``save_pretrained``."""
+    """Safetensors files whose tensors, described beforehand, are filled in any order; the same bytes as ``save_pretrained``. They are
+    rounded and written while the caller goes on."""
 
     def __init__(self, folder: Path, described: dict[str, Tensor]):
         """``described``: tensors on the meta device by name."""
@@ -183,19 +188,33 @@ class Writer:
             listed = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(listed, encoding="utf-8")
         self.left = set(described)
+        self.pool, self.pending = ThreadPoolExecutor(1), deque[Future]()
 
     def write(self, key: str, pieces: Iterable[Tensor]) -> None:
-        """Fill the tensor ``key`` by ``pieces`` of it in order."""
+        """Fill the tensor ``key`` by ``pieces`` of it in order, which nobody changes any more. An error may come with a later call."""
+        self.left.discard(key)
+        self.pending.append(self.pool.submit(self._write, key, pieces))
+        while len(self.pending) > WAITING:
+            self.pending.popleft().result()
+
+    def _write(self, key: str, pieces: Iterable[Tensor]) -> None:
         file, offset, dtype = self.places[key]
         file.seek(offset)
+        rounded = torch.empty(PIECE // dtype.itemsize, dtype=dtype)
         for piece in pieces:
-            file.write(_bytes(piece.to(dtype).contiguous()))
-        self.left.discard(key)
+            for part in piece.reshape(-1).split(len(rounded)):
+                file.write(_bytes(part if part.dtype == dtype else rounded[: len(part)].copy_(part)))
+
+    def finish(self) -> None:
+        """Wait until all is written."""
+        while self.pending:
+            self.pending.popleft().result()
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self.pool.shutdown(cancel_futures=True)
         self.files.close()
 
 

@@ -5,6 +5,7 @@ python scripts/streaming_speed.py runs/streaming --json recipes/results/speed/st
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def main(
 
     teacher, out = folder / "teacher", folder / "student"
     if convert:  # in a process of its own, whose peak is its own
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line has it
         out.mkdir()
         before = peak_memory()
         start = time.perf_counter(), time.process_time()
