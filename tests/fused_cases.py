@@ -17,7 +17,7 @@ from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_kernel_ffn import InputError, fused, one_pass
+from hf_kernel_ffn import InputError, fused, one_pass, trial
 from hf_kernel_ffn.fused import FEW, Fused, active, fuse, fused_mixture, gather
 
 CUDA = torch.cuda.is_available()
@@ -510,3 +510,80 @@ def test_a_model_is_fused_as_a_whole():
     ffns = {"a": make_layer(torch.float32, kernel="half-yat", simplex="softmax", intensity="mass")}
     fuse(SimpleNamespace(kernel_ffns=lambda: ffns), required=True)
     assert ffns["a"].fused == Fused(required=True)
+
+
+def small_model(dtype=torch.float32, **settings):
+    """Two readouts of one kind, called as a converted model is asked for them."""
+    ffns = {f"layers.{i}.mlp": make_layer(dtype, **settings).to(DEVICE) for i in range(2)}
+    return SimpleNamespace(kernel_ffns=lambda: ffns), list(ffns.values())
+
+
+def quick(monkeypatch, plain=1.0, fused=0.5):
+    """A clock by which the kernels take ``fused`` seconds: how long the interpreter takes says nothing."""
+    times = {"plain": {"median": plain}, "fused": {"median": fused}}
+    monkeypatch.setattr(trial, "interleaved", lambda work, repeats, device: [once() for once in work.values()] and times)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("intensity", ["mass", "gate"])
+def test_a_trial_lets_the_kernels_in_where_they_are_right_and_quick(monkeypatch, intensity, trained):
+    model, ffns = small_model(kernel="half-yat", simplex="softmax", intensity=intensity)
+    for ffn in ffns:
+        ffn.requires_grad_(trained)
+    quick(monkeypatch)
+    assert trial.fuse_where_it_pays(model, tokens=24) == {}
+    assert all(ffn.fused == Fused() and all(p.grad is None for p in ffn.parameters()) for ffn in ffns)
+    quick(monkeypatch, fused=1.5)
+    refused = trial.fuse_where_it_pays(model, tokens=24)
+    assert list(refused) == list(model.kernel_ffns()) and all("slower than the plain form" in r for r in refused.values())
+    assert all(ffn.fused is None for ffn in ffns)
+
+
+def test_a_trial_lets_the_gather_in(monkeypatch):
+    model, ffns = small_model(kernel="half-yat", simplex="top-k", intensity="mass")
+    quick(monkeypatch)
+    assert trial.fuse_where_it_pays(model) == {} and ffns[0].fused == Fused()
+
+
+@pytest.mark.parametrize("wrong", ["output", "gradient", "nan"])
+def test_a_trial_finds_wrong_kernels(monkeypatch, wrong):
+    model, ffns = small_model(kernel="yat", simplex="softmax", intensity="mass")
+    right = fused.fused_readout
+
+    class Fading(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 0.999
+
+    class Broken(Fading):
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * torch.nan
+
+    change = {"output": lambda y: y * 1.001, "gradient": Fading.apply, "nan": Broken.apply}[wrong]
+    monkeypatch.setattr(fused, "fused_readout", lambda ffn, x: change(right(ffn, x)))
+    quick(monkeypatch)
+    assert "further from float64" in trial.fuse_where_it_pays(model, tokens=24)["layers.1.mlp"]
+    assert ffns[1].fused is None
+
+
+def test_a_trial_survives_kernels_that_do_not_compile(monkeypatch):
+    model, ffns = small_model(kernel="yat", simplex="softmax", intensity="mass")
+
+    def fail(*_):
+        raise RuntimeError("no such\ninstruction")
+
+    monkeypatch.setattr(fused, "fused_readout", fail)
+    assert "RuntimeError: no such instruction" in trial.fuse_where_it_pays(model, tokens=24)["layers.0.mlp"]
+    x = torch.randn(1, 3, ffns[0].config.hidden_size, device=DEVICE)
+    assert torch.isfinite(ffns[0](x)).all()
+
+
+def test_what_cannot_be_fused_is_named_without_a_trial(monkeypatch):
+    model, _ = small_model(kernel="gaussian", simplex="softmax", intensity="none")
+    monkeypatch.setattr(trial, "interleaved", None)
+    assert "kernel 'gaussian', expected 'yat' or 'half-yat'" in trial.fuse_where_it_pays(model)["layers.0.mlp"]

@@ -87,3 +87,17 @@ except InputError as error:
     print(error)
 """
     assert "found no Triton, expected triton 3.6 or newer (pip install triton)" in python("-c", code)
+
+
+def test_on_a_cpu_nothing_is_fused_unless_asked_for():
+    from types import SimpleNamespace
+
+    from test_readout import make_layer
+
+    from hf_kernel_ffn import trial
+
+    ffns = {"a": make_layer(torch.float32, kernel="yat", simplex="softmax", intensity="mass")}
+    model = SimpleNamespace(kernel_ffns=lambda: ffns)
+    assert trial.choose(model, "auto") == {"a": "not on a GPU"} and ffns["a"].fused is None
+    assert trial.choose(model, "never") == {"a": "not asked for"} and ffns["a"].fused is None
+    assert trial.choose(model, "always") == {} and ffns["a"].fused.required

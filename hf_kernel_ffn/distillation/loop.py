@@ -16,10 +16,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..data import token_ids
 from ..errors import InputError
 from ..files import require_empty, sync, writing
-from ..loading import check_vocabularies, load_student, load_teacher, load_tokenizer
+from ..loading import check_vocabularies, load_student, load_teacher, load_tokenizer, torch_dtype
 from ..prediction import question
 from ..saving import save_converted
 from ..surgery import check_pair, convert, share_equal, student_from_entry
+from ..trial import choose
 from .recipe import Recipe
 from .sharding import unsharded
 from .state import REMAINS, find_state, load_facts, load_rng, load_trained, remove_remains, remove_state
@@ -72,6 +73,8 @@ def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
     student.requires_grad_(False)
     for ffn in student.kernel_ffns().values():
         ffn.float().requires_grad_(True)
+    autocast = None if recipe.dtype == "float32" else torch_dtype(recipe.dtype)
+    plain = choose(student, recipe.fused, autocast)
     trainee = _with_lora(student, recipe) if recipe.lora else student
     if recipe.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -92,7 +95,7 @@ def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
         student = trainee = unsharded(student, teacher)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish(out, trainee, student, recipe, run.skipped)
+        _finish(out, trainee, student, recipe, {"skipped_steps": run.skipped, "not_fused": plain})
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it ends the process group
     return out
@@ -153,7 +156,7 @@ def _same_recipe(before: dict, now: dict) -> None:
             )
 
 
-def _finish(out: Path, trainee: Any, student: Any, recipe: Recipe, skipped: int) -> None:
+def _finish(out: Path, trainee: Any, student: Any, recipe: Recipe, facts: dict) -> None:
     """Write the student beside, then move it into ``out``, config.json last; remove the state to resume from."""
     if recipe.lora:
         student = trainee.merge_and_unload()
@@ -163,9 +166,7 @@ def _finish(out: Path, trainee: Any, student: Any, recipe: Recipe, skipped: int)
     shutil.rmtree(made, ignore_errors=True)
     with writing(f"the finished student in {out}"):
         made.mkdir(parents=True)
-        save_converted(
-            student, recipe.teacher, made, recipe=json.loads(recipe.model_dump_json()), distillation={"skipped_steps": skipped}
-        )
+        save_converted(student, recipe.teacher, made, recipe=json.loads(recipe.model_dump_json()), distillation=facts)
         sync(made)
         for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, out / file.name)

@@ -106,6 +106,9 @@ class Recipe(_Section):
     """Tokens of the training text that the conversion reads."""
     save_every_tokens: int = Field(500_000, ge=1)
     """How often the state to resume from is written."""
+    fused: Literal["auto", "always", "never"] = "auto"
+    """Triton kernels for the student's readouts: auto, on a GPU where a trial finds them as exact and no slower; always, or an
+    error."""
     shard: bool = False
     """Cut the student's FFNs, their gradients and optimiser state over the processes (FSDP2); otherwise each holds all of them."""
     skip_steps: int = Field(0, ge=0)
