@@ -22,9 +22,10 @@ from torch import Tensor, library
 from .errors import InputError
 from .fused_kernels import INTERPRETED, backward_tuned, forward_tuned, gather_kernel, triton
 from .kernels import HalfYat, Yat, get_kernel
+from .linears import is_plain, lay_out_by_prototypes
 from .one_pass import _chunks
 from .one_pass import plain as plain_conic
-from .readout import KernelFFN, is_plain, lay_out_by_prototypes
+from .readout import KernelFFN
 from .simplex import shares
 
 TOKENS, PROTOTYPES = 128, 128

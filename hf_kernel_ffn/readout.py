@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .configuration import LayerConfig
 from .kernels import HalfYat, Yat, get_kernel
+from .linears import effective, is_plain, lay_out_by_prototypes
 from .one_pass import YatMixture, one_token
 from .simplex import shares, top_k_mask
 
@@ -360,23 +361,6 @@ def _fixed(tensor) -> bool:
     return torch.compiler.is_compiling() or tensor.device.type != "cpu"
 
 
-def lay_out_by_prototypes(linear) -> None:
-    """The same weight, with the numbers of one output prototype side by side in memory, so that a few of them are quickly read."""
-    with torch.inference_mode(False):
-        linear.weight.data = linear.weight.data.T.contiguous().T
-
-
-def is_plain(linear) -> bool:
-    """Whether ``linear`` is its weight and bias and nothing else: no adapter, quantisation, offloading or hook."""
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) in (nn.Parameter, Tensor)
-        and not linear.weight.is_meta
-        and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks)
-        and "forward" not in vars(linear)
-    )
-
-
 def _names(units: list) -> tuple:
     """``17+`` and ``17-`` by the teacher's unit and the sign of its column; a second piece of the same is ``17+.2``."""
     seen: dict = {}
@@ -401,26 +385,6 @@ class KernelExperts(nn.Module):
                 output = expert(hidden_states[token]) * top_k_weights[token, place, None]
                 written.index_add_(0, token, output.to(written.dtype))
         return written
-
-
-def effective(linear: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(out_features, in_features) and (out_features,): what ``linear`` multiplies by and adds, adapters and
-    quantisation included; ``like`` is an input of it."""
-    weight = linear.weight
-    if type(linear) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and not weight.is_meta:
-        return weight, linear.bias
-    if hasattr(linear, "lora_A"):  # a peft adapter around the weight
-        if linear.disable_adapters or linear.merged:
-            return effective(linear.get_base_layer(), like)
-        active = [name for name in linear.active_adapters if name in linear.lora_A]
-        if not any(name in linear.lora_variant or linear.lora_bias.get(name) for name in active):
-            weight, bias = effective(linear.get_base_layer(), like)
-            return weight + sum(linear.get_delta_weight(name) for name in active), bias
-    # Whatever else stands there (DoRA, a quantised layer, an offloaded weight): ask it what it does to zero and the unit vectors.
-    features = linear.in_features
-    unit = torch.eye(features, device=like.device, dtype=like.dtype)
-    rows = linear(torch.cat([torch.zeros_like(unit[:1]), unit]))
-    return (rows[1:] - rows[0]).T, rows[0]
 
 
 def _at_least_float32(tensor):

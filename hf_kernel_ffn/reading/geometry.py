@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels import Kernel
-from ..readout import KernelFFN, Readout, effective
+from ..linears import effective
+from ..readout import KernelFFN, Readout
 
 
 def prototypes_of(ffn: KernelFFN) -> tuple[Tensor, Tensor]:

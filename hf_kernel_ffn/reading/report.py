@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import write_text
-from ..readout import Readout, effective
+from ..linears import effective
+from ..readout import Readout
 from .decompositions import alternatives as alternative_shares
 from .naming import written
 from .regimes import mixtures, regime

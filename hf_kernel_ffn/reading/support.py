@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..architectures import ffn_paths, stock_ffn, stock_weights
 from ..hooks import recorded
+from ..linears import effective
 from ..locality import auc
-from ..readout import KernelFFN, effective
+from ..readout import KernelFFN
 from .contexts import SKIP
 from .rows import Rows
 from .tracing import Trace, family_of
