@@ -1,4 +1,4 @@
-"""The command line: convert, distill, evaluate, read, verify, export, apply, push, benchmark, families. Bad input is one
+"""The command line: convert, record, distill, evaluate, read, verify, export, apply, push, benchmark, families. Bad input is one
 line on stderr and exit code 2."""
 
 from __future__ import annotations
@@ -88,6 +88,23 @@ def convert(
         ],
     )
     typer.echo(f"calibrated on {report.calibration_tokens:,} tokens ({report.calibration}); saved in {out_dir}")
+
+
+@app.command()
+def record(
+    recipe: Annotated[Path, typer.Argument(help="YAML file")],
+    out_dir: Annotated[Path, typer.Argument(help="new or empty folder, for stored_logits in the recipe")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="dotted.key=value …, as for distill")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="tokens to record at every position; the others count as one")] = 64,
+    processes: Annotated[int, typer.Option(min=1, help="that the distillation will run on")] = 1,
+) -> None:
+    """Run the teacher of RECIPE over what its logits stages will read, and write its likeliest tokens to OUT_DIR."""
+    from .distillation import load_recipe
+    from .distillation.recording import record
+
+    _quieten()
+    record(load_recipe(recipe, overrides), out_dir, top_k, processes, typer.echo)
+    typer.echo(f"saved in {out_dir}")
 
 
 @app.command()

@@ -25,6 +25,7 @@ from .recipe import Recipe
 from .sharding import unsharded
 from .state import REMAINS, find_state, load_facts, load_rng, load_trained, remove_remains, remove_state
 from .stopping import Stop, on_sigterm
+from .stored import load_records
 from .training import Run, make_accelerator
 
 
@@ -63,11 +64,8 @@ def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
 
     accelerator = make_accelerator(recipe)
     torch.manual_seed(recipe.seed)
-    tokenizer = load_tokenizer(recipe.teacher)
-    teacher = load_teacher(recipe.teacher, recipe.dtype, accelerator.device)
-    limit = getattr(teacher.config, "max_position_embeddings", None)
-    if limit is not None and recipe.data.sequence_length > limit:
-        raise InputError(f"found sequence_length {recipe.data.sequence_length}, expected at most the teacher's {limit}")
+    tokenizer, teacher = teacher_of(recipe, accelerator.device)
+    records = load_records(recipe, teacher)
     student: Any = _student(recipe, teacher, tokenizer, state)
     teacher.requires_grad_(False)
     student.requires_grad_(False)
@@ -81,7 +79,7 @@ def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
         for module in student.modules():  # blocks recompute only in training mode; their dropout stays off
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
-    run = Run(recipe, accelerator, tokenizer, teacher, student, trainee, progress, stop)
+    run = Run(recipe, accelerator, tokenizer, teacher, student, trainee, progress, stop, records)
     if state is not None:
         load_trained(state, run.kept)
         load_rng(state)
@@ -99,6 +97,20 @@ def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it ends the process group
     return out
+
+
+def teacher_of(recipe: Recipe, device: torch.device) -> tuple[Any, Any]:
+    """The tokenizer and the model that ``recipe`` names.
+
+    Raises:
+        InputError: they cannot be loaded, or cannot read sequences as long as the recipe's.
+    """
+    tokenizer = load_tokenizer(recipe.teacher)
+    teacher = load_teacher(recipe.teacher, recipe.dtype, device)
+    limit = getattr(teacher.config, "max_position_embeddings", None)
+    if limit is not None and recipe.data.sequence_length > limit:
+        raise InputError(f"found sequence_length {recipe.data.sequence_length}, expected at most the teacher's {limit}")
+    return tokenizer, teacher
 
 
 def _student(recipe: Recipe, teacher: PreTrainedModel, tokenizer, state: Path | None) -> Any:

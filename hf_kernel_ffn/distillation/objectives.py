@@ -74,17 +74,50 @@ def logits(
     """
     with torch.no_grad():
         wanted = at_least_float32(teacher(**arguments(teacher, ids)).logits) / stage.temperature
+
+    def divergence(output: Tensor) -> Tensor:
+        target = predictions(wanted.to(output.device), ids).log_softmax(-1)
+        return kl(predictions(output, ids).log_softmax(-1), target)
+
+    return match(stage, teacher, student, ffns, ids, backward, price, divergence)
+
+
+def match(
+    stage: Stage,
+    teacher: PreTrainedModel,
+    student: nn.Module,
+    ffns: dict[str, nn.Module],
+    ids: Inputs,
+    backward: Backward,
+    price: Price,
+    divergence: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The loss of :func:`logits`, for any ``divergence`` per predicted token of the student's logits (rows, length, vocabulary) over
+    T; the teacher does not run here."""
     read = arguments(teacher, ids, next(student.parameters()).device)  # the teacher may be on another one
     output = at_least_float32(student(**read).logits)
-    wanted = predictions(wanted.to(output.device), ids).log_softmax(-1)
-    predicted = predictions(output / stage.temperature, ids).log_softmax(-1)
-    loss = nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1).mean() * stage.temperature**2
+    loss = divergence(output / stage.temperature).mean() * stage.temperature**2
     loss = loss * stage.kl
     if stage.cross_entropy:
         guesses, answers = answered(output, ids)
         loss = loss + stage.cross_entropy * nn.functional.cross_entropy(guesses.flatten(0, -2), answers.flatten())
     backward(loss + sum(price(path) for path in ffns) / len(ffns))
     return loss.detach()
+
+
+def kl(predicted: Tensor, wanted: Tensor) -> Tensor:
+    """KL(wanted ‖ predicted) (…) in nats, of log-probabilities (…, outcomes)."""
+    return nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1)
+
+
+def lumped(logits: Tensor, top: Tensor) -> Tensor:
+    """Log-probabilities (…, k + 1) under ``logits`` (…, vocabulary) of the tokens ``top`` (…, k) and, last, of all others as one.
+
+    The KL between two of these is at most that between the whole distributions, which it is where k is the vocabulary (log-sum
+    inequality: Cover & Thomas 2006, theorem 2.7.1)."""
+    others = logits.scatter(-1, top, torch.finfo(logits.dtype).min)  # not -inf, whose gradient is NaN where there are no others
+    parts = torch.cat([logits.gather(-1, top), others.logsumexp(-1, keepdim=True)], -1)
+    return parts - logits.logsumexp(-1, keepdim=True)
 
 
 def mean_over_processes(tensor: Tensor) -> Tensor:

@@ -69,11 +69,22 @@ class Stage(_Section):
     """Weight of the KL (logits)."""
     cross_entropy: float = Field(0.0, ge=0)
     """Weight of the cross-entropy on the text's own tokens (the next or the masked ones), added to the KL (logits)."""
+    stored_logits: str | None = None
+    """Folder that `hf-kernel-ffn record` has made: the teacher's likeliest tokens are read from it, the others count as one, and the
+    teacher does not run (logits). None: it runs."""
     write_mass: float = Field(0.0, ge=0)
     """Weight of Σ|c_i|‖v_i‖ over the length of what is written, added to the loss: the price of contributions that cancel."""
     layers_at_once: int | None = Field(None, ge=1)
     """Converted layers trained together, one group after the other, each with the whole budget (layer-wise): fewer need
     less memory for gradients and optimiser state. None: all."""
+
+    @model_validator(mode="after")
+    def _logits_are_for_logits(self) -> Stage:
+        if self.stored_logits is not None and self.name != "logits":
+            raise ValueError(
+                f"stored_logits {self.stored_logits!r} in a {self.name} stage: only logits stages read it; leave it out"
+            )
+        return self
 
 
 class Lora(_Section):

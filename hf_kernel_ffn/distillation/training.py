@@ -6,7 +6,9 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +29,7 @@ from .sharding import shard, share
 from .sparsity import Watch
 from .state import find_state, load_facts, load_optimizers, save_state
 from .stopping import Stop, Terminated
+from .stored import Record, load_records, stored_logits
 
 
 class PackedText(IterableDataset):
@@ -57,6 +60,25 @@ def _shuffled(items: Iterator[Tensor], size: int, rng: random.Random) -> Iterato
             yield held.pop()
     rng.shuffle(held)
     yield from held
+
+
+def parts(recipe: Recipe, paths: list[str]) -> Iterator[tuple[Stage, list[str]]]:
+    """Stages, each with the converted FFNs that it trains, of all at ``paths``; a layer-wise one is cut into its groups of layers."""
+    for stage in recipe.stages:
+        size = stage.layers_at_once if stage.name == "layer-wise" and stage.layers_at_once else len(paths)
+        for low in range(0, len(paths), size):
+            yield stage, paths[low : low + size]
+
+
+def extent(stage: Stage, data: Data, processes: int) -> tuple[int, int]:
+    """How many steps a part of ``stage`` has, and how many sequences so many processes read in each."""
+    per_step = stage.batch_size * processes
+    return math.ceil(stage.tokens / (per_step * data.sequence_length)), per_step
+
+
+def autocast(dtype: str, device: torch.device) -> Any:
+    """The context in which models of a recipe's ``dtype`` run."""
+    return nullcontext() if dtype == "float32" else torch.autocast(device.type, torch_dtype(dtype))
 
 
 def train(recipe: Recipe, tokenizer, teacher, student, *, progress: bool = False) -> None:
@@ -109,12 +131,14 @@ class Run:
         trainee,
         progress: bool,
         stop: Stop | None = None,
+        records: dict[str, Record] | None = None,
     ):
         self.stop = stop or Stop()
         self.skipped = 0
         """Steps left out because their numbers were not finite."""
         self.recipe, self.accelerator, self.tokenizer = recipe, accelerator, tokenizer
         self.teacher, self.student, self.trainee, self.progress = teacher, student, trainee, progress
+        self.records = load_records(recipe, teacher) if records is None else records
         self.sharded = recipe.shard and accelerator.num_processes > 1
         if self.sharded:
             reshard = not any(stage.write_mass for stage in recipe.stages)  # its price reads the weights after the forward pass
@@ -129,9 +153,10 @@ class Run:
         those are None."""
         done = load_facts(state)["position"] if state is not None else {"part": 0, "step": 0, "sequences": 0}
         sequences, self.skipped = done["sequences"], done.get("skipped", 0)
-        parts = list(self._parts())
-        for number in range(done["part"], len(parts)):
-            stage, ffns = parts[number]
+        ffns = self.student.kernel_ffns()
+        todo = list(parts(self.recipe, list(ffns)))
+        for number in range(done["part"], len(todo)):
+            stage, paths = todo[number]
             here = state if number == done["part"] and done["step"] else None
             step = done["step"] if here else 0
 
@@ -141,17 +166,8 @@ class Run:
                     writes, now = self.accelerator.is_main_process, {**facts, "position": position}
                     save_state(Path(self.recipe.output_dir), self.kept, optimizers, now, writes)
 
-            sequences = self._stage(stage, ffns, step, sequences, here, keep)
+            sequences = self._stage(stage, {path: ffns[path] for path in paths}, step, sequences, here, keep)
             keep(0, sequences, (), number + 1)
-
-    def _parts(self) -> Iterator[tuple[Stage, dict[str, nn.Module]]]:
-        """Stages, a layer-wise one cut into its groups of layers."""
-        ffns = self.student.kernel_ffns()
-        for stage in self.recipe.stages:
-            size = stage.layers_at_once if stage.name == "layer-wise" and stage.layers_at_once else len(ffns)
-            paths = list(ffns)
-            for low in range(0, len(paths), size):
-                yield stage, {path: ffns[path] for path in paths[low : low + size]}
 
     def _stage(self, stage: Stage, ffns, first: int, sequences: int, state: Path | None, keep: Callable) -> int:
         accelerator, data = self.accelerator, self.recipe.data
@@ -164,8 +180,10 @@ class Run:
         made = optimizers(self.trainee, parameters, stage)
         if state is not None:
             load_optimizers(state, made)
-        per_step = stage.batch_size * accelerator.num_processes
-        steps = math.ceil(stage.tokens / (per_step * data.sequence_length))
+        steps, per_step = extent(stage, data, accelerator.num_processes)
+        objective = OBJECTIVES[stage.name]
+        if stage.stored_logits is not None:
+            objective = partial(stored_logits, self.records[stage.stored_logits])
         loader = DataLoader(
             PackedText(self.tokenizer, data, self.recipe.seed, sequences),
             batch_size=stage.batch_size,
@@ -182,8 +200,8 @@ class Run:
                     group["lr"] = group["peak"] * schedule(step, steps, stage.warmup)
                 number = f"{self.recipe.seed} {sequences} {accelerator.process_index}"
                 ids = question(self.teacher, self.tokenizer, next(batches), number)
-                with self._autocast():
-                    loss = OBJECTIVES[stage.name](stage, self.teacher, student, ffns, ids, accelerator.backward, watch.price)
+                with autocast(self.recipe.dtype, accelerator.device):
+                    loss = objective(stage, self.teacher, student, ffns, ids, accelerator.backward, watch.price)
                 value, stopping = self._agreed(loss)
                 if self._usable(value, parameters):
                     if layer_wise and accelerator.num_processes > 1 and not self.sharded:
@@ -261,11 +279,6 @@ class Run:
     def _average(self, tensor: Tensor) -> None:
         if self.accelerator.num_processes > 1:
             tensor.copy_(self.accelerator.reduce(tensor, "mean"))
-
-    def _autocast(self):
-        if self.recipe.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(self.accelerator.device.type, torch_dtype(self.recipe.dtype))
 
 
 @torch.no_grad()
