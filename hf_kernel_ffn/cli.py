@@ -11,6 +11,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from .printing import print_benchmark, print_reading, print_report, print_table
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the weights while they are computed with")]
@@ -79,7 +81,7 @@ def convert(
         student, report = surgery.convert(teacher, settings, layers, seed=seed, **options)
         with new_folder(out_dir) as made:
             save_converted(student, model, made, conversion=report.to_dict())
-    _table(
+    print_table(
         ["layer", "prototypes", "parameters", "FVU held out", "dictionary growth"],
         [
             [path, f"{f['prototypes']}", f"{f['parameters']:,}"]
@@ -166,7 +168,7 @@ def evaluate(
     report = {"student_path": student, "teacher_path": teacher, "text": text, "sequence_length": sequence_length, **report}
     if json_file is not None:
         write_text(json_file, json.dumps(report, indent=1) + "\n")
-    _print_report(report)
+    print_report(report)
 
 
 @app.command()
@@ -212,7 +214,7 @@ def read(
 
         beside = None if teacher is None else trace(load_teacher(teacher, dtype, device), tokenizer, prompt)
         write_report(html, report_data(passed, beside, tokenizer=tokenizer, alternatives=other_mixtures(passed, alternatives)))
-    _print_reading(found)
+    print_reading(found)
 
 
 @app.command()
@@ -223,7 +225,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="local folder of a conver
 
     _quieten()
     found = verify(folder)
-    _table(["", "found", ""], [[f.what, f.found, "ok" if f.good else "NOT OK"] for f in found])
+    print_table(["", "found", ""], [[f.what, f.found, "ok" if f.good else "NOT OK"] for f in found])
     bad = [f.what for f in found if not f.good]
     if bad:
         raise InputError(f"found {folder} not as it was saved ({', '.join(bad)}): see the table, and copy or convert it again")
@@ -331,7 +333,7 @@ def benchmark(
     )  # fmt: skip
     if json_file is not None:
         write_text(json_file, json.dumps(found, indent=1) + "\n")
-    _print_benchmark(found)
+    print_benchmark(found)
 
 
 @app.command()
@@ -350,9 +352,9 @@ def families(
 
         _quieten()
         found = rows(empty_teacher(explain, trust_remote_code))
-        _table(["FFN", "sizes", "activation", "entry"], [list(row.values()) for row in found])
+        print_table(["FFN", "sizes", "activation", "entry"], [list(row.values()) for row in found])
         return
-    _table(
+    print_table(
         ["model_type", "FFN", "W_in", "gate", "W_out", "default"],
         [
             [
@@ -375,85 +377,6 @@ def _quieten() -> None:
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-
-
-def _print_report(report: dict) -> None:
-    names = ["student.cross_entropy", "teacher.cross_entropy", "delta_cross_entropy", "kl", "top1_agreement", "loss_recovered"]
-    names += ["pooled_cosine", "pooled_cosine_centred"] if "pooled_cosine" in report else []
-    rows = []
-    for name in names:
-        value = report
-        for key in name.split("."):
-            value = value[key]
-        rows.append([name, f"{value:.4f}"])
-    _table(["figure", f"over {report['tokens']:,} predicted tokens"], rows)
-    columns = {
-        "fvu": "FVU", "fvu_student_inputs": "FVU own inputs", "active_prototypes": "active", "effective_prototypes": "effective",
-        "coherence": "coherence", "opposed_share": "opposed", "write_mass_ratio": "write mass",
-    }  # fmt: skip
-    rows = []
-    for layer in report["layers"]:
-        for who, figures in ((layer["path"], layer), ("  teacher", layer["teacher"])):
-            rows.append([who, *(f"{figures[name]:.{1 if 'prototypes' in name else 4}f}" for name in columns)])
-    _table(["layer", *columns.values()], rows)
-
-
-def _print_benchmark(found: dict) -> None:
-    rows = []
-    for row in found["rows"]:
-        spread, target, memory = row["ratio"], row["target"], row.get("memory_target")
-        rows.append([
-            row["shape"], row["mode"], row["phase"], row["variant"], f"{row['seconds']['median'] * 1e3:.2f}", row["against"],
-            f"{spread['median']:.2f} ({spread['low']:.2f}–{spread['high']:.2f})", "" if target is None else f"≤ {target}",
-            "" if "memory" not in row else f"{row['memory'] / 2**20:.1f}", "" if "memory" not in row else f"{row['memory_ratio']:.2f}",
-            "" if memory is None else f"≤ {memory}", "" if "bytes_moved" not in row else f"{row['bytes_moved'] / 2**20:.0f}",
-            f"{row['seconds_at_copy_bandwidth'] * 1e3:.2f}",
-        ])  # fmt: skip
-    _table(["shape", "mode", "phase", "what", "ms", "against", "time ratio", "aimed at", "MiB held", "ratio", "aimed at", "MiB moved",
-            "ms to copy weights"], rows)  # fmt: skip
-    typer.echo(
-        f"{found['machine']}, torch {found['torch']}, {found['dtype']}, {found['tokens']} tokens, medians of {found['repeats']}"
-    )
-
-
-def _print_reading(found: dict) -> None:
-    typer.echo(
-        f"at token {found['position']} {found['token']!r}; next: " + ", ".join(f"{t!r} {p:.1%}" for t, p in found["next"])
-    )
-    head = ["layer", "regime", "intensity", "entropy", "active", "effective", "coherence", "negative mass", "support", ""]
-    rows = []
-    for layer in found["layers"]:
-        support = layer.get("support")
-        rows.append([
-            str(layer["layer"]), layer["regime"], f"{layer['intensity']:.2f}", f"{layer['entropy']:.2f}", str(layer["active"]),
-            f"{layer['effective']:.1f}", f"{layer['coherence']:.3f}", f"{layer['negative_mass_share']:.1%}",
-            "–" if support is None else f"{support['nearest']:.0f}%", layer["diagnosis"],
-        ])  # fmt: skip
-    _table(head, rows)
-    for layer in found["layers"]:
-        shares = layer["contributions"] and layer["contributions"][0]["share"] is not None
-        rows = [
-            [c["name"], f"{c['share']:.1%}" if shares else f"{c['coefficient']:+.3f}", f"{c['along']:+.3f}", c["writes"]]
-            for c in layer["contributions"]
-        ]
-        _table([f"layer {layer['layer']}", "share" if shares else "coefficient", "along the output", "writes"], rows)
-    logit = found["logit"]
-    rows = [
-        ["–" if p["layer"] is None else str(p["layer"]), p["kind"], p["name"], f"{p['amount']:+.3f}"] for p in logit["parts"]
-    ]
-    rows += [["", f"all {kind}", "", f"{amount:+.3f}"] for kind, amount in logit["kinds"].items()]
-    rows += [["", "remainder", "", f"{logit['remainder']:+.1e}"]]
-    _table(["layer", "from", "", f"logit of {logit['token']!r} over {logit['against']!r}: {logit['value']:.3f}"], rows)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def main() -> None:
