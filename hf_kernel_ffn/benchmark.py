@@ -89,10 +89,12 @@ class MatrixProducts(nn.Module):
 
 
 def readout(shape: Shape, prototypes: int, active: int | None = None, simplex: str = "top-k", values: str = "fixed",
-            kernel: str = "half-yat", weights: KernelFFN | None = None) -> KernelFFN:  # fmt: skip
+            kernel: str = "half-yat", intensity: str = "mass", weights: KernelFFN | None = None) -> KernelFFN:  # fmt: skip
     """A kernel readout of ``shape`` with random weights, or those of ``weights``; ``active`` prototypes per token, or all."""
-    settings = KernelFFNConfig(kernel, "softmax" if active is None else simplex, init="single", values=values, top_k=active)
-    reference = {"epsilon": 0.01 * shape.hidden_size, "scale": 1.0, "threshold": 1.0}
+    settings = KernelFFNConfig(
+        kernel, "softmax" if active is None else simplex, intensity, "single", values=values, top_k=active
+    )
+    reference = {"epsilon": 0.01 * shape.hidden_size, "scale": 1.0, "threshold": 1.0, "temperature": 1.0}
     ffn = KernelFFN(LayerConfig(settings, shape.hidden_size, prototypes, reference))
     if weights is not None:
         for name, parameter in weights.named_parameters():
@@ -165,6 +167,7 @@ def variants(shape: Shape, active: int, own: dict[str, nn.Module] | None = None)
         sparse = readout(shape, width, active, weights=dense)
         sparse.keep_norms = True
         found[f"{name}, top-k {active}, norms kept"] = Variant(sparse, "stock", target, ("decode",), sparse=True)
+    found["single, convex"] = Variant(readout(shape, m, intensity="none"), "stock", None, ("forward", "forward+backward"))
     if shape.gated:
         gated = readout(shape, m, values="gated")
         found["gated"] = Variant(gated, "stock", "gated")

@@ -21,12 +21,10 @@ from torch import Tensor, library
 
 from .errors import InputError
 from .fused_kernels import INTERPRETED, backward_tuned, forward_tuned, gather_kernel, triton
-from .kernels import HalfYat, Yat, get_kernel
+from .kernels import HalfYat, Yat
 from .linears import is_plain, lay_out_by_prototypes
-from .one_pass import _chunks
-from .one_pass import plain as plain_conic
+from .one_pass import _chunks, plain
 from .readout import KernelFFN
-from .simplex import shares
 
 TOKENS, PROTOTYPES = 128, 128
 """Largest tile of scores; with half the tokens where a longer epilogue needs the registers. A tile always has that many prototypes:
@@ -186,7 +184,7 @@ def _differentiate(ctx, gradient, _):
     if torch.is_grad_enabled():  # a graph of the gradient itself is asked for
         with torch.autocast(gradient.device.type, enabled=False):
             given = [t for t, asked in zip(tensors, wanted) if asked]
-            output = plain(*tensors, *ctx.settings[:2], ctx.settings[3])
+            output = plain_mixture(*tensors, *ctx.settings)
             found = iter(torch.autograd.grad(output, given, gradient, create_graph=True))
         return tuple(next(found) if asked else None for asked in wanted) + nothing
     found = _mixture_backward(gradient, written, log_mass, wanted, *tensors, *ctx.settings)
@@ -196,19 +194,9 @@ def _differentiate(ctx, gradient, _):
 _mixture.register_autograd(_differentiate, setup_context=_setup)
 
 
-def plain(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, convex):
-    """The same function in plain torch, from float32 on: what double backward differentiates."""
-    if not convex:
-        return plain_conic(x, rows, bias, dictionary, epsilon, factor.log(), up, up_bias, one_sided, mix)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
-    x, rows = x.to(dtype), rows.to(dtype)
-    dot = x @ rows.T
-    kernel = get_kernel("half-yat" if one_sided else "yat")
-    distance = (x.square().sum(-1, keepdim=True) + rows.square().sum(-1) - 2 * dot).clamp_min(0)
-    pi = shares("softmax", kernel.log(dot + bias.to(dtype), distance, epsilon.to(dtype)), factor.to(dtype))
-    if up is not None:
-        pi = pi * torch.nn.functional.linear(x, up.to(dtype), None if up_bias is None else up_bias.to(dtype))
-    return pi.to(mix) @ dictionary.to(mix).T
+def plain_mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex):
+    """:func:`fused_mixture` in plain torch, without a limit: what double backward differentiates."""
+    return plain(x, rows, bias, dictionary, epsilon, factor if convex else factor.log(), up, up_bias, one_sided, convex, mix)
 
 
 class _Given:

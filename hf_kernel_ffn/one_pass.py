@@ -1,4 +1,5 @@
-"""The dense Yat readouts in one pass over chunks of tokens: Σ_i κ_i (u_i) v_i, kernel values never held for all tokens at once.
+"""The dense Yat readouts in one pass over chunks of tokens: Σ_i κ_i (u_i) v_i, or that over Σ_i κ_i, kernel values never held for all
+tokens at once.
 
 Same function as the plain form in readout.py, which stays the reference. This file travels inside converted checkpoints: it
 imports nothing but torch.
@@ -6,6 +7,9 @@ imports nothing but torch.
 
 import torch
 from torch import Tensor
+
+from .kernels import get_kernel
+from .simplex import shares
 
 BLOCK = 2**16
 """Elements of a score matrix that elementwise work goes over at once on a CPU: what stays in its cache."""
@@ -16,18 +20,20 @@ FAR = 2.0**40
 
 
 class YatMixture(torch.autograd.Function):
-    """``Σ_i scale · κ_i(x) · u_i(x) · v_i``, with κ = s² / (‖x − w‖² + ε), or relu(s)² in place of s² (half-yat).
+    """``Σ_i scale · κ_i(x) · u_i(x) · v_i``, with κ = s² / (‖x − w‖² + ε), or relu(s)² in place of s² (half-yat); or, if ``convex``,
+    ``Σ_i π_i u_i(x) v_i`` with π = softmax(log κ / τ), zero where nothing fires.
 
-    Arguments: x (N, d); rows (P, d) and bias (P,); dictionary (d, P), columns v_i; epsilon, log_scale (1,), at least float32; up
-    (P, d) and up_bias (P,), or None where u_i = 1; one_sided: half-yat; mix: the dtype of the second product; limit: bytes
-    that a temporary may take, and that may be kept for the backward pass: beyond it, scores are computed again there.
+    Arguments: x (N, d); rows (P, d) and bias (P,); dictionary (d, P), columns v_i; epsilon and factor (1,), at least float32: log scale,
+    or τ if convex; up (P, d) and up_bias (P,), or None where u_i = 1; one_sided: half-yat; convex; mix: the dtype of the second
+    product; limit: bytes that a temporary may take, and that may be kept for the backward pass: beyond it, scores are computed again
+    there.
     Returns (N, d) in ``mix``.
     """
 
     @staticmethod
-    def forward(ctx, x, rows, bias, dictionary, epsilon, log_scale, up, up_bias, one_sided, mix, limit):
-        ctx.one_sided, ctx.mix, ctx.limit = one_sided, mix, limit
-        terms = _Terms(x, rows, bias, epsilon, log_scale, up, up_bias, one_sided)
+    def forward(ctx, x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, convex, mix, limit):
+        ctx.one_sided, ctx.convex, ctx.mix, ctx.limit = one_sided, convex, mix, limit
+        terms = (_Convex if convex else _Conic)(x, rows, bias, epsilon, factor, up, up_bias, one_sided)
         ctx.kept = any(ctx.needs_input_grad) and len(x) * terms.bytes_per_token <= limit
         written = x.new_empty(len(x), dictionary.shape[0], dtype=mix)
         mixed = dictionary.to(mix)
@@ -35,10 +41,11 @@ class YatMixture(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for part in [slice(0, len(x))] if ctx.kept else _chunks(len(x), limit, 2 * terms.bytes_per_token):
                 dots, ups = terms.products(x[part])
-                kernel = terms.kernel(part, dots, ups, torch.empty_like(dots) if ctx.kept else dots)
-                torch.mm(kernel.to(mix), mixed.T, out=written[part])
+                coefficients = terms.coefficients(part, dots, ups, torch.empty_like(dots) if ctx.kept else dots)
+                torch.mm(coefficients.to(mix), mixed.T, out=written[part])
+            terms.finish(written)
         kept = (dots, ups) if ctx.kept else (None, None)
-        ctx.save_for_backward(x, rows, bias, dictionary, epsilon, log_scale, up, up_bias, written, *kept)
+        ctx.save_for_backward(x, rows, bias, dictionary, epsilon, factor, up, up_bias, written, terms.log_mass, *kept)
         return written
 
     @staticmethod
@@ -46,18 +53,18 @@ class YatMixture(torch.autograd.Function):
         with torch.autocast(gradient.device.type, enabled=False):
             if torch.is_grad_enabled():  # a graph of the gradient itself is asked for: by way of the plain form
                 inputs = [t for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad) if wanted]
-                output = plain(*ctx.saved_tensors[:8], ctx.one_sided, ctx.mix)
+                output = plain(*ctx.saved_tensors[:8], ctx.one_sided, ctx.convex, ctx.mix)
                 found = iter(torch.autograd.grad(output, inputs, gradient, create_graph=True))
                 return tuple(next(found) if wanted else None for wanted in ctx.needs_input_grad)
             return YatMixture._backward(ctx, gradient)
 
     @staticmethod
     def _backward(ctx, gradient):
-        x, rows, bias, dictionary, epsilon, log_scale, up, up_bias, written, kept_dots, kept_ups = ctx.saved_tensors
-        terms = _Terms(x, rows, bias, epsilon, log_scale, up, up_bias, ctx.one_sided)
+        x, rows, bias, dictionary, epsilon, factor, up, up_bias, written, log_mass, kept_dots, kept_ups = ctx.saved_tensors
+        terms = (_Convex if ctx.convex else _Conic)(x, rows, bias, epsilon, factor, up, up_bias, ctx.one_sided)
         wanted, dtype = ctx.needs_input_grad, terms.dtype
-        sums = _Sums(terms)
         gradient = gradient.to(ctx.mix)
+        sums = _Sums(terms, (gradient.to(dtype) * written.to(dtype)).sum(-1, keepdim=True), log_mass)
         mixed = dictionary.to(ctx.mix)
         new = torch.empty_like if len(x) else torch.zeros_like  # the first chunk writes, the others add
         d_dictionary = new(mixed) if wanted[3] else None
@@ -89,13 +96,12 @@ class YatMixture(torch.autograd.Function):
         if d_rows is not None:
             d_rows.addcmul_(rows_cast, per_row[:, None], value=-2)
         d_epsilon = -(per_row.sum() + sums.touching / terms.inside)
-        d_log_scale = (gradient.to(dtype) * written.to(dtype)).sum()  # the output is proportional to the scale
         found = (
-            d_x, d_rows, 2 * sums.scores, d_dictionary, d_epsilon.reshape(1), d_log_scale.reshape(1), d_up,
+            d_x, d_rows, 2 * sums.scores, d_dictionary, d_epsilon.reshape(1), terms.d_factor(sums).reshape(1), d_up,
             None if up is None else sums.ups,
         )  # fmt: skip
-        like = (x, rows, bias, dictionary, epsilon, log_scale, up, up_bias)
-        return (*(None if g is None or t is None else g.to(t.dtype) for g, t in zip(found, like)), None, None, None)
+        like = (x, rows, bias, dictionary, epsilon, factor, up, up_bias)
+        return (*(None if g is None or t is None else g.to(t.dtype) for g, t in zip(found, like)), None, None, None, None)
 
 
 def one_token(x, rows, bias, squares, epsilon, scale, one_sided):
@@ -108,38 +114,41 @@ def one_token(x, rows, bias, squares, epsilon, scale, one_sided):
     return torch.div(score, denominator).mul_(score).mul_(scale)
 
 
-def plain(x, rows, bias, dictionary, epsilon, log_scale, up, up_bias, one_sided, mix):
+def plain(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, convex, mix):
     """The same function in plain torch: what double backward differentiates."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
-    dot = torch.nn.functional.linear(x.to(dtype), rows.to(dtype))
-    square = x.to(dtype).square().sum(-1, keepdim=True) + rows.to(dtype).square().sum(-1)
-    distance = (square - 2 * dot).clamp_min(0)
-    score = dot + bias.to(dtype)
-    score = score.relu() if one_sided else score
-    kernel = score * (score / (distance + epsilon.to(dtype))) * log_scale.exp().to(dtype)
+    x, rows, epsilon, factor = x.to(dtype), rows.to(dtype), epsilon.to(dtype), factor.to(dtype)
+    dot = torch.nn.functional.linear(x, rows)
+    distance = (x.square().sum(-1, keepdim=True) + rows.square().sum(-1) - 2 * dot).clamp_min(0)
+    kernel, score = get_kernel("half-yat" if one_sided else "yat"), dot + bias.to(dtype)
+    if convex:
+        choice = shares("softmax", kernel.log(score, distance, epsilon=epsilon), factor)
+    else:
+        choice = kernel.scaled(score, distance, factor, epsilon=epsilon)
     if up is not None:
-        kernel = kernel * torch.nn.functional.linear(x.to(dtype), up.to(dtype), None if up_bias is None else up_bias.to(dtype))
-    return kernel.to(mix) @ dictionary.to(mix).T
+        choice = choice * torch.nn.functional.linear(x, up.to(dtype), None if up_bias is None else up_bias.to(dtype))
+    return choice.to(mix) @ dictionary.to(mix).T
 
 
 class _Sums:
-    """Sums over a batch that the backward pass of the elementwise part leaves behind."""
+    """What the backward pass of the elementwise part is given for each token, and the sums over a batch that it leaves behind."""
 
-    def __init__(self, terms):
+    def __init__(self, terms, mean, log_mass):
         count, prototypes = len(terms.square_x), len(terms.square_rows)
         new = terms.square_x.new_zeros
+        self.mean, self.log_mass = mean, log_mass  # Σ gradient · output (N, 1), and what _Convex says
         self.per_token, self.per_row = new(count, 1), new(prototypes)  # of −∂/∂‖x−w‖², times `inside`
         self.touching = new(())  # the same where rounding left no distance, of which ε alone has a gradient
         self.scores, self.ups = new(prototypes), new(prototypes)  # half the gradient of scores, and that of u·x
+        self.entropy = new(())  # Σ (gradient of log π) · log π
 
 
 class _Terms:
-    """What the elementwise part needs beside the products x·w, in the dtype that they are computed in.
+    """What the elementwise part needs beside the products x·w, in the dtype that they are computed in: D = (‖x − w‖² + ε) / inside."""
 
-    On a CPU the kernel's scale goes inside, where it costs nothing: scale · κ = s · (s / D) with D = (‖x − w‖² + ε) / scale.
-    """
+    log_mass = None
 
-    def __init__(self, x, rows, bias, epsilon, log_scale, up, up_bias, one_sided):
+    def __init__(self, x, rows, bias, epsilon, factor, up, up_bias, one_sided):
         self.dtype = torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
         # A product of half-precision matrices that sums in float32 and leaves the sums there; only CUDA has it.
         self.native = x.is_cuda and x.dtype == rows.dtype != self.dtype
@@ -147,13 +156,10 @@ class _Terms:
         if up is not None and not self.native:
             self.up = up.to(self.dtype)
         self.bias, self.up_bias = bias.to(self.dtype), None if up_bias is None else up_bias.to(self.dtype)
-        epsilon, scale = epsilon.to(self.dtype), log_scale.exp().to(self.dtype)
-        self.inside = 1.0
-        self.outside, self.least = scale, epsilon
-        if x.device.type == "cpu":  # plain numbers are at hand; elsewhere reading one would wait for the device
-            self.inside = min(max(scale.item(), 1 / FAR), FAR)
-            self.outside, self.least = scale.item() / self.inside, epsilon.item() / self.inside
-        self._all_inside = x.device.type == "cpu" and self.outside == 1
+        self.inside, epsilon = 1.0, epsilon.to(self.dtype)
+        self.at_hand = x.device.type == "cpu"  # plain numbers are; elsewhere reading one would wait for the device
+        self.take(factor)
+        self.least = epsilon.item() / self.inside if self.at_hand else epsilon
         self.square_x = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.dtype).square() / self.inside
         # From the weight in use at every call: a norm kept from earlier would be wrong after a step or an adapter.
         square_rows = torch.linalg.vector_norm(rows, dim=-1, dtype=self.dtype).square()
@@ -171,36 +177,65 @@ class _Terms:
             return product if bias is None else product.add_(bias)
         return torch.nn.functional.linear(x.to(self.dtype), weight, bias)
 
-    def _denominator_and_score(self, part, dots):
+    def denominator_and_score(self, part, dots):
         """D, less than ``least`` where rounding left it so, and x·w + b, or what is positive of it."""
         score = dots + self.bias
         return torch.add(self.square_x[part], self.square_rows).add_(dots, alpha=-2 / self.inside), (
             score.clamp_min_(0) if self.one_sided else score
         )
 
-    def kernel(self, part, dots, ups, out):
+    def collect(self, gradient, far, apart, here, sums):
+        """Half the gradient of x·w in place of half that of scores; ``far``: −∂/∂D, overwritten."""
+        sums.scores += gradient.sum(0)
+        if apart is not None:
+            sums.touching += far.masked_fill(apart, 0).sum()
+            far.mul_(apart)
+        gradient.add_(far, alpha=1 / self.inside)
+        sums.per_token[here] = far.sum(-1, keepdim=True)
+        sums.per_row += far.sum(0)
+
+    def cut(self, denominator):
+        """``denominator`` is no less than ``least`` any more; where it was so before, or None: everywhere."""
+        apart = None if self.at_hand and denominator.amin() >= self.least else denominator >= self.least
+        denominator.clamp_min_(self.least)
+        return apart
+
+
+class _Conic(_Terms):
+    """scale · κ. On a CPU the scale goes inside, where it costs nothing: scale · κ = s · (s / D) with D = (‖x − w‖² + ε) / scale."""
+
+    def take(self, log_scale):
+        self.outside = log_scale.exp().to(self.dtype)
+        if self.at_hand:
+            scale = self.outside.item()
+            self.inside = min(max(scale, 1 / FAR), FAR)
+            self.outside = scale / self.inside
+        self.all_inside = self.at_hand and self.outside == 1
+
+    def coefficients(self, part, dots, ups, out):
         """scale · κ · u over the tokens ``part``, into ``out``, which may be ``dots`` itself."""
-        for low, rows in _blocks(dots):
-            dot, target = dots[rows], out[rows]
-            denominator, score = self._denominator_and_score(slice(part.start + low, part.start + low + len(dot)), dot)
+        for here, rows in _blocks(dots, part):
+            denominator, score = self.denominator_and_score(here, dots[rows])
             torch.div(score, denominator.clamp_min_(self.least), out=denominator)
-            torch.mul(score, denominator, out=target)
-            if not self._all_inside:
+            target = torch.mul(score, denominator, out=out[rows])
+            if not self.all_inside:
                 target.mul_(self.outside)
             if ups is not None:
                 target.mul_(ups[rows])
         return out
 
+    def finish(self, written):
+        """Nothing is left to do to the output."""
+
     def backward(self, part, dots, ups, d_coefficient, coefficient, d_ups, sums):
         """From the gradient of the coefficients to half that of x·w, in its place; fills ``coefficient`` and ``d_ups``."""
-        for low, rows in _blocks(dots):
-            dot, gradient = dots[rows], d_coefficient[rows]
-            here = slice(part.start + low, part.start + low + len(dot))
-            denominator, score = self._denominator_and_score(here, dot)
-            apart = None if dot.device.type == "cpu" and denominator.amin() >= self.least else denominator >= self.least
-            share = torch.div(score, denominator.clamp_min_(self.least), out=denominator)
+        for here, rows in _blocks(dots, part):
+            gradient = d_coefficient[rows]
+            denominator, score = self.denominator_and_score(here, dots[rows])
+            apart = self.cut(denominator)
+            share = torch.div(score, denominator, out=denominator)
             kernel = torch.mul(score, share, out=coefficient[rows])
-            if not self._all_inside:
+            if not self.all_inside:
                 kernel.mul_(self.outside)
             if ups is not None:
                 torch.mul(gradient, kernel, out=d_ups[rows])
@@ -208,23 +243,73 @@ class _Terms:
                 kernel.mul_(ups[rows])
                 sums.ups += d_ups[rows].sum(0)
             gradient.mul_(share)
-            if not self._all_inside:
+            if not self.all_inside:
                 gradient.mul_(self.outside)
-            far = torch.mul(gradient, share, out=share)  # −∂/∂‖x − w‖², times `inside`
-            sums.scores += gradient.sum(0)
-            if apart is not None:
-                sums.touching += far.masked_fill(apart, 0).sum()
-                far.mul_(apart)
-            gradient.add_(far, alpha=1 / self.inside)
-            sums.per_token[here] = far.sum(-1, keepdim=True)
-            sums.per_row += far.sum(0)
+            self.collect(gradient, torch.mul(gradient, share, out=share), apart, here, sums)
+
+    def d_factor(self, sums):
+        return sums.mean.sum()  # the output is proportional to the scale
 
 
-def _blocks(matrix: Tensor):
-    """First row and slice of each run of rows of ``matrix`` that fits the cache; all of it on a device."""
-    rows = len(matrix) if matrix.device.type != "cpu" else max(1, BLOCK // matrix.shape[1])
+class _Convex(_Terms):
+    """π = softmax(log κ / τ): κ^(1/τ) relative to the token's largest, the sum of which divides the product."""
+
+    def take(self, temperature):
+        self.temperature = temperature.item() if self.at_hand else temperature.to(self.dtype)
+
+    def coefficients(self, part, dots, ups, out):
+        """κ^(1/τ) · u over the tokens ``part``, relative to the largest κ^(1/τ), into ``out``, which may be ``dots`` itself."""
+        if self.log_mass is None:
+            self.mass, self.log_mass = torch.empty_like(self.square_x), torch.empty_like(self.square_x)
+        for here, rows in _blocks(dots, part):
+            denominator, score = self.denominator_and_score(here, dots[rows])
+            denominator.clamp_min_(self.least)
+            target = torch.mul(score, score, out=out[rows]).div_(denominator).log_().div_(self.temperature)
+            best = target.amax(-1, keepdim=True)
+            best = best.where(best != -torch.inf, torch.zeros_like(best))
+            mass = target.sub_(best).exp_().sum(-1, keepdim=True)
+            fires = mass > 0
+            self.mass[here] = mass.where(fires, torch.ones_like(mass))
+            self.log_mass[here] = (best + mass.log()).where(fires, torch.full_like(mass, torch.inf))
+            if ups is not None:
+                target.mul_(ups[rows])
+        return out
+
+    def finish(self, written):
+        written.div_(self.mass)
+
+    def backward(self, part, dots, ups, d_coefficient, coefficient, d_ups, sums):
+        """As that of :class:`_Conic`; ``coefficient`` is filled with π · u."""
+        for here, rows in _blocks(dots, part):
+            gradient = d_coefficient[rows]
+            denominator, score = self.denominator_and_score(here, dots[rows])
+            apart = self.cut(denominator)
+            log_pi = torch.mul(score, score).div_(denominator).log_().div_(self.temperature).sub_(sums.log_mass[here])
+            pi = torch.exp(log_pi, out=coefficient[rows])
+            if ups is not None:
+                torch.mul(gradient, pi, out=d_ups[rows])
+                gradient.mul_(ups[rows])
+                sums.ups += d_ups[rows].sum(0)
+            gradient.sub_(sums.mean[here]).mul_(pi)
+            if ups is not None:
+                pi.mul_(ups[rows])
+            sums.entropy += log_pi.clamp_min_(torch.finfo(self.dtype).min).mul_(gradient).sum()
+            gradient.div_(self.temperature)
+            far = torch.div(gradient, denominator, out=denominator)
+            gradient.div_(score.add_(score == 0))  # what does not fire has no gradient
+            self.collect(gradient, far, apart, here, sums)
+
+    def d_factor(self, sums):
+        return -sums.entropy / self.temperature
+
+
+def _blocks(matrix: Tensor, part: slice):
+    """For each run of rows of ``matrix``, which are the tokens ``part``, that fits the cache (all of them on a device): the slice of all
+    tokens, and that of the matrix."""
+    rows = max(1, len(matrix) if matrix.device.type != "cpu" else BLOCK // matrix.shape[1])
     for low in range(0, len(matrix), rows):
-        yield low, slice(low, low + rows)
+        high = min(low + rows, len(matrix))
+        yield slice(part.start + low, part.start + high), slice(low, high)
 
 
 def _chunks(count: int, limit: int, bytes_per_token: int):

@@ -214,8 +214,8 @@ class KernelFFN(nn.Module):
         settings, dtype = self.config.settings, hidden_states.dtype
         linears = [self.input_prototypes, self.output_prototypes, *([self.value_proj] if settings.values == "gated" else [])]
         return (
-            settings.coefficients_are_kernel
-            and settings.simplex == "softmax"
+            settings.simplex == "softmax"
+            and (settings.coefficients_are_kernel or settings.intensity != "mass")
             and type(self.kernel) in (Yat, HalfYat)
             and not (self.training and self.config.hidden_dropout)
             and not torch.compiler.is_compiling()
@@ -232,12 +232,15 @@ class KernelFFN(nn.Module):
         mix = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
         up = self.value_proj if self.config.settings.values == "gated" else None
         first, second = self.input_prototypes, self.output_prototypes
+        convex = not self.config.settings.coefficients_are_kernel
         written = YatMixture.apply(
             hidden_states.reshape(-1, hidden_states.shape[-1]), first.weight, first.bias, second.weight, self.positive("epsilon"),
-            self.log_positive("scale"), None if up is None else up.weight, None if up is None else up.bias,
-            type(self.kernel) is HalfYat, mix, self.activation_bytes,
-        )  # fmt: skip
-        return (written + second.bias.to(mix)).view(hidden_states.shape)
+            self.positive("temperature") if convex else self.log_positive("scale"), None if up is None else up.weight,
+            None if up is None else up.bias, type(self.kernel) is HalfYat, convex, mix, self.activation_bytes,
+        ).view(hidden_states.shape)  # fmt: skip
+        if self.config.settings.intensity == "gate":
+            written = (written * self._gate(hidden_states)).to(mix)
+        return written + second.bias.to(mix)
 
     def _decodes_sparsely(self, hidden_states) -> bool:
         """Whether it is one token of which a few kernel values are the coefficients, on a CPU, where shapes may depend on the data."""
@@ -302,6 +305,10 @@ class KernelFFN(nn.Module):
             lay_out_by_prototypes(linear)
         return torch.addmv(linear.bias, linear.weight.T.index_select(0, active).T, coefficients)
 
+    def _gate(self, hidden_states):
+        """The learned intensity (..., 1)."""
+        return nn.functional.softplus(_at_least_float32(self.gate(hidden_states))) * self.reference["scale"]
+
     def _ups(self, hidden_states):
         """u·x (..., prototypes), or None where the output prototypes are fixed."""
         return _at_least_float32(self.value_proj(hidden_states)) if self.config.settings.values == "gated" else None
@@ -344,8 +351,7 @@ class KernelFFN(nn.Module):
         if settings.intensity == "none":
             return pi, None
         if settings.intensity == "gate":
-            gate = _at_least_float32(self.gate(hidden_states))
-            return pi, nn.functional.softplus(gate) * self.reference["scale"]
+            return pi, self._gate(hidden_states)
         support = pi.detach() > 0
         finite = log_kernel.where(support, torch.zeros_like(log_kernel)) + self.log_positive("scale")
         return pi, (finite.exp() * support).sum(-1, keepdim=True)

@@ -17,8 +17,13 @@ from hf_kernel_ffn.one_pass import YatMixture
 
 dense = pytest.mark.parametrize(
     "settings",
-    [dict(kernel=k, values=v, simplex="softmax", intensity="mass") for k in ("yat", "half-yat") for v in ("fixed", "gated")],
-    ids=lambda s: f"{s['kernel']}-{s['values']}",
+    [
+        dict(kernel=k, values=v, simplex="softmax", intensity=i)
+        for k in ("yat", "half-yat")
+        for v in ("fixed", "gated")
+        for i in ("mass", "none", "gate")
+    ],
+    ids=lambda s: f"{s['kernel']}-{s['values']}-{s['intensity']}",
 )
 SPARSE = ("top-k", "threshold", "sparsemax", "entmax-1.5")
 
@@ -59,19 +64,20 @@ def test_one_pass_is_the_plain_form_with_its_gradients(settings, limit, small_bl
 def test_gradients_of_the_one_pass_and_of_its_gradients(settings):
     ffn, x = make_layer(**settings, size=3, count=4), inputs(2, 3, seed=3)
     up = (ffn.value_proj.weight, ffn.value_proj.bias) if settings["values"] == "gated" else ()
+    convex = settings["intensity"] != "mass"
     tensors = [
         x,
         *ffn.input_prototypes.parameters(),
         ffn.output_prototypes.weight,
         ffn.positive("epsilon"),
-        ffn.log_positive("scale"),
+        ffn.positive("temperature") if convex else ffn.log_positive("scale"),
         *up,
     ]
     tensors = [t.detach().clone().requires_grad_() for t in tensors]
 
     def function(*given):
         given = given if up else (*given, None, None)
-        return YatMixture.apply(*given, settings["kernel"] == "half-yat", torch.float64, 2**20)
+        return YatMixture.apply(*given, settings["kernel"] == "half-yat", convex, torch.float64, 2**20)
 
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradgradcheck(function, tensors)
