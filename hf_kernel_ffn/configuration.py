@@ -277,8 +277,8 @@ class KernelConfigMixin:
 
 
 TRAVELLING = (
-    "errors.py", "kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "one_pass.py", "linears.py", "readout.py",
-    "integrity.py", "modeling.py",
+    "errors.py", "kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "operators.py", "one_pass.py", "linears.py",
+    "readout.py", "integrity.py", "modeling.py",
 )  # fmt: skip
 """Files that every checkpoint carries, beside its family's own modelling file."""
 

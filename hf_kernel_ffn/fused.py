@@ -12,7 +12,6 @@ It stays in the package, and so off until :func:`fuse` is called.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from .errors import InputError
 from .fused_kernels import INTERPRETED, backward_tuned, forward_tuned, gather_kernel, triton
 from .kernels import HalfYat, Yat
 from .linears import is_plain, lay_out_by_prototypes
-from .one_pass import _chunks, plain
+from .operators import ARGUMENTS, TENSORS, chunks, differentiate, empty_gradients, namespace
 from .readout import KernelFFN
 
 TOKENS, PROTOTYPES = 128, 128
@@ -32,27 +31,16 @@ row masses are kept per tile."""
 FEW = 8
 """Tokens up to which a sparse readout without gradients gathers the active output prototypes."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMESPACE = re.sub(r"\W", "_", __name__)
-"""Of the operators: one per copy of this file, since a process may hold the package's and those of several checkpoints."""
-_ARGUMENTS = (
-    "Tensor x, Tensor rows, Tensor bias, Tensor dictionary, Tensor epsilon, Tensor factor, Tensor? up, Tensor? up_bias, "
-    "bool one_sided, ScalarType mix, int limit, bool convex"
-)
+NAMESPACE = namespace(__name__)
 
 
 def fused_mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex=False):
-    """``Σ_i factor · κ_i(x) · u_i(x) · v_i``; or, if ``convex``, ``Σ_i π_i u_i(x) v_i`` with π = softmax(log κ / factor), zero where
-    nothing fires. κ = s² / (‖x − w‖² + ε), or relu(s)² in place of s² if ``one_sided``, with s = x·w + b.
-
-    Arguments as those of YatMixture (one_pass.py): x (N, d); rows (P, d) and bias (P,); dictionary (d, P), columns v_i; epsilon,
-    factor (1,) float32; up (P, d) and up_bias (P,), or None where u_i = 1; mix: the dtype of the coefficients and of their product;
-    limit: bytes that the (tokens, prototypes) matrices may take together: more tokens go through in chunks. Any strides, float32,
-    bfloat16 or float16. Returns (N, d) in ``mix``; differentiable, twice by way of the plain form.
-    """
+    """The function :func:`hf_kernel_ffn.operators.plain`, arguments as there, in any strides and float32, bfloat16 or float16;
+    ``limit``: bytes that the (tokens, prototypes) matrices may take together: more tokens go through in chunks. Differentiable."""
     return _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex)[0]
 
 
-@library.custom_op(f"{NAMESPACE}::mixture", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor written, Tensor log_mass)")
+@library.custom_op(f"{NAMESPACE}::mixture", mutates_args=(), schema=f"({ARGUMENTS}) -> (Tensor written, Tensor log_mass)")
 def _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex):
     """The mixture, and if convex log₂ Σ κ^(1/τ) (N,) float32, +∞ where nothing fires."""
     tiles = -(-len(rows) // PROTOTYPES)
@@ -63,7 +51,7 @@ def _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided,
     given = _Given(x, rows, bias, epsilon, factor, up, up_bias, one_sided, convex, block)
     mixed = dictionary.to(mix)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        for part in _chunks(len(x), limit, width * mix.itemsize):
+        for part in chunks(len(x), limit, width * mix.itemsize):
             count = len(range(*part.indices(len(x))))
             coefficients = x.new_empty(count, width, dtype=mix)
             top, mass = (x.new_empty(count if convex else 1, tiles, dtype=torch.float32) for _ in range(2))
@@ -91,7 +79,7 @@ def _(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, l
 @library.custom_op(
     f"{NAMESPACE}::mixture_backward",
     mutates_args=(),
-    schema=f"(Tensor gradient, Tensor written, Tensor log_mass, bool[] wanted, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})",
+    schema=f"(Tensor gradient, Tensor written, Tensor log_mass, bool[] wanted, {ARGUMENTS}) -> ({', '.join(['Tensor'] * TENSORS)})",
 )
 def _mixture_backward(
     gradient, written, log_mass, wanted, x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex
@@ -113,7 +101,7 @@ def _mixture_backward(
         scaled_up = None if up is None else _over(given.up, unit_up)
         gradient, mixed = gradient.to(mix), dictionary.to(mix)
         mean = (gradient.float() * written.float()).sum(-1) if convex else log_mass
-        for part in _chunks(len(x), limit, 4 * prototypes * max(mix.itemsize, dtype.itemsize)):
+        for part in chunks(len(x), limit, 4 * prototypes * max(mix.itemsize, dtype.itemsize)):
             count = len(range(*part.indices(len(x))))
             d_scores = new(count, prototypes, dtype=dtype)
             d_ups = d_scores if up is None else torch.empty_like(d_scores)
@@ -164,39 +152,11 @@ def _mixture_backward(
 
 
 @_mixture_backward.register_fake
-def _(gradient, written, log_mass, wanted, x, rows, bias, dictionary, epsilon, factor, up, up_bias, *rest):
-    like = (x, rows, bias, dictionary, epsilon, factor, up, up_bias)
-    return tuple(x.new_empty(0) if t is None or not asked else torch.empty_like(t) for t, asked in zip(like, wanted))
+def _(gradient, written, log_mass, wanted, x, *rest):
+    return empty_gradients(x, (x, *rest[: TENSORS - 1]), wanted)
 
 
-def _setup(ctx, inputs, output):
-    ctx.settings = inputs[8:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:8], *output)
-
-
-def _differentiate(ctx, gradient, _):
-    *tensors, written, log_mass = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:8])
-    nothing = (None,) * 4
-    if gradient is None:
-        return (None,) * 8 + nothing
-    if torch.is_grad_enabled():  # a graph of the gradient itself is asked for
-        with torch.autocast(gradient.device.type, enabled=False):
-            given = [t for t, asked in zip(tensors, wanted) if asked]
-            output = plain_mixture(*tensors, *ctx.settings)
-            found = iter(torch.autograd.grad(output, given, gradient, create_graph=True))
-        return tuple(next(found) if asked else None for asked in wanted) + nothing
-    found = _mixture_backward(gradient, written, log_mass, wanted, *tensors, *ctx.settings)
-    return tuple(g if asked else None for g, asked in zip(found, wanted)) + nothing
-
-
-_mixture.register_autograd(_differentiate, setup_context=_setup)
-
-
-def plain_mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex):
-    """:func:`fused_mixture` in plain torch, without a limit: what double backward differentiates."""
-    return plain(x, rows, bias, dictionary, epsilon, factor if convex else factor.log(), up, up_bias, one_sided, convex, mix)
+differentiate(_mixture, _mixture_backward)
 
 
 class _Given:

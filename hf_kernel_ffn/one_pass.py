@@ -1,95 +1,113 @@
 """The dense Yat readouts in one pass over chunks of tokens: Σ_i κ_i (u_i) v_i, or that over Σ_i κ_i, kernel values never held for all
 tokens at once.
 
-Same function as the plain form in readout.py, which stays the reference. This file travels inside converted checkpoints: it
+Same function as the plain form in operators.py, and in readout.py, which stays the reference. This file travels inside converted checkpoints: it
 imports nothing but torch.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-from .kernels import get_kernel
-from .simplex import shares
+from .operators import ARGUMENTS, TENSORS, chunks, differentiate, empty_gradients, namespace
 
 BLOCK = 2**16
 """Elements of a score matrix that elementwise work goes over at once on a CPU: what stays in its cache."""
 
 
+NAMESPACE = namespace(__name__)
 FAR = 2.0**40
 """A scale and its inverse up to this may divide squared distances without leaving float32."""
 
 
-class YatMixture(torch.autograd.Function):
-    """``Σ_i scale · κ_i(x) · u_i(x) · v_i``, with κ = s² / (‖x − w‖² + ε), or relu(s)² in place of s² (half-yat); or, if ``convex``,
-    ``Σ_i π_i u_i(x) v_i`` with π = softmax(log κ / τ), zero where nothing fires.
+def yat_mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex):
+    """The function :func:`hf_kernel_ffn.operators.plain`, arguments as there, in chunks of tokens; differentiable. x·w (and u·x) are
+    kept for the backward pass if they take no more than ``limit`` bytes, and computed again there otherwise."""
+    keep = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, rows, bias, dictionary, epsilon, factor, up, up_bias)
+    )
+    return _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex, keep)[0]
 
-    Arguments: x (N, d); rows (P, d) and bias (P,); dictionary (d, P), columns v_i; epsilon and factor (1,), at least float32: log scale,
-    or τ if convex; up (P, d) and up_bias (P,), or None where u_i = 1; one_sided: half-yat; convex; mix: the dtype of the second
-    product; limit: bytes that a temporary may take, and that may be kept for the backward pass: beyond it, scores are computed again
-    there.
-    Returns (N, d) in ``mix``.
-    """
 
-    @staticmethod
-    def forward(ctx, x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, convex, mix, limit):
-        ctx.one_sided, ctx.convex, ctx.mix, ctx.limit = one_sided, convex, mix, limit
-        terms = (_Convex if convex else _Conic)(x, rows, bias, epsilon, factor, up, up_bias, one_sided)
-        ctx.kept = any(ctx.needs_input_grad) and len(x) * terms.bytes_per_token <= limit
-        written = x.new_empty(len(x), dictionary.shape[0], dtype=mix)
-        mixed = dictionary.to(mix)
-        dots = ups = None
-        with torch.autocast(x.device.type, enabled=False):
-            for part in [slice(0, len(x))] if ctx.kept else _chunks(len(x), limit, 2 * terms.bytes_per_token):
-                dots, ups = terms.products(x[part])
-                coefficients = terms.coefficients(part, dots, ups, torch.empty_like(dots) if ctx.kept else dots)
-                torch.mm(coefficients.to(mix), mixed.T, out=written[part])
-            terms.finish(written)
-        kept = (dots, ups) if ctx.kept else (None, None)
-        ctx.save_for_backward(x, rows, bias, dictionary, epsilon, factor, up, up_bias, written, terms.log_mass, *kept)
-        return written
+@library.custom_op(
+    f"{NAMESPACE}::mixture",
+    mutates_args=(),
+    schema=f"({ARGUMENTS}, bool keep) -> (Tensor written, Tensor log_mass, Tensor dots, Tensor ups)",
+)
+def _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex, keep):
+    """The mixture; what _Convex needs in the backward pass (N, 1); and the products (N, P), if they are kept."""
+    terms = (_Convex if convex else _Conic)(x, rows, bias, epsilon, factor, up, up_bias, one_sided)
+    keep = keep and _may_be_kept(x, rows, up, limit)
+    written = x.new_empty(len(x), dictionary.shape[0], dtype=mix)
+    mixed = dictionary.to(mix)
+    dots = ups = None
+    with torch.autocast(x.device.type, enabled=False):
+        for part in [slice(0, len(x))] if keep else chunks(len(x), limit, 2 * terms.bytes_per_token):
+            dots, ups = terms.products(x[part])
+            coefficients = terms.coefficients(part, dots, ups, torch.empty_like(dots) if keep else dots)
+            torch.mm(coefficients.to(mix), mixed.T, out=written[part])
+        terms.finish(written)
+    kept = (terms.log_mass, *((dots, ups) if keep else (None, None)))
+    return written, *(x.new_empty(0, dtype=terms.dtype) if t is None else t for t in kept)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        with torch.autocast(gradient.device.type, enabled=False):
-            if torch.is_grad_enabled():  # a graph of the gradient itself is asked for: by way of the plain form
-                inputs = [t for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad) if wanted]
-                output = plain(*ctx.saved_tensors[:8], ctx.one_sided, ctx.convex, ctx.mix)
-                found = iter(torch.autograd.grad(output, inputs, gradient, create_graph=True))
-                return tuple(next(found) if wanted else None for wanted in ctx.needs_input_grad)
-            return YatMixture._backward(ctx, gradient)
 
-    @staticmethod
-    def _backward(ctx, gradient):
-        x, rows, bias, dictionary, epsilon, factor, up, up_bias, written, log_mass, kept_dots, kept_ups = ctx.saved_tensors
-        terms = (_Convex if ctx.convex else _Conic)(x, rows, bias, epsilon, factor, up, up_bias, ctx.one_sided)
-        wanted, dtype = ctx.needs_input_grad, terms.dtype
-        gradient = gradient.to(ctx.mix)
+def _dtype(x, rows):
+    """What scores are computed in."""
+    return torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
+
+
+def _may_be_kept(x, rows, up, limit):
+    return x.shape[0] * rows.shape[0] * _dtype(x, rows).itemsize * (1 if up is None else 2) <= limit
+
+
+@_mixture.register_fake
+def _(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex, keep):
+    keep, dtype = keep and _may_be_kept(x, rows, up, limit), _dtype(x, rows)
+    kept = (x.shape[0], rows.shape[0])
+    return (
+        x.new_empty(x.shape[0], dictionary.shape[0], dtype=mix),
+        x.new_empty((x.shape[0], 1) if convex else 0, dtype=dtype),
+        x.new_empty(kept if keep else 0, dtype=dtype),
+        x.new_empty(kept if keep and up is not None else 0, dtype=dtype),
+    )
+
+
+@library.custom_op(
+    f"{NAMESPACE}::mixture_backward",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor written, Tensor log_mass, Tensor kept_dots, Tensor kept_ups, bool[] wanted, "
+    f"{ARGUMENTS}, bool keep) -> ({', '.join(['Tensor'] * TENSORS)})",
+)
+def _mixture_backward(gradient, written, log_mass, kept_dots, kept_ups, wanted, x, rows, bias, dictionary, epsilon, factor, up,
+                      up_bias, one_sided, mix, limit, convex, keep):  # fmt: skip
+    """Gradients of the eight tensors among the arguments, empty where not wanted."""
+    terms = (_Convex if convex else _Conic)(x, rows, bias, epsilon, factor, up, up_bias, one_sided)
+    dtype, keep = terms.dtype, keep and _may_be_kept(x, rows, up, limit)
+    with torch.autocast(x.device.type, enabled=False):
+        gradient, mixed = gradient.to(mix), dictionary.to(mix)
         sums = _Sums(terms, (gradient.to(dtype) * written.to(dtype)).sum(-1, keepdim=True), log_mass)
-        mixed = dictionary.to(ctx.mix)
         new = torch.empty_like if len(x) else torch.zeros_like  # the first chunk writes, the others add
         d_dictionary = new(mixed) if wanted[3] else None
         d_x = new(x, dtype=dtype) if wanted[0] else None
         d_rows = new(rows, dtype=dtype) if wanted[1] else None
         d_up = new(up, dtype=dtype) if up is not None and wanted[6] else None
         x_cast, rows_cast, up_cast = x.to(dtype), rows.to(dtype), None if up is None else up.to(dtype)
-        for part in _chunks(len(x), ctx.limit, 4 * terms.bytes_per_token):
-            dots, ups = (kept_dots[part], None if up is None else kept_ups[part]) if ctx.kept else terms.products(x[part])
-            d_coefficient = (gradient[part] @ mixed).to(terms.dtype)
+        for part in chunks(len(x), limit, 4 * terms.bytes_per_token):
+            dots, ups = (kept_dots[part], None if up is None else kept_ups[part]) if keep else terms.products(x[part])
+            d_coefficient = (gradient[part] @ mixed).to(dtype)
             coefficient = torch.empty_like(d_coefficient)
             d_ups = None if up is None else torch.empty_like(d_coefficient)
             terms.backward(part, dots, ups, d_coefficient, coefficient, d_ups, sums)
             half, added = d_coefficient, int(part.start > 0)  # overwritten by half the gradient of x·w
             if d_dictionary is not None:
-                d_dictionary.addmm_(gradient[part].T, coefficient.to(ctx.mix), beta=added)
+                d_dictionary.addmm_(gradient[part].T, coefficient.to(mix), beta=added)
             if d_rows is not None:
                 d_rows.addmm_(half.T, x_cast[part], beta=added, alpha=2)
             if d_x is not None:
                 d_x[part].addmm_(half, rows_cast, beta=0, alpha=2)
-            if up is not None:
-                if d_up is not None:
-                    d_up.addmm_(d_ups.T, x_cast[part], beta=added)
-                if d_x is not None:
-                    d_x[part].addmm_(d_ups, up_cast)
+            if d_up is not None:
+                d_up.addmm_(d_ups.T, x_cast[part], beta=added)
+            if up is not None and d_x is not None:
+                d_x[part].addmm_(d_ups, up_cast)
         per_token, per_row = sums.per_token / terms.inside, sums.per_row / terms.inside
         if d_x is not None:
             d_x.addcmul_(x_cast, per_token, value=-2)
@@ -97,11 +115,27 @@ class YatMixture(torch.autograd.Function):
             d_rows.addcmul_(rows_cast, per_row[:, None], value=-2)
         d_epsilon = -(per_row.sum() + sums.touching / terms.inside)
         found = (
-            d_x, d_rows, 2 * sums.scores, d_dictionary, d_epsilon.reshape(1), terms.d_factor(sums).reshape(1), d_up,
-            None if up is None else sums.ups,
-        )  # fmt: skip
-        like = (x, rows, bias, dictionary, epsilon, factor, up, up_bias)
-        return (*(None if g is None or t is None else g.to(t.dtype) for g, t in zip(found, like)), None, None, None, None)
+            d_x,
+            d_rows,
+            2 * sums.scores,
+            d_dictionary,
+            d_epsilon.reshape(1),
+            terms.d_factor(sums).reshape(1),
+            d_up,
+            sums.ups,
+        )
+    like = (x, rows, bias, dictionary, epsilon, factor, up, up_bias)
+    return tuple(
+        x.new_empty(0) if t is None or not asked else g.to(t.dtype) for g, t, asked in zip(found, like, wanted, strict=True)
+    )
+
+
+@_mixture_backward.register_fake
+def _(gradient, written, log_mass, kept_dots, kept_ups, wanted, x, *rest):
+    return empty_gradients(x, (x, *rest[: TENSORS - 1]), wanted)
+
+
+differentiate(_mixture, _mixture_backward)
 
 
 def one_token(x, rows, bias, squares, epsilon, scale, one_sided):
@@ -112,22 +146,6 @@ def one_token(x, rows, bias, squares, epsilon, scale, one_sided):
     score = score.add_(bias)
     score = score.relu_() if one_sided else score
     return torch.div(score, denominator).mul_(score).mul_(scale)
-
-
-def plain(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, convex, mix):
-    """The same function in plain torch: what double backward differentiates."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
-    x, rows, epsilon, factor = x.to(dtype), rows.to(dtype), epsilon.to(dtype), factor.to(dtype)
-    dot = torch.nn.functional.linear(x, rows)
-    distance = (x.square().sum(-1, keepdim=True) + rows.square().sum(-1) - 2 * dot).clamp_min(0)
-    kernel, score = get_kernel("half-yat" if one_sided else "yat"), dot + bias.to(dtype)
-    if convex:
-        choice = shares("softmax", kernel.log(score, distance, epsilon=epsilon), factor)
-    else:
-        choice = kernel.scaled(score, distance, factor, epsilon=epsilon)
-    if up is not None:
-        choice = choice * torch.nn.functional.linear(x, up.to(dtype), None if up_bias is None else up_bias.to(dtype))
-    return choice.to(mix) @ dictionary.to(mix).T
 
 
 class _Sums:
@@ -149,7 +167,7 @@ class _Terms:
     log_mass = None
 
     def __init__(self, x, rows, bias, epsilon, factor, up, up_bias, one_sided):
-        self.dtype = torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
+        self.dtype = _dtype(x, rows)
         # A product of half-precision matrices that sums in float32 and leaves the sums there; only CUDA has it.
         self.native = x.is_cuda and x.dtype == rows.dtype != self.dtype
         self.rows, self.up = rows if self.native else rows.to(self.dtype), up
@@ -204,8 +222,8 @@ class _Terms:
 class _Conic(_Terms):
     """scale · κ. On a CPU the scale goes inside, where it costs nothing: scale · κ = s · (s / D) with D = (‖x − w‖² + ε) / scale."""
 
-    def take(self, log_scale):
-        self.outside = log_scale.exp().to(self.dtype)
+    def take(self, scale):
+        self.scale = self.outside = scale.to(self.dtype)
         if self.at_hand:
             scale = self.outside.item()
             self.inside = min(max(scale, 1 / FAR), FAR)
@@ -248,7 +266,7 @@ class _Conic(_Terms):
             self.collect(gradient, torch.mul(gradient, share, out=share), apart, here, sums)
 
     def d_factor(self, sums):
-        return sums.mean.sum()  # the output is proportional to the scale
+        return sums.mean.sum() / self.scale  # the output is proportional to the scale
 
 
 class _Convex(_Terms):
@@ -310,11 +328,3 @@ def _blocks(matrix: Tensor, part: slice):
     for low in range(0, len(matrix), rows):
         high = min(low + rows, len(matrix))
         yield slice(part.start + low, part.start + high), slice(low, high)
-
-
-def _chunks(count: int, limit: int, bytes_per_token: int):
-    """Slices of ``count`` tokens whose temporaries take at most ``limit`` bytes together; equal ones."""
-    number = -(-count * bytes_per_token // limit)
-    size = max(1, -(-count // max(1, number)))
-    for low in range(0, count, size):
-        yield slice(low, min(low + size, count))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .configuration import LayerConfig
 from .kernels import HalfYat, Yat, get_kernel
 from .linears import effective, is_plain, lay_out_by_prototypes
-from .one_pass import YatMixture, one_token
+from .one_pass import one_token, yat_mixture
 from .simplex import shares, top_k_mask
 
 LOG_RATIO_BOUND = 20.0
@@ -210,7 +210,7 @@ class KernelFFN(nn.Module):
 
     def _has_one_pass(self, hidden_states) -> bool:
         """Whether the layer at ``hidden_states`` is a dense Yat readout of plain weights. Adapters, quantised weights and hooks are
-        seen by the plain form alone; a compiler makes one pass of that by itself; one token has nothing to gain."""
+        seen by the plain form alone; a compiler makes one pass of that by itself on a device; one token has nothing to gain."""
         settings, dtype = self.config.settings, hidden_states.dtype
         linears = [self.input_prototypes, self.output_prototypes, *([self.value_proj] if settings.values == "gated" else [])]
         return (
@@ -218,7 +218,7 @@ class KernelFFN(nn.Module):
             and (settings.coefficients_are_kernel or settings.intensity != "mass")
             and type(self.kernel) in (Yat, HalfYat)
             and not (self.training and self.config.hidden_dropout)
-            and not torch.compiler.is_compiling()
+            and not (torch.compiler.is_compiling() and hidden_states.device.type != "cpu")
             and not torch._C._are_functorch_transforms_active()
             and not _one_token(hidden_states)
             and all(is_plain(linear) and linear.bias is not None for linear in linears)
@@ -233,10 +233,10 @@ class KernelFFN(nn.Module):
         up = self.value_proj if self.config.settings.values == "gated" else None
         first, second = self.input_prototypes, self.output_prototypes
         convex = not self.config.settings.coefficients_are_kernel
-        written = YatMixture.apply(
+        written = yat_mixture(
             hidden_states.reshape(-1, hidden_states.shape[-1]), first.weight, first.bias, second.weight, self.positive("epsilon"),
-            self.positive("temperature") if convex else self.log_positive("scale"), None if up is None else up.weight,
-            None if up is None else up.bias, type(self.kernel) is HalfYat, convex, mix, self.activation_bytes,
+            self.positive("temperature" if convex else "scale"), None if up is None else up.weight, None if up is None else up.bias,
+            type(self.kernel) is HalfYat, mix, self.activation_bytes, convex,
         ).view(hidden_states.shape)  # fmt: skip
         if self.config.settings.intensity == "gate":
             written = (written * self._gate(hidden_states)).to(mix)

@@ -17,7 +17,7 @@ from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_kernel_ffn import InputError, fused, one_pass, trial
+from hf_kernel_ffn import InputError, fused, one_pass, operators, trial
 from hf_kernel_ffn.fused import FEW, Fused, active, fuse, fused_mixture, gather
 
 CUDA = torch.cuda.is_available()
@@ -313,7 +313,7 @@ def test_twice_differentiable_by_the_plain_form(convex, gated):
         first = torch.autograd.grad(function(*tensors, True, torch.float32, *last).sin().sum(), given, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), given)
 
-    for found, expected in zip(second(fused_mixture, WHOLE, convex), second(fused.plain_mixture, WHOLE, convex)):
+    for found, expected in zip(second(fused_mixture, WHOLE, convex), second(operators.plain, WHOLE, convex)):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_kernel_ffn import KernelFFNConfig, convert, one_pass, readout
 from hf_kernel_ffn.exporting import apply, export
-from hf_kernel_ffn.one_pass import YatMixture
+from hf_kernel_ffn.one_pass import yat_mixture
 
 dense = pytest.mark.parametrize(
     "settings",
@@ -70,14 +70,14 @@ def test_gradients_of_the_one_pass_and_of_its_gradients(settings):
         *ffn.input_prototypes.parameters(),
         ffn.output_prototypes.weight,
         ffn.positive("epsilon"),
-        ffn.positive("temperature") if convex else ffn.log_positive("scale"),
+        ffn.positive("temperature" if convex else "scale"),
         *up,
     ]
     tensors = [t.detach().clone().requires_grad_() for t in tensors]
 
     def function(*given):
         given = given if up else (*given, None, None)
-        return YatMixture.apply(*given, settings["kernel"] == "half-yat", convex, torch.float64, 2**20)
+        return yat_mixture(*given, settings["kernel"] == "half-yat", torch.float64, 2**20, convex)
 
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradgradcheck(function, tensors)
@@ -270,6 +270,24 @@ def test_compiled_in_one_graph_without_recompiling_for_new_lengths(settings, lla
     with torch.no_grad():
         one = inputs(1, 32).float()[None]
         torch.testing.assert_close(compiled(one), ffn(one), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@dense
+def test_compiled_gradients_run_in_one_pass_too(settings):
+    """Scores are bounded by the setting under a compiler as well, which sees one operator, and is called once for all lengths."""
+    ffn = make_layer(torch.float32, **settings)
+    ffn.activation_bytes = 64 * P * 4
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ffn, fullgraph=True, backend=counter)
+    for length in (11, 13, 200, 17, 190):  # kept for the backward pass, or computed again there
+        x = inputs(length, seed=length).float()[None]
+        found, expected = gradients(ffn, compiled, x), gradients(ffn, ffn, x)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert any("mixture" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes)
+    assert counter.frame_count <= 3
     torch._dynamo.reset()
 
 
