@@ -132,6 +132,8 @@ def run(work):
             if attempt(distillation(content, out), when):
                 break
             kills += 1
+            if (out / "config.json").exists() and find_state(out) is None:  # killed while it cleared up: it is finished
+                break
             mid_save += any((out / name).exists() for name in ("resume.new", "resume.old", "resume.done", "finished.new"))
         else:
             attempt(distillation(content, out))
