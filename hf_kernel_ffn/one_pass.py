@@ -161,6 +161,11 @@ class _Sums:
         self.entropy = new(())  # Σ (gradient of log π) · log π
 
 
+def numbers_at_hand(tensor):
+    """Whether plain numbers may be read off a tensor: elsewhere that would wait for the device."""
+    return tensor.device.type == "cpu"
+
+
 class _Terms:
     """What the elementwise part needs beside the products x·w, in the dtype that they are computed in: D = (‖x − w‖² + ε) / inside."""
 
@@ -175,7 +180,7 @@ class _Terms:
             self.up = up.to(self.dtype)
         self.bias, self.up_bias = bias.to(self.dtype), None if up_bias is None else up_bias.to(self.dtype)
         self.inside, epsilon = 1.0, epsilon.to(self.dtype)
-        self.at_hand = x.device.type == "cpu"  # plain numbers are; elsewhere reading one would wait for the device
+        self.at_hand = numbers_at_hand(x)
         self.take(factor)
         self.least = epsilon.item() / self.inside if self.at_hand else epsilon
         self.square_x = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.dtype).square() / self.inside

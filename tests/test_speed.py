@@ -61,6 +61,12 @@ def test_one_pass_is_the_plain_form_with_its_gradients(settings, limit, small_bl
 
 
 @dense
+def test_one_pass_without_reading_numbers_as_on_a_device(settings, monkeypatch):
+    monkeypatch.setattr(one_pass, "numbers_at_hand", lambda tensor: False)
+    test_one_pass_is_the_plain_form_with_its_gradients(settings, 40 * P * 8, None)
+
+
+@dense
 def test_gradients_of_the_one_pass_and_of_its_gradients(settings):
     ffn, x = make_layer(**settings, size=3, count=4), inputs(2, 3, seed=3)
     up = (ffn.value_proj.weight, ffn.value_proj.bias) if settings["values"] == "gated" else ()
