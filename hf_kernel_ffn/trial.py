@@ -28,15 +28,13 @@ def choose(model: Any, how: str, autocast: torch.dtype | None = None) -> dict[st
         autocast: the dtype that the model is going to be called under autocast with, if it is.
 
     Returns:
-        by path, why a readout is left without them.
+        by path, why a readout on a GPU is left without them.
     """
-    ffns = model.kernel_ffns()
     if how == "always":
         fuse(model, required=True)
-        return {}
-    if how == "never" or not any(next(ffn.parameters()).is_cuda for ffn in ffns.values()):
-        return dict.fromkeys(ffns, "not asked for" if how == "never" else "not on a GPU")
-    return fuse_where_it_pays(model, autocast)
+    elif how == "auto" and any(next(ffn.parameters()).is_cuda for ffn in model.kernel_ffns().values()):
+        return fuse_where_it_pays(model, autocast)
+    return {}
 
 
 def fuse_where_it_pays(model: Any, autocast: torch.dtype | None = None, tokens: int = TOKENS) -> dict[str, str]:

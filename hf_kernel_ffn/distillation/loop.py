@@ -93,7 +93,7 @@ def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
         student = trainee = unsharded(student, teacher)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish(out, trainee, student, recipe, {"skipped_steps": run.skipped, "not_fused": plain})
+        _finish(out, trainee, student, recipe, {"skipped_steps": run.skipped, **({"not_fused": plain} if plain else {})})
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it ends the process group
     return out
