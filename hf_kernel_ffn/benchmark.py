@@ -16,6 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .architectures import StockFFN, family_name, ffn_paths, get_architecture, stock_ffn, stock_weights
 from .configuration import KernelFFNConfig, LayerConfig
+from .errors import InputError
+from .fused import Fused, against_gather, against_readout
 from .measuring import bytes_moved, copy_bandwidth, interleaved, memory_for_backward, peak_memory, ratio
 from .readout import KernelFFN
 
@@ -35,6 +37,8 @@ SHAPES = {
     "llama-3-8b": Shape(4096, 14336),
     "mistral-7b": Shape(4096, 14336),
 }
+MODES = ("eager", "compiled", "fused")
+"""fused: readouts by the Triton kernels of fused.py, the rest as in eager."""
 PHASES = ("forward", "forward+backward", "decode")
 TARGETS = {
     "gated": {"forward": 1.05, "forward+backward": 1.05, "memory": 1.0},
@@ -220,7 +224,7 @@ def benchmark(
     tokens: int = 256,
     repeats: int = 7,
     active: int = 64,
-    modes: tuple[str, ...] = ("eager", "compiled"),
+    modes: tuple[str, ...] = MODES[:2],
     phases: tuple[str, ...] = PHASES,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -253,7 +257,7 @@ def benchmark(
         for variant in found.values():
             variant.module.to(where, dtype)
         for mode in modes:
-            chosen = found
+            chosen = _fused(found, where, dtype) if mode == "fused" else found
             if mode == "compiled":
                 chosen = {n: Variant(torch.compile(v.module, fullgraph=True, dynamic=False), v.against, v.target, v.phases, v.sparse)
                           for n, v in found.items() if "floor" not in n}  # fmt: skip
@@ -264,10 +268,34 @@ def benchmark(
                 with torch._dynamo.config.patch(recompile_limit=len(chosen) + 1):  # one class, compiled for each variant
                     rows += _measure(name, mode, phase, chosen, pieces, inputs, repeats, where, clock, bandwidth)
                 torch._dynamo.reset()
+            for variant in chosen.values():
+                if isinstance(variant.module, KernelFFN):
+                    variant.module.fused = None
     return {
         "machine": _machine(where), "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(dtype)[6:],
         "tokens": tokens, "repeats": repeats, "clock": clock, "copy_bandwidth": bandwidth, "rows": rows,
     }  # fmt: skip
+
+
+def _fused(found: dict[str, Variant], device: torch.device, dtype: torch.dtype) -> dict[str, Variant]:
+    """Those of the readouts that Triton kernels can serve, from now on by them alone, and what they are set against.
+
+    Raises:
+        InputError: there are none.
+    """
+    reasons: dict[str, str | None] = {}
+    for n, v in found.items():
+        if isinstance(v.module, KernelFFN):
+            with torch.no_grad():
+                x = torch.randn(1, 1, v.module.config.hidden_size, device=device, dtype=dtype)
+                reasons[n] = (against_gather if v.sparse else against_readout)(v.module, x)
+    served = {n for n, reason in reasons.items() if reason is None}
+    if not served:
+        raise InputError(f"found {next(iter(reasons.values()))}: leave the mode out")
+    for n in served:
+        found[n].module.fused = Fused(required=True)
+    needed = served | {found[n].against for n in served} | {n for n in found if "floor" in n}
+    return {n: v for n, v in found.items() if n in needed}
 
 
 def _measure(name, mode, phase, chosen, pieces, inputs, repeats, device, clock, bandwidth) -> list[dict]:
@@ -286,7 +314,7 @@ def _measure(name, mode, phase, chosen, pieces, inputs, repeats, device, clock, 
         if n in memory:
             row["memory"], row["memory_ratio"] = memory[n], memory[n] / max(memory[variant.against], 1)
             row["peak_memory"] = peak[n]
-        if mode == "eager":  # what compiled code reads and writes is not seen
+        if mode != "compiled":  # what compiled code reads and writes is not seen
             row["bytes_moved"] = bytes_moved(pieces[n])
         weights = sum(p.numel() * p.element_size() for p in variant.module.parameters())
         row["weight_bytes"], row["seconds_at_copy_bandwidth"] = weights, weights / bandwidth

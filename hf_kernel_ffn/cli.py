@@ -290,7 +290,7 @@ def benchmark(
     tokens: Annotated[int, typer.Option(min=2, help="read at once, forward and backward; fewer are faster")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="rounds; medians of them are reported")] = 7,
     active: Annotated[int, typer.Option(min=1, help="prototypes per token of the sparse readouts")] = 64,
-    modes: Annotated[str, typer.Option(help="eager, compiled")] = "eager,compiled",
+    modes: Annotated[str, typer.Option(help="eager, compiled, fused (Triton kernels)")] = "eager,compiled",
     phases: Annotated[str, typer.Option(help="forward, forward+backward, decode")] = "forward,forward+backward,decode",
     only: Annotated[Optional[str], typer.Option(help="readouts whose name has one of these parts, comma-separated")] = None,
     threads: Annotated[int, typer.Option(min=1, help="of a CPU")] = 1,
@@ -312,7 +312,7 @@ def benchmark(
         require_place(json_file)
     _quieten()
     for name, text, choices in (
-        ("mode", modes, ("eager", "compiled")),
+        ("mode", modes, benchmarks.MODES),
         ("phase", phases, benchmarks.PHASES),
         ("clock", clock, ("wall", "cpu")),
     ):

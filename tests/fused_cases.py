@@ -17,7 +17,7 @@ from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_kernel_ffn import InputError, fused, one_pass, operators, trial
+from hf_kernel_ffn import InputError, benchmark, fused, one_pass, operators, trial
 from hf_kernel_ffn.fused import FEW, Fused, active, fuse, fused_mixture, gather
 
 CUDA = torch.cuda.is_available()
@@ -587,3 +587,12 @@ def test_what_cannot_be_fused_is_named_without_a_trial(monkeypatch):
     model, _ = small_model(kernel="gaussian", simplex="softmax", intensity="none")
     monkeypatch.setattr(trial, "interleaved", None)
     assert "kernel 'gaussian', expected 'yat' or 'half-yat'" in trial.fuse_where_it_pays(model)["layers.0.mlp"]
+
+
+def test_the_benchmark_times_what_is_fused(monkeypatch):
+    monkeypatch.setattr(benchmark.interleaved, "__defaults__", ("wall", 0.0))
+    shapes = {"tiny": benchmark.Shape(32, 48)}
+    found = benchmark.benchmark(shapes, tokens=4, repeats=1, active=4, modes=("fused",), device=DEVICE)
+    names = {row["variant"] for row in found["rows"]}
+    assert {"stock", "single", "single, convex", "gated", "yat single", "single, top-k 4"} <= names
+    assert all(row["mode"] == "fused" and row["ratio"]["median"] > 0 for row in found["rows"])

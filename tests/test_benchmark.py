@@ -47,7 +47,7 @@ def test_the_command_writes_ratios(teacher_folder, tmp_path, monkeypatch, capsys
     assert "medians of 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", ["--shapes=gpt5", "--modes=fast", "--phases=backward", "--clock=sun"])
+@pytest.mark.parametrize("option", ["--shapes=gpt5", "--modes=fast", "--modes=fused", "--phases=backward", "--clock=sun"])
 def test_unknown_names_are_refused(option, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["hf-kernel-ffn", "benchmark", option])
     with pytest.raises(SystemExit) as end:
