@@ -1,8 +1,8 @@
 """The dense Yat readouts in one pass over chunks of tokens: Σ_i κ_i (u_i) v_i, or that over Σ_i κ_i, kernel values never held for all
 tokens at once.
 
-Same function as the plain form in operators.py, and in readout.py, which stays the reference. This file travels inside converted checkpoints: it
-imports nothing but torch.
+Same function as the plain form in operators.py, and in readout.py, which stays the reference. This file travels inside converted
+checkpoints: it imports nothing but torch.
 """
 
 import torch
@@ -12,8 +12,6 @@ from .operators import ARGUMENTS, TENSORS, chunks, differentiate, empty_gradient
 
 BLOCK = 2**16
 """Elements of a score matrix that elementwise work goes over at once on a CPU: what stays in its cache."""
-
-
 NAMESPACE = namespace(__name__)
 FAR = 2.0**40
 """A scale and its inverse up to this may divide squared distances without leaving float32."""
@@ -277,13 +275,15 @@ class _Conic(_Terms):
 class _Convex(_Terms):
     """π = softmax(log κ / τ): κ^(1/τ) relative to the token's largest, the sum of which divides the product."""
 
+    def __init__(self, x, *rest):
+        super().__init__(x, *rest)
+        self.mass, self.log_mass = torch.empty_like(self.square_x), torch.empty_like(self.square_x)
+
     def take(self, temperature):
         self.temperature = temperature.item() if self.at_hand else temperature.to(self.dtype)
 
     def coefficients(self, part, dots, ups, out):
         """κ^(1/τ) · u over the tokens ``part``, relative to the largest κ^(1/τ), into ``out``, which may be ``dots`` itself."""
-        if self.log_mass is None:
-            self.mass, self.log_mass = torch.empty_like(self.square_x), torch.empty_like(self.square_x)
         for here, rows in _blocks(dots, part):
             denominator, score = self.denominator_and_score(here, dots[rows])
             denominator.clamp_min_(self.least)

@@ -61,6 +61,16 @@ def test_one_pass_is_the_plain_form_with_its_gradients(settings, limit, small_bl
 
 
 @dense
+def test_no_tokens(settings):
+    ffn = make_layer(**settings)
+    x = torch.empty(2, 0, D, dtype=torch.float64, requires_grad=True)
+    ffn(x).sum().backward()
+    assert x.grad.shape == x.shape and all((p.grad == 0).all() for p in ffn.parameters())
+    with torch.no_grad():
+        assert ffn(x).shape == x.shape
+
+
+@dense
 def test_one_pass_without_reading_numbers_as_on_a_device(settings, monkeypatch):
     monkeypatch.setattr(one_pass, "numbers_at_hand", lambda tensor: False)
     test_one_pass_is_the_plain_form_with_its_gradients(settings, 40 * P * 8, None)
