@@ -200,10 +200,9 @@ class Writer:
     def _write(self, key: str, pieces: Iterable[Tensor]) -> None:
         file, offset, dtype = self.places[key]
         file.seek(offset)
-        rounded = torch.empty(PIECE // dtype.itemsize, dtype=dtype)
         for piece in pieces:
-            for part in piece.reshape(-1).split(len(rounded)):
-                file.write(_bytes(part if part.dtype == dtype else rounded[: len(part)].copy_(part)))
+            for part in piece.reshape(-1).split(PIECE // dtype.itemsize):
+                file.write(_bytes(part.to(dtype)))
 
     def finish(self) -> None:
         """Wait until all is written."""

@@ -244,4 +244,5 @@ def test_what_is_held_does_not_grow_with_the_blocks(tokenizer, tmp_path, monkeyp
         part.save_pretrained(tmp_path / "stored")
     monkeypatch.setattr(streaming, "_give_back", weigh)
     convert_streamed(str(tmp_path / "stored"), tmp_path / "out", calibration_tokens=0)
-    assert len(held) == 8 and held[6] < held[0] + block  # the next block may have been read ahead already, or not yet
+    # The next block may have been read ahead already, and this one may wait to be written; kept blocks would be six.
+    assert len(held) == 8 and held[6] < held[0] + 3 * block
