@@ -7,7 +7,7 @@ The conic readout is the function of one_pass.py, the convex one softmax(log κ 
 two above its tile's largest, so that it neither over- nor underflows, and a row's tiles are brought to one such power afterwards,
 exactly. No (tokens, prototypes) matrix is held in more than the working dtype. Checked by Triton's interpreter and compiler, not
 run or measured on a GPU.
-It stays in the package, and so off until :func:`fuse` is called.
+It stays in the package, and off until :func:`fuse` is called, or trial.py lets it in.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ checkpoints: it imports nothing but torch.
 import torch
 from torch import Tensor, library
 
-from .operators import ARGUMENTS, TENSORS, chunks, differentiate, empty_gradients, namespace
+from .operators import ARGUMENTS, TENSORS, chunks, differentiate, empty_gradients, namespace, score_dtype
 
 BLOCK = 2**16
 """Elements of a score matrix that elementwise work goes over at once on a CPU: what stays in its cache."""
@@ -48,18 +48,13 @@ def _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided,
     return written, *(x.new_empty(0, dtype=terms.dtype) if t is None else t for t in kept)
 
 
-def _dtype(x, rows):
-    """What scores are computed in."""
-    return torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
-
-
 def _may_be_kept(x, rows, up, limit):
-    return x.shape[0] * rows.shape[0] * _dtype(x, rows).itemsize * (1 if up is None else 2) <= limit
+    return x.shape[0] * rows.shape[0] * score_dtype(x, rows).itemsize * (1 if up is None else 2) <= limit
 
 
 @_mixture.register_fake
 def _(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex, keep):
-    keep, dtype = keep and _may_be_kept(x, rows, up, limit), _dtype(x, rows)
+    keep, dtype = keep and _may_be_kept(x, rows, up, limit), score_dtype(x, rows)
     kept = (x.shape[0], rows.shape[0])
     return (
         x.new_empty(x.shape[0], dictionary.shape[0], dtype=mix),
@@ -170,7 +165,7 @@ class _Terms:
     log_mass = None
 
     def __init__(self, x, rows, bias, epsilon, factor, up, up_bias, one_sided):
-        self.dtype = _dtype(x, rows)
+        self.dtype = score_dtype(x, rows)
         # A product of half-precision matrices that sums in float32 and leaves the sums there; only CUDA has it.
         self.native = x.is_cuda and x.dtype == rows.dtype != self.dtype
         self.rows, self.up = rows if self.native else rows.to(self.dtype), up

@@ -28,7 +28,7 @@ def plain(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mi
     temporaries may take, which other forms than this one keep to.
     Returns (N, d) in ``mix``.
     """
-    dtype = torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
+    dtype = score_dtype(x, rows)
     x, rows, epsilon, factor = x.to(dtype), rows.to(dtype), epsilon.to(dtype), factor.to(dtype)
     dot = torch.nn.functional.linear(x, rows)
     distance = (x.square().sum(-1, keepdim=True) + rows.square().sum(-1) - 2 * dot).clamp_min(0)
@@ -40,6 +40,11 @@ def plain(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mi
     if up is not None:
         choice = choice * torch.nn.functional.linear(x, up.to(dtype), None if up_bias is None else up_bias.to(dtype))
     return choice.to(mix) @ dictionary.to(mix).T
+
+
+def score_dtype(x, rows):
+    """What scores are computed in: float32 at least."""
+    return torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
 
 
 def namespace(module):

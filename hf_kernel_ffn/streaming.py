@@ -109,7 +109,6 @@ def convert_streamed(
                 _give_back()
             for name in sorted(writer.left):
                 writer.write(name, (_rounded(piece, teacher.dtype) for piece in _finite(name, reader.pieces(name))))
-            writer.finish()
         student = meta_student(teacher, config_entry(teacher, found)).to(stored)
         if teacher.can_generate():
             student.generation_config = teacher.generation_config

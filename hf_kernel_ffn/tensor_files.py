@@ -191,7 +191,8 @@ class Writer:
         self.pool, self.pending = ThreadPoolExecutor(1), deque[Future]()
 
     def write(self, key: str, pieces: Iterable[Tensor]) -> None:
-        """Fill the tensor ``key`` by ``pieces`` of it in order, which nobody changes any more. An error may come with a later call."""
+        """Fill the tensor ``key`` by ``pieces`` of it in order, which nobody changes any more. An error may come with a later
+        call, or at the end."""
         self.left.discard(key)
         self.pending.append(self.pool.submit(self._write, key, pieces))
         while len(self.pending) > WAITING:
@@ -204,17 +205,16 @@ class Writer:
             for part in piece.reshape(-1).split(PIECE // dtype.itemsize):
                 file.write(_bytes(part.to(dtype)))
 
-    def finish(self) -> None:
-        """Wait until all is written."""
-        while self.pending:
-            self.pending.popleft().result()
-
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.pool.shutdown(cancel_futures=True)
-        self.files.close()
+    def __exit__(self, error: Any, *_: Any) -> None:
+        try:
+            while self.pending and error is None:
+                self.pending.popleft().result()
+        finally:
+            self.pool.shutdown(cancel_futures=True)
+            self.files.close()
 
 
 def _size(tensor: Tensor) -> int:

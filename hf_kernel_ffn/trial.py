@@ -44,7 +44,7 @@ def fuse_where_it_pays(model: Any, autocast: torch.dtype | None = None, tokens: 
     tried: dict[tuple, str | None] = {}
     for path, ffn in model.kernel_ffns().items():
         weight = ffn.input_prototypes.weight
-        kind = (str(ffn.config.settings), tuple(weight.shape), weight.dtype, weight.device, weight.requires_grad, ffn.training)
+        kind = (str(ffn.config.settings), tuple(weight.shape), weight.dtype, weight.device, weight.requires_grad)
         if kind not in tried:
             tried[kind] = against(ffn, autocast, tokens)
         reason = tried[kind]

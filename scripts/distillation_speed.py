@@ -32,6 +32,7 @@ def main(
     from hf_kernel_ffn.distillation.objectives import layer_wise
     from hf_kernel_ffn.distillation.optimizers import optimizers
     from hf_kernel_ffn.distillation.recipe import Stage
+    from hf_kernel_ffn.files import write_text
     from hf_kernel_ffn.loading import load_teacher
     from hf_kernel_ffn.measuring import interleaved, ratio
 
@@ -73,8 +74,7 @@ def main(
     }  # fmt: skip
     typer.echo(json.dumps(found, indent=1))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
+        write_text(json_file, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

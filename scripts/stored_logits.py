@@ -30,15 +30,16 @@ def main(
     without the price of write mass."""
     import torch
 
-    from hf_kernel_ffn import convert
     from hf_kernel_ffn.data import token_ids
     from hf_kernel_ffn.distillation import load_recipe
+    from hf_kernel_ffn.distillation.loop import student_of
     from hf_kernel_ffn.distillation.objectives import logits
     from hf_kernel_ffn.distillation.optimizers import optimizers
     from hf_kernel_ffn.distillation.recording import record
     from hf_kernel_ffn.distillation.stored import Record, stored_logits, token_bytes
     from hf_kernel_ffn.distillation.training import PackedText, train
     from hf_kernel_ffn.evaluation import evaluate_student
+    from hf_kernel_ffn.files import write_text
     from hf_kernel_ffn.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.measuring import interleaved, ratio
 
@@ -50,8 +51,7 @@ def main(
         recipe.stages[:-1] = []
         [stage], data, length = recipe.stages, recipe.data, recipe.data.sequence_length
         teacher, tokenizer = load_teacher(recipe.teacher), load_tokenizer(recipe.teacher)
-        ids = token_ids(tokenizer, data.sources, length, recipe.calibration_tokens, data.text_field, spread=True)
-        start, _ = convert(teacher, recipe.kernel_settings(), recipe.kernel_ffn.get("layers"), calibration_ids=ids)
+        start = student_of(recipe, teacher, tokenizer)
         held_out = token_ids(tokenizer, [text], length, 16_384)
         report = {"KL": {"converted": evaluate_student(start, teacher, held_out)["kl"]}}
         batch = torch.stack(list(islice(PackedText(tokenizer, data, recipe.seed), stage.batch_size)))
@@ -92,8 +92,7 @@ def main(
         found["recipes"][file] = report
     typer.echo(json.dumps(found, indent=1))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
+        write_text(json_file, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

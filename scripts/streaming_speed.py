@@ -28,6 +28,7 @@ def main(
 ):
     """Make a random bfloat16 Llama in FOLDER, copy it, convert it block by block without calibration, and compare."""
     from hf_kernel_ffn import KernelFFNConfig
+    from hf_kernel_ffn.files import write_text
     from hf_kernel_ffn.streaming import convert_streamed
 
     teacher, out = folder / "teacher", folder / "student"
@@ -66,8 +67,7 @@ def main(
     found["time_over_cp"] = found["seconds"] / copying
     typer.echo(json.dumps(found, indent=1))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
+        write_text(json_file, json.dumps(found, indent=1) + "\n")
 
 
 def peak_memory() -> int:

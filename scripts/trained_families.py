@@ -21,16 +21,9 @@ HEAD = "| | tokens | CE | ΔCE | KL | top-1 | pooled cosine, centred | read | de
 
 def converted(recipe, teacher, tokenizer) -> Any:
     """The student as the recipe's distillation starts it."""
-    from hf_kernel_ffn.data import token_ids
-    from hf_kernel_ffn.prediction import question
-    from hf_kernel_ffn.surgery import convert
+    from hf_kernel_ffn.distillation.loop import student_of
 
-    data = recipe.data
-    ids = token_ids(tokenizer, data.sources, data.sequence_length, recipe.calibration_tokens, data.text_field, spread=True)
-    return convert(
-        teacher, recipe.kernel_settings(), recipe.kernel_ffn.get("layers"),
-        calibration_ids=question(teacher, tokenizer, ids, recipe.seed), calibration_tokens=recipe.calibration_tokens,
-    )[0]  # fmt: skip
+    return student_of(recipe, teacher, tokenizer)
 
 
 def distilled(recipe, teacher, tokenizer) -> Any:

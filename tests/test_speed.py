@@ -33,11 +33,11 @@ def plainly(ffn, x):
     return ffn.output_prototypes(ffn.coefficients(x).to(x.dtype))
 
 
-def gradients(ffn, function, x):
+def gradients(ffn, function, x, loss=torch.sin):
     x = x.clone().requires_grad_()
     names, parameters = zip(*ffn.named_parameters())
     y = function(x)
-    found = torch.autograd.grad(y.sin().sum(), (x, *parameters))
+    found = torch.autograd.grad(loss(y).sum(), (x, *parameters))
     return dict(zip(("x", *names), found), y=y)
 
 
@@ -101,15 +101,17 @@ def test_gradients_of_the_one_pass_and_of_its_gradients(settings):
 
 @dense
 def test_one_pass_where_inputs_are_prototypes(settings):
-    """Distances that rounding makes negative are cut off, and have no gradient."""
+    """Distances that rounding makes negative are cut off; of them ε alone has a gradient, and once."""
     ffn = make_layer(torch.float32, **settings, epsilon=100.0)
     x = ffn.input_prototypes.weight.detach().clone() * 50
     with torch.no_grad():
         ffn.input_prototypes.weight.copy_(x)
-    found, expected = gradients(ffn, ffn, x), gradients(ffn.double(), lambda x: plainly(ffn, x), x.double())
-    for name in expected:
-        assert torch.isfinite(found[name]).all(), name
-    assert (found["y"] - expected["y"]).abs().max() <= 1e-3 * expected["y"].abs().max()
+    found = gradients(ffn, ffn, x, torch.positive)  # outputs are too large for a sine
+    expected = gradients(ffn.double(), lambda x: plainly(ffn, x), x.double(), torch.positive)
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+    # The gradient of ε is a sum that nearly cancels: the plain form in float32 is off by 1e-3 too.
+    for name, most in (("y", 1e-3), ("log_ratio.epsilon", 1e-2)):
+        assert (found[name] - expected[name]).abs().max() <= most * expected[name].abs().max(), name
 
 
 def test_frozen_parts_get_no_gradient():

@@ -226,7 +226,11 @@ def test_the_command_states_the_size(recipe, short_text, tokenizer, capsys, tmp_
     printed = capsys.readouterr().out
     assert "at most 100 sequences of 32 tokens, 32 bytes per token" in printed and "0.1 MiB in all" in printed
     count = len(list(blocks(tokenizer, [str(short_text)], 32)))
-    assert f"{count} sequences, none twice" in printed and f"saved in {tmp_path / 'record'}" in printed
+    assert (
+        "the recorded tokens hold" in printed
+        and f"{count} sequences, none twice" in printed
+        and f"saved in {tmp_path / 'record'}" in printed
+    )
     size = (tmp_path / "record" / "00000.safetensors").stat().st_size
     assert 0 < size - count * 32 * 32 < 1000  # a header
 

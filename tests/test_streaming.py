@@ -16,6 +16,7 @@ from hf_kernel_ffn.loading import load_student, load_teacher
 from hf_kernel_ffn.saving import save_converted
 from hf_kernel_ffn.streaming import convert_streamed
 from hf_kernel_ffn.task_classes import stock_heads
+from hf_kernel_ffn.tensor_files import Writer
 from hf_kernel_ffn.verification import verify
 
 IDS = torch.randint(3, 300, (12, 32), generator=torch.Generator().manual_seed(0))
@@ -224,6 +225,18 @@ def test_the_command(stored, text_file, tmp_path, monkeypatch, capsys):
         code, error = run(tmp_path / "refused", *options)
         assert code == 2 and said in error and len(error.splitlines()) == 1
         assert not (tmp_path / "refused").exists()
+
+
+def test_an_error_in_the_last_write_is_not_lost(tmp_path):
+    def pieces():
+        yield torch.ones(2)
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"), Writer(tmp_path, {"a": torch.empty(4, device="meta")}) as writer:
+        writer.write("a", pieces())
+    with Writer(tmp_path, {"a": torch.empty(4, device="meta")}) as writer:
+        writer.write("a", [torch.ones(2), torch.zeros(2)])
+    assert load_file(tmp_path / "model.safetensors")["a"].tolist() == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "mixtral"])

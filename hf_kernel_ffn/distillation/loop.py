@@ -66,7 +66,7 @@ def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
     torch.manual_seed(recipe.seed)
     tokenizer, teacher = teacher_of(recipe, accelerator.device)
     records = load_records(recipe, teacher)
-    student: Any = _student(recipe, teacher, tokenizer, state)
+    student: Any = student_of(recipe, teacher, tokenizer, state)
     teacher.requires_grad_(False)
     student.requires_grad_(False)
     for ffn in student.kernel_ffns().values():
@@ -113,7 +113,8 @@ def teacher_of(recipe: Recipe, device: torch.device) -> tuple[Any, Any]:
     return tokenizer, teacher
 
 
-def _student(recipe: Recipe, teacher: PreTrainedModel, tokenizer, state: Path | None) -> Any:
+def student_of(recipe: Recipe, teacher: PreTrainedModel, tokenizer, state: Path | None = None) -> Any:
+    """The student that ``recipe`` starts from, or that ``state`` holds the weights of: loaded, or converted from ``teacher``."""
     if recipe.student is not None:
         student = load_student(recipe.student, recipe.dtype, teacher.device, recipe.trust_remote_code)
         check_pair(student, teacher)

@@ -53,10 +53,12 @@ def record(
     rows = stages[0].batch_size
     answers = _answers(recipe, teacher, distinct, rows, top_k, temperatures[0])
     sequences = shard = 0
+    others = 0.0  # probability of what is not recorded, over all sequences
     with new_folder(out_dir) as made:
         while held := list(islice(answers, max(1, SHARD_BYTES // (size * rows)))):
             save_file({name: torch.cat([answer[name] for answer in held]) for name in held[0]}, shard_file(made, shard))
             sequences, shard = sequences + sum(len(answer["input_ids"]) for answer in held), shard + 1
+            others += sum(answer["log_probabilities"][..., -1].exp().sum().item() for answer in held)
         facts = Facts(
             teacher=recipe.teacher,
             fingerprint=teacher_fingerprint(teacher),
@@ -67,6 +69,7 @@ def record(
         )
         (made / FACTS).write_text(facts.model_dump_json(indent=1) + "\n", encoding="utf-8")
     say(f"{sequences:,} sequences, none twice: {_mib(sum(file.stat().st_size for file in Path(out_dir).iterdir()))}")
+    say(f"the recorded tokens hold {1 - others / (sequences * length):.0%} of the probability")
 
 
 def spans(recipe: Recipe, teacher: Any, processes: int) -> list[range]:
