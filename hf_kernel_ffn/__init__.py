@@ -7,17 +7,17 @@ __version__ = "0.1.0"
 # Imported on first use: `import hf_kernel_ffn` costs nothing.
 _WHERE = {
     "Architecture": "architectures",
-    "InputError": "errors",
-    "Kernel": "kernels",
-    "KernelFFN": "readout",
-    "KernelFFNConfig": "configuration",
-    "Readout": "readout",
+    "InputError": "checkpoint_code.errors",
+    "Kernel": "checkpoint_code.kernels",
+    "KernelFFN": "checkpoint_code.ffn",
+    "KernelFFNConfig": "checkpoint_code.settings",
+    "Readout": "checkpoint_code.record",
     "convert": "surgery",
     "distill": "distillation",
     "evaluate_student": "evaluation",
     "register_architecture": "architectures",
-    "register_kernel": "kernels",
-    "register_simplex_map": "simplex",
+    "register_kernel": "checkpoint_code.kernels",
+    "register_simplex_map": "checkpoint_code.simplex",
     "restore": "surgery",
 }
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from .errors import InputError
+from .checkpoint_code.errors import InputError
+from .checkpoint_code.experts import KernelExperts
+from .checkpoint_code.record import Readout
 from .families import FAMILIES, Architecture
-from .readout import KernelExperts, Readout
 
 ARCHITECTURES: dict[str, Architecture] = {family.model_type: family for family in FAMILIES}
 ENTRY_POINTS = "hf_kernel_ffn.architectures"

@@ -15,11 +15,11 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from .architectures import StockFFN, family_name, ffn_paths, get_architecture, stock_ffn, stock_weights
-from .configuration import KernelFFNConfig, LayerConfig
-from .errors import InputError
+from .checkpoint_code.errors import InputError
+from .checkpoint_code.ffn import KernelFFN
+from .checkpoint_code.settings import KernelFFNConfig, LayerConfig
 from .fused import Fused, against_gather, against_readout
 from .measuring import bytes_moved, copy_bandwidth, interleaved, memory_for_backward, peak_memory, ratio
-from .readout import KernelFFN
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .architectures import family_name, get_architecture
-from .errors import InputError
+from .checkpoint_code.errors import InputError
+from .checkpoint_code.ffn import KernelFFN
 from .hooks import on_input
 from .inputs import Inputs, arguments, own_inputs, reads, row_tokens, rows, take
-from .readout import KernelFFN
 
 PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for the pull toward the initial dictionary, in units of a prototype's mean squared coefficient."""

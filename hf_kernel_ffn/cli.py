@@ -49,9 +49,9 @@ def convert(
 ) -> None:
     """Replace the FFNs of MODEL by kernel readouts and save the student in OUT_DIR, in the dtype MODEL is stored in."""
     from . import surgery
-    from .configuration import KernelFFNConfig
+    from .checkpoint_code.errors import InputError
+    from .checkpoint_code.settings import KernelFFNConfig
     from .data import token_ids
-    from .errors import InputError
     from .files import new_folder, require_empty
     from .loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
     from .prediction import question
@@ -142,8 +142,8 @@ def evaluate(
     device: Device = "cpu",
 ) -> None:
     """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of every layer."""
+    from .checkpoint_code.errors import InputError
     from .data import token_ids
-    from .errors import InputError
     from .files import require_place, write_text
     from .loading import check_vocabularies, load_student, load_teacher, load_tokenizer
     from .surgery import check_pair
@@ -220,7 +220,7 @@ def read(
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="local folder of a converted model")]) -> None:
     """Check that FOLDER is whole and carries no code but this package's: config, weights, checksums, code. Runs none of it."""
-    from .errors import InputError
+    from .checkpoint_code.errors import InputError
     from .verification import verify
 
     _quieten()
@@ -304,7 +304,7 @@ def benchmark(
     import torch
 
     from . import benchmark as benchmarks
-    from .configuration import one_of
+    from .checkpoint_code.settings import one_of
     from .files import require_place, write_text
     from .loading import load_model, torch_dtype
 
@@ -381,7 +381,7 @@ def _quieten() -> None:
 
 def main() -> None:
     """Entry point of ``hf-kernel-ffn``."""
-    from .errors import InputError
+    from .checkpoint_code.errors import InputError
 
     try:
         app()

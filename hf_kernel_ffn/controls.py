@@ -1,4 +1,4 @@
-"""What a kernel readout has to beat, behind the same interface as :class:`~hf_kernel_ffn.readout.KernelFFN`: the teacher's own
+"""What a kernel readout has to beat, behind the same interface as :class:`~hf_kernel_ffn.checkpoint_code.ffn.KernelFFN`: the teacher's own
 FFN, whole or truncated to its largest contributions, and transcoders. They go through the same stages and the same evaluation."""
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from .architectures import FFNWeights, architecture_of, stock_ffn, stock_ffns, stock_weights
 from .calibration import fit_sample
-from .configuration import KernelFFNConfig, LayerConfig
-from .errors import InputError
-from .kernels import get_kernel
-from .readout import Readout
-from .simplex import top_k_mask
+from .checkpoint_code.errors import InputError
+from .checkpoint_code.kernels import get_kernel
+from .checkpoint_code.record import Readout
+from .checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from .checkpoint_code.simplex import top_k_mask
 from .surgery import config_entry, layer_config, student_from_entry
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .errors import InputError
+from .checkpoint_code.errors import InputError
 
 SPREAD = 32
 """How much more text than it uses a spread sample reads."""

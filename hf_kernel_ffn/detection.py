@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import StockFFN, architecture_of, get_architecture, stock_ffns, stock_weights
-from .errors import InputError
+from .checkpoint_code.errors import InputError
 
 ATTENTION = re.compile(r"att(entio)?n|mixer|conv|pool|embed|head|router|rel_pos", re.IGNORECASE)
 """Names of modules whose projections are no FFN's."""

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .architectures import FFNWeights, stock_ffn, stock_weights, teacher_readout
-from .errors import InputError
+from .checkpoint_code.errors import InputError
+from .checkpoint_code.ffn import KernelFFN
+from .checkpoint_code.record import Readout
 from .hooks import collected, recorded, replaced
 from .inputs import Inputs, arguments, take
 from .prediction import answered, predicts_masked, question
-from .readout import KernelFFN, Readout
 from .surgery import check_pair
 
 

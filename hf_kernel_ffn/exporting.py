@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .architectures import ARCHITECTURES
-from .configuration import get_custom_kernel_file
-from .errors import InputError
+from .checkpoint_code.carried_code import get_custom_kernel_file
+from .checkpoint_code.errors import InputError
+from .checkpoint_code.integrity import header
 from .files import replacing
-from .integrity import header
 from .surgery import inside, student_from_entry
 
 

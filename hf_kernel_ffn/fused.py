@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from .errors import InputError
+from .checkpoint_code.errors import InputError
+from .checkpoint_code.ffn import KernelFFN
+from .checkpoint_code.kernels import HalfYat, Yat
+from .checkpoint_code.linears import is_plain, lay_out_by_prototypes
+from .checkpoint_code.operators import ARGUMENTS, TENSORS, chunks, differentiate, empty_gradients, namespace
 from .fused_kernels import INTERPRETED, backward_tuned, forward_tuned, gather_kernel, triton
-from .kernels import HalfYat, Yat
-from .linears import is_plain, lay_out_by_prototypes
-from .operators import ARGUMENTS, TENSORS, chunks, differentiate, empty_gradients, namespace
-from .readout import KernelFFN
 
 TOKENS, PROTOTYPES = 128, 128
 """Largest tile of scores; with half the tokens where a longer epilogue needs the registers. A tile always has that many prototypes:
@@ -35,7 +35,7 @@ NAMESPACE = namespace(__name__)
 
 
 def fused_mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex=False):
-    """The function :func:`hf_kernel_ffn.operators.plain`, arguments as there, in any strides and float32, bfloat16 or float16;
+    """The function :func:`hf_kernel_ffn.checkpoint_code.operators.plain`, arguments as there, in any strides and float32, bfloat16 or float16;
     ``limit``: bytes that the (tokens, prototypes) matrices may take together: more tokens go through in chunks. Differentiable."""
     return _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex)[0]
 

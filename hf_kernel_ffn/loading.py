@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils.hub import cached_file
 
 from .architectures import get_architecture
-from .errors import InputError
-from .integrity import read_json
-from .modeling import KernelModelMixin
+from .checkpoint_code import custom_kernel
+from .checkpoint_code.errors import InputError
+from .checkpoint_code.integrity import read_json
+from .checkpoint_code.modeling import KernelModelMixin
 from .task_classes import stock_heads, task_classes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -192,7 +193,7 @@ def read_config(name: str) -> dict:
 
 def has_custom_kernel(name: str) -> bool:
     """Whether the checkpoint at ``name`` brings a kernel file of its author's own."""
-    own = Path(__file__).with_name("custom_kernel.py").read_bytes()
+    own = Path(custom_kernel.__file__).read_bytes()
     try:
         file = cached_file(name, "custom_kernel.py", _raise_exceptions_for_missing_entries=False)
     except OSError:

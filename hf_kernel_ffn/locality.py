@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .architectures import stock_ffn, stock_weights
 from .calibration import CHUNK, ffn_inputs
-from .errors import InputError
-from .readout import KernelFFN
+from .checkpoint_code.errors import InputError
+from .checkpoint_code.ffn import KernelFFN
 from .surgery import check_pair
 
 TOP = 20

@@ -8,9 +8,9 @@ from pathlib import Path
 import yaml
 
 from . import __version__
-from .errors import InputError
+from .checkpoint_code.errors import InputError
+from .checkpoint_code.integrity import read_json
 from .files import write_text
-from .integrity import read_json
 from .loading import auto_class
 
 FIGURES = ("delta_cross_entropy", "kl", "top1_agreement", "loss_recovered")

@@ -19,12 +19,12 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .architectures import StockFFN, architecture_of, stacks, stock_weights
 from .calibration import batches, fitted_and_held, sampled
-from .configuration import KernelFFNConfig
-from .errors import InputError
+from .checkpoint_code.errors import InputError
+from .checkpoint_code.integrity import record_checksums
+from .checkpoint_code.kernels import get_kernel
+from .checkpoint_code.settings import KernelFFNConfig
 from .files import new_folder
 from .inputs import Inputs, arguments
-from .integrity import record_checksums
-from .kernels import get_kernel
 from .loading import load_stock_on_meta, stored_dtype
 from .saving import save_companions
 from .surgery import (

@@ -25,13 +25,13 @@ from .architectures import (
     stock_weights,
 )
 from .calibration import blind_sample, calibrate, ffn_inputs, fit_sample, fitted_and_held, own_text
-from .configuration import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
+from .checkpoint_code.errors import InputError
+from .checkpoint_code.ffn import KernelFFN
+from .checkpoint_code.modeling import install
+from .checkpoint_code.settings import FORMAT, KernelFFNConfig, LayerConfig, with_defaults
 from .detection import refuse_undescribed
-from .errors import InputError
 from .initialization import gate_bias, prototypes
 from .inputs import Inputs, row_tokens, rows, take
-from .modeling import install
-from .readout import KernelFFN
 from .task_classes import task_classes
 
 CALIBRATION_TOKENS = 16_384

@@ -20,14 +20,16 @@ from transformers import CONFIG_MAPPING
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto import modeling_auto
 
-from .configuration import TRAVELLING
-from .errors import InputError
+from .checkpoint_code.carried_code import carried_file_names
+from .checkpoint_code.errors import InputError
 
+CHECKPOINT_CODE = carried_file_names.__module__.rpartition(".")[0]
+"""The package of the files that travel."""
 TEMPLATE = '''"""{config} and its models with kernel-readout FFNs. Travels inside converted checkpoints."""
 
 from transformers import AutoModel
 {imports}
-from {package}.configuration import KernelConfigMixin
+from {package}.config_mixin import KernelConfigMixin
 from {package}.modeling import KernelModelMixin
 
 
@@ -100,7 +102,11 @@ def task_classes(model_type: str, teacher: Any = None) -> ModuleType:
     heads = stock_heads(model_type)
     if heads:
         return _made(
-            f"{__package__}.modeling_kernel_{model_type}", model_type, heads, dict.fromkeys(heads.values(), "transformers"), {}
+            f"{CHECKPOINT_CODE}.modeling_kernel_{model_type}",
+            model_type,
+            heads,
+            dict.fromkeys(heads.values(), "transformers"),
+            {},
         )
     auto_map = {} if teacher is None else {
         auto: ref.rpartition("--")[2] for auto, ref in (getattr(teacher.config, "auto_map", None) or {}).items() if isinstance(ref, str)
@@ -124,7 +130,7 @@ def task_classes(model_type: str, teacher: Any = None) -> ModuleType:
         module = importlib.import_module(f"{package}.{file}")
         for path in (str(module.__file__), *get_relative_import_files(str(module.__file__))):
             sources[Path(path).name] = Path(path).read_text(encoding="utf-8")
-    taken = sorted({*sources} & {*TRAVELLING})
+    taken = sorted({*sources} & {*carried_file_names()})
     if taken:
         raise InputError(f"found {taken[0]} among the code of {model_type!r}, which a checkpoint has a file of: rename it")
     return _made(f"{package}.modeling_kernel_{model_type}", model_type, heads, {n: f".{f}" for n, f in files.items()}, sources)
@@ -133,7 +139,7 @@ def task_classes(model_type: str, teacher: Any = None) -> ModuleType:
 def _made(name: str, model_type: str, heads: dict[str, str], stock: dict[str, str], sources: dict[str, str]) -> ModuleType:
     """The module called ``name``, made once; ``sources`` are other files that a checkpoint needs."""
     if name not in sys.modules:
-        loader = _Text(modeling_source(model_type, heads, stock, str(__package__)))
+        loader = _Text(modeling_source(model_type, heads, stock, CHECKPOINT_CODE))
         spec = spec_from_loader(name, loader)
         assert spec is not None
         module = module_from_spec(spec)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint_code.ffn import KernelFFN
 from .fused import Fused, against_gather, against_readout, fuse
 from .measuring import interleaved
-from .readout import KernelFFN
 
 TOKENS = 1024
 """Read at once in the trial of a dense readout; a sparse one gathers for one token."""

@@ -163,7 +163,7 @@ def run_elsewhere():
 @pytest.fixture
 def registry(monkeypatch):
     """The kernel registry, put back as it was after the test."""
-    from hf_kernel_ffn.kernels import KERNELS
+    from hf_kernel_ffn.checkpoint_code.kernels import KERNELS
 
     for name, kernel in list(KERNELS.items()):
         monkeypatch.setitem(KERNELS, name, kernel)

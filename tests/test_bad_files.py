@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_kernel_ffn import InputError, convert
+from hf_kernel_ffn.checkpoint_code.integrity import CHECKSUMS
 from hf_kernel_ffn.cli import main
 from hf_kernel_ffn.distillation import load_recipe
-from hf_kernel_ffn.integrity import CHECKSUMS
 from hf_kernel_ffn.loading import load_student
 from hf_kernel_ffn.verification import verify
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_kernel_ffn import Kernel, KernelFFN, KernelFFNConfig, convert, register_kernel
-from hf_kernel_ffn.kernels import KERNELS
+from hf_kernel_ffn.checkpoint_code.kernels import KERNELS
 
 FAMILIES = ("llama", "gpt2", "mistral")
 OWN_KERNEL = '''
@@ -402,7 +402,11 @@ def test_a_kernel_of_the_main_script_does_not_travel(registry, llama, ids, tmp_p
 
 @pytest.mark.parametrize(
     "line",
-    ["import hf_kernel_ffn as k", "from hf_kernel_ffn.simplex import shares", "from hf_kernel_ffn import KernelFFNConfig"],
+    [
+        "import hf_kernel_ffn as k",
+        "from hf_kernel_ffn.checkpoint_code.simplex import shares",
+        "from hf_kernel_ffn import KernelFFNConfig",
+    ],
 )
 def test_a_kernel_file_that_needs_more_of_the_package_does_not_travel(own_kernel, llama, ids, tmp_path, line):
     settings = own_kernel(source=OWN_KERNEL.replace("from hf_kernel_ffn", f"{line}\nfrom hf_kernel_ffn", 1))

@@ -19,7 +19,7 @@ from hf_kernel_ffn.architectures import (
     stock_weights,
     teacher_readout,
 )
-from hf_kernel_ffn.configuration import TRAVELLING
+from hf_kernel_ffn.checkpoint_code.carried_code import carried_file_names
 from hf_kernel_ffn.detection import explain, undescribed
 from hf_kernel_ffn.distillation.objectives import layer_wise
 from hf_kernel_ffn.hooks import collected
@@ -228,7 +228,7 @@ def test_a_checkpoint_names_one_stock_family(family, made):
     text = (made(family).folder / f"modeling_kernel_{family}.py").read_text()
     imports = [line for line in text.splitlines() if line.startswith(("from", "import"))]
     assert len(imports) == 4 and all(line.startswith(("from transformers import", "from .")) for line in imports)
-    assert len(list(made(family).folder.glob("*.py"))) == len(TRAVELLING) + 1
+    assert len(list(made(family).folder.glob("*.py"))) == len(carried_file_names()) + 1
 
 
 def test_a_renamed_attribute_is_caught_by_name(llama):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from hf_kernel_ffn import KernelFFNConfig, register_kernel
-from hf_kernel_ffn.kernels import KERNELS, Kernel, get_kernel
+from hf_kernel_ffn.checkpoint_code.kernels import KERNELS, Kernel, get_kernel
 
 BUILT_IN = ("exponential", "gaussian", "imq", "yat", "exponential-yat", "half-yat")
 NONNEGATIVE = [name for name in BUILT_IN if get_kernel(name).nonnegative]

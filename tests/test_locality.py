@@ -13,7 +13,7 @@ from conftest import tiny_teacher
 from hf_kernel_ffn import InputError, Kernel, KernelFFN, KernelFFNConfig, convert, locality, register_kernel
 from hf_kernel_ffn.architectures import architecture_of, ffn_weights, teacher_readout
 from hf_kernel_ffn.calibration import ffn_inputs
-from hf_kernel_ffn.configuration import LayerConfig
+from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
 from hf_kernel_ffn.locality import (
     auc,
     context_purity,

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_kernel_ffn import KernelFFN, KernelFFNConfig
-from hf_kernel_ffn.configuration import INTENSITIES, LayerConfig
-from hf_kernel_ffn.kernels import get_kernel
-from hf_kernel_ffn.simplex import SIMPLEX_MAPS
+from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
+from hf_kernel_ffn.checkpoint_code.settings import INTENSITIES, LayerConfig
+from hf_kernel_ffn.checkpoint_code.simplex import SIMPLEX_MAPS
 
 KERNELS = ("half-yat", "yat", "exponential-yat", "exponential", "gaussian", "imq")
 EXPONENTIALS = ("exponential-yat", "exponential", "gaussian")

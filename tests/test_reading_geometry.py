@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_kernel_ffn import InputError, KernelFFN, KernelFFNConfig, Readout, convert
-from hf_kernel_ffn.configuration import LayerConfig
-from hf_kernel_ffn.kernels import KERNELS, Kernel, register_kernel
+from hf_kernel_ffn.checkpoint_code.kernels import KERNELS, Kernel, register_kernel
+from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
 from hf_kernel_ffn.reading import trace
 from hf_kernel_ffn.reading.attention import symmetrised_attention
 from hf_kernel_ffn.reading.decompositions import alternatives, caratheodory, share_spread

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hf_kernel_ffn import KernelFFN, KernelFFNConfig, register_kernel
-from hf_kernel_ffn.configuration import LayerConfig
-from hf_kernel_ffn.kernels import KERNELS, Kernel
+from hf_kernel_ffn.checkpoint_code.kernels import KERNELS, Kernel
+from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
 
 D, P, TOP_K = 4, 5, 3
 SIMPLEX, INTENSITY = ("softmax", "sparsemax", "entmax-1.5", "top-k", "threshold"), ("none", "mass", "gate")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_kernel_ffn.simplex import SIMPLEX_MAPS, shares
+from hf_kernel_ffn.checkpoint_code.simplex import SIMPLEX_MAPS, shares
 
 MAPS = ("softmax", "sparsemax", "entmax-1.5", "top-k", "threshold")
 K = 3

@@ -11,7 +11,7 @@ from test_distillation import LAYER_WISE, LOGITS, STEPS, assert_same_files, inte
 from hf_kernel_ffn import KernelFFN, KernelFFNConfig, convert, evaluate_student
 from hf_kernel_ffn.architectures import architecture_of, ffn_weights
 from hf_kernel_ffn.calibration import ffn_inputs
-from hf_kernel_ffn.configuration import LayerConfig
+from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
 from hf_kernel_ffn.data import token_ids
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES

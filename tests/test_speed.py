@@ -11,9 +11,11 @@ from test_readout import D, P, inputs, make_layer
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hf_kernel_ffn import KernelFFNConfig, convert, one_pass, readout
+from hf_kernel_ffn import KernelFFNConfig, convert
+from hf_kernel_ffn.checkpoint_code import ffn as ffn_module
+from hf_kernel_ffn.checkpoint_code import one_pass
+from hf_kernel_ffn.checkpoint_code.one_pass import yat_mixture
 from hf_kernel_ffn.exporting import apply, export
-from hf_kernel_ffn.one_pass import yat_mixture
 
 dense = pytest.mark.parametrize(
     "settings",
@@ -318,10 +320,10 @@ def test_sparse_gated_values_are_computed_once():
 
 def test_only_linear_modules_are_plain():
     linear = nn.Linear(3, 3)
-    assert readout.is_plain(linear)
+    assert ffn_module.is_plain(linear)
     linear.forward = linear.forward  # as accelerate wraps it
-    assert not readout.is_plain(linear)
-    assert not readout.is_plain(nn.Linear(3, 3, device="meta"))
+    assert not ffn_module.is_plain(linear)
+    assert not ffn_module.is_plain(nn.Linear(3, 3, device="meta"))
 
 
 @pytest.mark.parametrize("kernel", ["half-yat", "yat"])

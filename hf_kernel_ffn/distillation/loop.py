@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..checkpoint_code.errors import InputError
 from ..data import token_ids
-from ..errors import InputError
 from ..files import require_empty, sync, writing
 from ..loading import check_vocabularies, load_student, load_teacher, load_tokenizer, torch_dtype
 from ..prediction import question

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..configuration import KernelFFNConfig
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.settings import KernelFFNConfig
 
 YAML_LIMIT = 200_000
 """Characters of a recipe, and ten times the values in it."""

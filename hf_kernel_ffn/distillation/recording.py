@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
 from ..files import new_folder, require_empty
 from ..inputs import arguments
 from ..loading import load_student

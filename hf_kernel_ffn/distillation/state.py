@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
 from ..files import sync, writing
 from .sharding import like, whole
 

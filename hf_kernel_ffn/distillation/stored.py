@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
 from ..exporting import fingerprint
 from ..prediction import predicts_masked
 from .objectives import Backward, Price, kl, lumped, match

@@ -16,8 +16,8 @@ from accelerate.utils import DataLoaderConfiguration, DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..checkpoint_code.errors import InputError
 from ..data import blocks
-from ..errors import InputError
 from ..hooks import recorded
 from ..inputs import Inputs, arguments
 from ..loading import torch_dtype

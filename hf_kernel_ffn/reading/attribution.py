@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
 from .rows import Rows
 from .tracing import Trace, attention_of, described, layer_of, unembedding
 

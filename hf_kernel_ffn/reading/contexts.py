@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import ffn_paths
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
 from ..files import replacing
 from ..hooks import recorded
 from .naming import nearest_tokens, written

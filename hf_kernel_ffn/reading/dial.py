@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.kernels import KERNELS, Kernel, get_kernel
+from ..checkpoint_code.record import Readout
 from ..initialization import _parameters
-from ..kernels import KERNELS, Kernel, get_kernel
-from ..readout import KernelFFN, Readout
 from .geometry import prototypes_of, scores
 from .regimes import shares
 from .rows import Rows

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError
-from ..readout import KernelFFN
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.ffn import KernelFFN
 from .tracing import family_of
 
 

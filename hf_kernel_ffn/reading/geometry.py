@@ -12,10 +12,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..kernels import Kernel
-from ..linears import effective
-from ..readout import KernelFFN, Readout
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.kernels import Kernel
+from ..checkpoint_code.linears import effective
+from ..checkpoint_code.record import Readout
 
 
 def prototypes_of(ffn: KernelFFN) -> tuple[Tensor, Tensor]:

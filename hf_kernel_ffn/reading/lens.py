@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
 from ..files import replacing
 from ..hooks import recorded
 from .attribution import final_norm

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..readout import Readout
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.record import Readout
 from .rows import Rows
 
 RANK = 1e-6

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..readout import Readout
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.record import Readout
 from .rows import Rows
 
 REGIMES = {(True, True): "convex", (True, False): "conic", (False, True): "affine", (False, False): "linear"}

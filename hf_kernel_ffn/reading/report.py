@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.linears import effective
+from ..checkpoint_code.record import Readout
 from ..files import write_text
-from ..linears import effective
-from ..readout import Readout
 from .decompositions import alternatives as alternative_shares
 from .naming import written
 from .regimes import mixtures, regime

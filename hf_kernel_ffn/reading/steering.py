@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import ffn_inputs
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
 from .attribution import final_norm, frozen_norm
 from .contexts import Contexts
 from .editing import Addition, Edit, Effect, edited, effect, predictions

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..architectures import ffn_paths, stock_ffn, stock_weights
+from ..checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.linears import effective
 from ..hooks import recorded
-from ..linears import effective
 from ..locality import auc
-from ..readout import KernelFFN
 from .contexts import SKIP
 from .rows import Rows
 from .tracing import Trace, family_of

@@ -20,8 +20,8 @@ from ..architectures import (
     stock_weights,
     teacher_readout,
 )
-from ..errors import InputError
-from ..readout import Readout
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.record import Readout
 
 POSITIONS = 64
 """Of a longer prompt, the last so many positions are read unless others are asked for."""

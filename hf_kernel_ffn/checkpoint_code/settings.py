@@ -1,17 +1,10 @@
-"""The settings of a kernel-readout FFN, and the ``kernel_ffn`` entry of config.json.
+"""The settings of a kernel-readout FFN, and how config.json records a converted one.
 
 This file travels inside converted checkpoints: it imports nothing but torch and transformers.
 """
 
-import ast
-import copy
 import difflib
-import inspect
-import re
-import sys
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any
 
 from .custom_kernel import __doc__ as _custom_kernel  # noqa: F401  (registers a user's own kernel)
 from .errors import InputError
@@ -204,151 +197,6 @@ def both_signs(config: KernelFFNConfig, gated_teacher: bool) -> bool:
     return gated_teacher and config.values == "fixed" and config.init != "single"
 
 
-class KernelConfigMixin:
-    """What a family's config class adds to the stock one: it reads, guards and writes the ``kernel_ffn`` entry.
-
-    A subclass gives ``auto_classes``, the classes of its own file by Auto class name.
-    """
-
-    auto_classes: dict = {}
-    _auto_class = None  # of a stock class that came with code of its own: save_pretrained() below saves the code
-    kernel_ffn: Any
-
-    def __post_init__(self, **kwargs):
-        entry = _mapping("kernel_ffn entry of config.json", self.kernel_ffn) if self.kernel_ffn is not None else None
-        if entry is not None:
-            if entry.get("format") != FORMAT:
-                raise InputError(
-                    f"found kernel_ffn format {entry.get('format')!r}, expected {FORMAT}: install the hf_kernel_ffn that wrote it, "
-                    f"version {entry.get('package_version')!r}"
-                )
-            known_keys(ENTRY, entry, "kernel_ffn entry")
-            for name, value in _mapping("kernel_ffn activation", entry.get("activation")).items():
-                if "." not in name and getattr(self, name, kwargs.get(name)) == STOCK_GUARD:
-                    setattr(self, name, value)
-                    kwargs.pop(name, None)
-            self.kernel_ffn_layers()
-        super().__post_init__(**kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        """As the stock method. The guard is taken out first: where it stands for a number, no config would accept it."""
-        config_dict = copy.deepcopy(config_dict)
-        entry = config_dict.get("kernel_ffn")
-        for name, value in (entry.get("activation") or {} if isinstance(entry, dict) else {}).items():
-            _put(config_dict, name, value, only=STOCK_GUARD)
-        return super().from_dict(config_dict, **kwargs)
-
-    def kernel_ffn_layers(self) -> dict:
-        """LayerConfig of every converted FFN by its path under the base model, in layer order."""
-        layers = _mapping("kernel_ffn layers", (self.kernel_ffn or {}).get("layers"))
-        for path in layers:
-            if not re.fullmatch(r"(?!.*__)\w+(\.\w+)*", path):  # it is looked up as attributes of the model
-                raise InputError(
-                    f"found {path!r} in the kernel_ffn layers, expected the path of an FFN: config.json is damaged"
-                )
-        found = {path: LayerConfig.from_dict(layer) for path, layer in layers.items()}
-
-        # By number, not as it stands: config.json is written with its keys in alphabetical order, 10 before 2.
-        def place(path):
-            return found[path].number, [(part.isdigit(), int(part) if part.isdigit() else part) for part in path.split(".")]
-
-        return {path: found[path] for path in sorted(found, key=place)}
-
-    def to_dict(self):
-        output = super().to_dict()
-        if self.kernel_ffn is not None:
-            for name in self.kernel_ffn["activation"]:
-                _put(output, name, STOCK_GUARD)
-        return output
-
-    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """As the stock method; also writes the code that loads the checkpoint, and an auto_map for every head."""
-        custom = get_custom_kernel_file(self)  # before anything is written: it may refuse
-        files = code_files(type(self))
-        stem = type(self).__module__.rpartition(".")[2]
-        self.auto_map = {auto: f"{stem}.{name}" for auto, name in self.auto_classes.items()}
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for file, source in files.items():
-            Path(save_directory, file).write_text(source, encoding="utf-8")
-        if custom is not None:
-            Path(save_directory, "custom_kernel.py").write_text(custom, encoding="utf-8")
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-
-TRAVELLING = (
-    "errors.py", "kernels.py", "custom_kernel.py", "simplex.py", "configuration.py", "operators.py", "one_pass.py", "linears.py",
-    "readout.py", "integrity.py", "modeling.py",
-)  # fmt: skip
-"""Files that every checkpoint carries, beside its family's own modelling file."""
-
-
-def code_files(config_class) -> dict:
-    """Source by file name of the code that a checkpoint of ``config_class`` carries."""
-    own = {file: Path(__file__).with_name(file).read_text(encoding="utf-8") for file in TRAVELLING}
-    module = sys.modules[config_class.__module__]
-    made = getattr(module, "CODE_FILES", None)  # in the package, whose modelling files are written when they are needed
-    if made is None:
-        made, wanted = {}, [Path(str(module.__file__)).stem]
-        while wanted:
-            file = f"{wanted.pop()}.py"
-            made[file] = Path(__file__).with_name(file).read_text(encoding="utf-8")
-            imported = re.findall(r"^from \.(\w+) import", made[file], flags=re.MULTILINE)
-            wanted += [name for name in imported if f"{name}.py" not in {**own, **made}]
-    return {**own, **made}
-
-
-def get_custom_kernel_file(config) -> str | None:
-    """Source of the one file that registers the user's own kernels used by ``config``, as it must stand in a
-    checkpoint; None if every kernel is the package's.
-
-    Raises:
-        InputError: the kernels stand in several files, or in none that could travel.
-    """
-    files = set()
-    for layer in config.kernel_ffn_layers().values():
-        kind = type(get_kernel(layer.settings.kernel))
-        if kind.__module__ == get_kernel.__module__:
-            continue
-        try:
-            file = inspect.getsourcefile(kind)
-        except TypeError:
-            file = None
-        if file is None or kind.__module__ == "__main__" or not Path(file).is_file():
-            raise InputError(
-                f"kernel {layer.settings.kernel!r} stands in {kind.__module__!r}, which cannot travel with a checkpoint: "
-                "put its class and its registration into a .py file of their own and import that"
-            )
-        files.add(file)
-    if not files:
-        return None
-    if len(files) > 1:
-        raise InputError(
-            f"found kernels of your own in {len(files)} files, expected one: put {', '.join(sorted(files))} together"
-        )
-    source = Path(files.pop()).read_text(encoding="utf-8")
-    # Absolute imports of the package do not exist where the checkpoint is loaded without it.
-    source = re.sub(r"^from hf_kernel_ffn(\.kernels)? import", "from .kernels import", source, flags=re.MULTILINE)
-    for node in ast.walk(ast.parse(source)):
-        wanted = []
-        if isinstance(node, ast.Import):
-            wanted = [alias.name for alias in node.names if alias.name.split(".")[0] == "hf_kernel_ffn"]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "hf_kernel_ffn":
-            wanted = [str(node.module)]
-        elif isinstance(node, ast.ImportFrom) and node.level == 1 and node.module == "kernels":
-            wanted = [
-                f"hf_kernel_ffn.{a.name}"
-                for a in node.names
-                if a.name not in ("Kernel", "register_kernel", "KERNELS", "get_kernel")
-            ]
-        if wanted:
-            raise InputError(
-                f"found {wanted[0]} imported in a kernel's file, which a checkpoint does not carry: "
-                "write 'from hf_kernel_ffn import Kernel, register_kernel' and import nothing else of the package"
-            )
-    return source
-
-
 def one_of(name, value, choices):
     """InputError unless ``value`` is one of the names ``choices``."""
     if not isinstance(value, str) or value not in choices:
@@ -360,15 +208,6 @@ def _number(name, value, accept, expected):
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not accept(value):
         raise InputError(f"found {name}={value!r}, expected {expected}")
-
-
-def _put(mapping, path, value, only=None):
-    """Set ``value`` at a dotted ``path`` of nested dicts, as far as it exists; only over the value ``only``, if that is given."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        mapping = mapping.get(parent) if isinstance(mapping, dict) else None
-    if isinstance(mapping, dict) and (only is None or mapping.get(name) == only):
-        mapping[name] = value
 
 
 def _mapping(what, value):

@@ -18,7 +18,7 @@ FAR = 2.0**40
 
 
 def yat_mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex):
-    """The function :func:`hf_kernel_ffn.operators.plain`, arguments as there, in chunks of tokens; differentiable. x·w (and u·x) are
+    """The function :func:`hf_kernel_ffn.checkpoint_code.operators.plain`, arguments as there, in chunks of tokens; differentiable. x·w (and u·x) are
     kept for the backward pass if they take no more than ``limit`` bytes, and computed again there otherwise."""
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, rows, bias, dictionary, epsilon, factor, up, up_bias)

@@ -7,15 +7,16 @@ u_i·x. This file travels inside converted checkpoints: it imports nothing but t
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .configuration import LayerConfig
 from .kernels import HalfYat, Yat, get_kernel
 from .linears import effective, is_plain, lay_out_by_prototypes
 from .one_pass import one_token, yat_mixture
+from .record import Readout
+from .settings import LayerConfig
 from .simplex import shares, top_k_mask
 
 LOG_RATIO_BOUND = 20.0
@@ -25,28 +26,6 @@ ACTIVATION_BYTES = 2**28
 scores computed again."""
 EXACT = (torch.float32, torch.float64)
 """dtypes in which scores are computed as they stand."""
-
-
-class Readout(NamedTuple):
-    """What one FFN (or attention head) wrote: ``output() = coefficients @ dictionary + bias``."""
-
-    coefficients: Tensor
-    """(..., prototypes). Nonnegative from a kernel readout with fixed values, signed otherwise."""
-    dictionary: Tensor
-    """(prototypes, hidden_size): output prototypes as rows."""
-    bias: Tensor | None
-    """(hidden_size,) written whatever fires."""
-    shares: Tensor | None
-    """(..., prototypes) π ≥ 0, summing to one, or to zero where nothing fires; None if the FFN defines none."""
-    intensity: Tensor | None
-    """(...) g ≥ 0 with coefficients = g·π (·u_i x); None if the FFN defines none."""
-    names: tuple
-    """The dictionary rows by name."""
-
-    def output(self) -> Tensor:
-        """(..., hidden_size): the FFN's output, as the record's own sum."""
-        written = self.coefficients @ self.dictionary
-        return written if self.bias is None else written + self.bias
 
 
 class KernelFFN(nn.Module):
@@ -376,21 +355,6 @@ def _names(units: list) -> tuple:
         seen[name] = seen.get(name, 0) + 1
         names.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
     return tuple(names)
-
-
-class KernelExperts(nn.Module):
-    """The experts of a mixture, a :class:`KernelFFN` each, numbered; called as the stock experts are."""
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``hidden_states`` (tokens, hidden_size), the experts chosen for them (tokens, k) and those's weights (tokens, k), to
-        (tokens, hidden_size)."""
-        written = torch.zeros_like(hidden_states)
-        for number, expert in self.named_children():
-            token, place = torch.where(top_k_index == int(number))
-            if len(token):
-                output = expert(hidden_states[token]) * top_k_weights[token, place, None]
-                written.index_add_(0, token, output.to(written.dtype))
-        return written
 
 
 def _at_least_float32(tensor):

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from .errors import InputError
+from .experts import KernelExperts
+from .ffn import KernelFFN
 from .integrity import check_folder, check_model, record_checksums
-from .readout import KernelExperts, KernelFFN
 
 
 class KernelModelMixin:
