@@ -6,19 +6,19 @@ __version__ = "0.1.0"
 
 # Imported on first use: `import hf_kernel_ffn` costs nothing.
 _WHERE = {
-    "Architecture": "architectures",
+    "Architecture": "families.table",
     "InputError": "checkpoint_code.errors",
     "Kernel": "checkpoint_code.kernels",
     "KernelFFN": "checkpoint_code.ffn",
     "KernelFFNConfig": "checkpoint_code.settings",
     "Readout": "checkpoint_code.record",
-    "convert": "surgery",
+    "convert": "conversion.convert",
     "distill": "distillation",
     "evaluate_student": "evaluation",
-    "register_architecture": "architectures",
+    "register_architecture": "families.registry",
     "register_kernel": "checkpoint_code.kernels",
     "register_simplex_map": "checkpoint_code.simplex",
-    "restore": "surgery",
+    "restore": "families.student",
 }
 
 __all__ = [*_WHERE, "__version__"]

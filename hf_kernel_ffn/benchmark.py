@@ -14,10 +14,12 @@ from transformers import AutoConfig
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from .architectures import StockFFN, family_name, ffn_paths, get_architecture, stock_ffn, stock_weights
 from .checkpoint_code.errors import InputError
 from .checkpoint_code.ffn import KernelFFN
 from .checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from .families.lookup import StockFFN, family_name, ffn_paths, stock_ffn
+from .families.registry import get_architecture
+from .families.weights import stock_weights
 from .fused import Fused, against_gather, against_readout
 from .measuring import bytes_moved, copy_bandwidth, interleaved, memory_for_backward, peak_memory, ratio
 

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .architectures import family_name, get_architecture
 from .checkpoint_code.errors import InputError
 from .checkpoint_code.ffn import KernelFFN
-from .hooks import on_input
+from .families.hooks import on_input
+from .families.lookup import family_name
+from .families.registry import get_architecture
 from .inputs import Inputs, arguments, own_inputs, reads, row_tokens, rows, take
 
 PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -48,9 +48,9 @@ def convert(
     device: Device = "cpu",
 ) -> None:
     """Replace the FFNs of MODEL by kernel readouts and save the student in OUT_DIR, in the dtype MODEL is stored in."""
-    from . import surgery
     from .checkpoint_code.errors import InputError
     from .checkpoint_code.settings import KernelFFNConfig
+    from .conversion import convert as surgery
     from .data import token_ids
     from .files import new_folder, require_empty
     from .loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
@@ -144,9 +144,9 @@ def evaluate(
     """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of every layer."""
     from .checkpoint_code.errors import InputError
     from .data import token_ids
+    from .families.student import check_pair
     from .files import require_place, write_text
     from .loading import check_vocabularies, load_student, load_teacher, load_tokenizer
-    from .surgery import check_pair
 
     try:
         from .evaluation import evaluate_student
@@ -190,8 +190,8 @@ def read(
     device: Device = "cpu",
 ) -> None:
     """Read MODEL at one token: what every FFN chose and how loudly, what it wrote, and who wrote the next token's logit."""
-    from .architectures import parse_layers
     from .data import token_ids
+    from .families.lookup import parse_layers
     from .files import require_place, write_text
     from .loading import load_model, load_teacher, load_tokenizer
     from .reading import trace
@@ -344,10 +344,11 @@ def families(
     trust_remote_code: Annotated[bool, typer.Option(help="run the model's own code")] = False,
 ) -> None:
     """List the architectures that can be converted."""
-    from .architectures import ARCHITECTURES, join
+    from .families.lookup import join
+    from .families.registry import ARCHITECTURES
 
     if explain is not None:
-        from .detection import explain as rows
+        from .families.detection import explain as rows
         from .loading import empty_teacher
 
         _quieten()

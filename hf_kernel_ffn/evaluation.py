@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .architectures import FFNWeights, stock_ffn, stock_weights, teacher_readout
 from .checkpoint_code.errors import InputError
 from .checkpoint_code.ffn import KernelFFN
 from .checkpoint_code.record import Readout
-from .hooks import collected, recorded, replaced
+from .families.hooks import collected, recorded, replaced
+from .families.lookup import stock_ffn
+from .families.student import check_pair
+from .families.weights import FFNWeights, stock_weights, teacher_readout
 from .inputs import Inputs, arguments, take
 from .prediction import answered, predicts_masked, question
-from .surgery import check_pair
 
 
 class Fidelity(evaluate.Metric):

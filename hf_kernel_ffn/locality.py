@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import stock_ffn, stock_weights
 from .calibration import CHUNK, ffn_inputs
 from .checkpoint_code.errors import InputError
 from .checkpoint_code.ffn import KernelFFN
-from .surgery import check_pair
+from .families.lookup import stock_ffn
+from .families.student import check_pair
+from .families.weights import stock_weights
 
 TOP = 20
 """Tokens that stand for a prototype's contexts."""

@@ -17,29 +17,29 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .architectures import StockFFN, architecture_of, stacks, stock_weights
 from .calibration import batches, fitted_and_held, sampled
 from .checkpoint_code.errors import InputError
 from .checkpoint_code.integrity import record_checksums
 from .checkpoint_code.kernels import get_kernel
 from .checkpoint_code.settings import KernelFFNConfig
-from .files import new_folder
-from .inputs import Inputs, arguments
-from .loading import load_stock_on_meta, stored_dtype
-from .saving import save_companions
-from .surgery import (
+from .conversion.convert import (
     CALIBRATION_TOKENS,
     ConversionReport,
     calibration_of,
     chosen_ffns,
-    config_entry,
     convert_block,
     layer_config,
-    meta_student,
-    name_prefix,
     require_finite,
     with_progress,
 )
+from .families.lookup import StockFFN, stacks
+from .families.registry import architecture_of
+from .families.student import config_entry, meta_student, name_prefix
+from .families.weights import stock_weights
+from .files import new_folder
+from .inputs import Inputs, arguments
+from .loading import load_stock_on_meta, stored_dtype
+from .saving import save_companions
 from .tensor_files import Reader, Writer
 
 

@@ -78,9 +78,11 @@ def standardised(teacher, ids):
 
     import torch
 
-    from hf_kernel_ffn.architectures import architecture_of, stock_ffns, stock_weights
     from hf_kernel_ffn.calibration import ffn_inputs
-    from hf_kernel_ffn.hooks import on_input
+    from hf_kernel_ffn.families.hooks import on_input
+    from hf_kernel_ffn.families.lookup import stock_ffns
+    from hf_kernel_ffn.families.registry import architecture_of
+    from hf_kernel_ffn.families.weights import stock_weights
 
     model, made = copy.deepcopy(teacher), {}
     before, after = {}, []
@@ -120,8 +122,8 @@ def at_clusters(student, teacher, ids, seed: int) -> list[float]:
     import torch
     from scipy.cluster.vq import kmeans2
 
-    from hf_kernel_ffn.architectures import stock_ffn
     from hf_kernel_ffn.calibration import calibrate, ffn_inputs, fit_sample, fitted_and_held
+    from hf_kernel_ffn.families.lookup import stock_ffn
 
     fvus = []
     for path, ffn in student.kernel_ffns().items():

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from hf_kernel_ffn.conversion.convert import convert
 from hf_kernel_ffn.distillation import Recipe, Terminated
 from hf_kernel_ffn.distillation.sharding import unsharded
 from hf_kernel_ffn.distillation.state import find_state, load_rng, load_trained
 from hf_kernel_ffn.distillation.training import Run, make_accelerator
 from hf_kernel_ffn.loading import load_student, load_teacher, load_tokenizer
-from hf_kernel_ffn.surgery import convert
 
 
 class Noted(Run):

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from hf_kernel_ffn import InputError, evaluate_student
-from hf_kernel_ffn.architectures import architecture_of, ffn_paths, ffn_weights
 from hf_kernel_ffn.calibration import ffn_inputs
 from hf_kernel_ffn.controls import TeacherFFN, Transcoder, teacher_as_student, transcoder_student
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation.training import train
+from hf_kernel_ffn.families.lookup import ffn_paths
+from hf_kernel_ffn.families.registry import architecture_of
+from hf_kernel_ffn.families.weights import ffn_weights
 
 TOP_K = 7
 

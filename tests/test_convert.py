@@ -8,7 +8,9 @@ import transformers
 from torch import nn
 
 from hf_kernel_ffn import InputError, KernelFFN, KernelFFNConfig, convert, restore
-from hf_kernel_ffn.architectures import architecture_of, ffn_paths, ffn_weights, teacher_readout
+from hf_kernel_ffn.families.lookup import ffn_paths
+from hf_kernel_ffn.families.registry import architecture_of
+from hf_kernel_ffn.families.weights import ffn_weights, teacher_readout
 
 OWN_TOKENS = {"calibration_tokens": 256}
 

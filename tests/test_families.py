@@ -10,22 +10,16 @@ import yaml
 from safetensors.torch import save_file
 
 from hf_kernel_ffn import InputError, convert, restore
-from hf_kernel_ffn.architectures import (
-    ARCHITECTURES,
-    architecture_of,
-    attribute,
-    ffn_paths,
-    stock_ffns,
-    stock_weights,
-    teacher_readout,
-)
 from hf_kernel_ffn.checkpoint_code.carried_code import carried_file_names
-from hf_kernel_ffn.detection import explain, undescribed
 from hf_kernel_ffn.distillation.objectives import layer_wise
-from hf_kernel_ffn.hooks import collected
+from hf_kernel_ffn.families.detection import explain, undescribed
+from hf_kernel_ffn.families.hooks import collected
+from hf_kernel_ffn.families.lookup import attribute, ffn_paths, stock_ffns
+from hf_kernel_ffn.families.registry import ARCHITECTURES, architecture_of
+from hf_kernel_ffn.families.student import student_from_entry
+from hf_kernel_ffn.families.task_classes import stock_heads
+from hf_kernel_ffn.families.weights import stock_weights, teacher_readout
 from hf_kernel_ffn.inputs import arguments
-from hf_kernel_ffn.surgery import student_from_entry
-from hf_kernel_ffn.task_classes import stock_heads
 
 FAMILIES = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text())
 COMMON = {

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_kernel_ffn import InputError, architectures, convert, register_architecture, restore
-from hf_kernel_ffn.architectures import ARCHITECTURES
+from hf_kernel_ffn import InputError, convert, register_architecture, restore
+from hf_kernel_ffn.families import registry as registry_module
+from hf_kernel_ffn.families.registry import ARCHITECTURES
 from hf_kernel_ffn.loading import load_student, load_teacher
 
 EXAMPLE = Path(__file__).parents[1] / "recipes" / "architectures" / "causal_mean"
@@ -85,15 +86,15 @@ def test_it_converts_saves_and_loads_like_the_built_in_ones(table, teacher_at, i
 
 
 def test_an_entry_point_of_another_package_is_found(table, monkeypatch):
-    point = EntryPoint("causal_mean", "example_architecture:CAUSAL_MEAN", architectures.ENTRY_POINTS)
+    point = EntryPoint("causal_mean", "example_architecture:CAUSAL_MEAN", registry_module.ENTRY_POINTS)
     monkeypatch.setattr(EntryPoint, "load", lambda self: entry())
-    monkeypatch.setattr(architectures, "entry_points", lambda group, name: [point] if name == "causal_mean" else [])
-    assert architectures.get_architecture("causal_mean").up == "expand"
+    monkeypatch.setattr(registry_module, "entry_points", lambda group, name: [point] if name == "causal_mean" else [])
+    assert registry_module.get_architecture("causal_mean").up == "expand"
     with pytest.raises(InputError, match="found model type 'nothing'"):
-        architectures.get_architecture("nothing")
+        registry_module.get_architecture("nothing")
     monkeypatch.setattr(EntryPoint, "load", lambda self: "a string")
     table.pop("causal_mean")
     with pytest.raises(InputError, match="expected an Architecture of that model_type"):
-        architectures.get_architecture("causal_mean")
+        registry_module.get_architecture("causal_mean")
     with pytest.raises(InputError, match="already registered"):
         register_architecture(ARCHITECTURES["llama"])

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architectures import stock_ffn
-from ..hooks import recorded_ffns
+from ..families.hooks import recorded_ffns
+from ..families.lookup import stock_ffn
 from ..inputs import Inputs, arguments
 from ..prediction import answered, predictions
 from .recipe import Stage

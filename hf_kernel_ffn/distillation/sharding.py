@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..surgery import student_from_entry
+from ..families.student import student_from_entry
 
 
 def shard(ffns: Iterable[nn.Module], device: torch.device, reshard: bool) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..checkpoint_code.errors import InputError
 from ..data import blocks
-from ..hooks import recorded
+from ..families.hooks import recorded
 from ..inputs import Inputs, arguments
 from ..loading import torch_dtype
 from ..prediction import question

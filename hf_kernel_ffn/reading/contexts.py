@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..architectures import ffn_paths
 from ..checkpoint_code.errors import InputError
+from ..families.hooks import recorded
+from ..families.lookup import ffn_paths
 from ..files import replacing
-from ..hooks import recorded
 from .naming import nearest_tokens, written
 from .rows import Rows
 from .tracing import family_of, ffn_readout, layer_of

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint_code.errors import InputError
+from ..families.hooks import recorded
 from ..files import replacing
-from ..hooks import recorded
 from .attribution import final_norm
 from .tracing import family_of
 

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..architectures import ffn_paths, stock_ffn, stock_weights
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.linears import effective
-from ..hooks import recorded
+from ..families.hooks import recorded
+from ..families.lookup import ffn_paths, stock_ffn
+from ..families.weights import stock_weights
 from ..locality import auc
 from .contexts import SKIP
 from .rows import Rows

@@ -11,17 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import (
-    Architecture,
-    architecture_of,
-    ffn_paths,
-    get_architecture,
-    stock_ffn,
-    stock_weights,
-    teacher_readout,
-)
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.record import Readout
+from ..families.lookup import ffn_paths, stock_ffn
+from ..families.registry import architecture_of, get_architecture
+from ..families.table import Architecture
+from ..families.weights import stock_weights, teacher_readout
 
 POSITIONS = 64
 """Of a longer prompt, the last so many positions are read unless others are asked for."""

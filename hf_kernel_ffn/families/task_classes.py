@@ -20,8 +20,8 @@ from transformers import CONFIG_MAPPING
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto import modeling_auto
 
-from .checkpoint_code.carried_code import carried_file_names
-from .checkpoint_code.errors import InputError
+from ..checkpoint_code.carried_code import carried_file_names
+from ..checkpoint_code.errors import InputError
 
 CHECKPOINT_CODE = carried_file_names.__module__.rpartition(".")[0]
 """The package of the files that travel."""

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import StockFFN, architecture_of, get_architecture, stock_ffns, stock_weights
-from .checkpoint_code.errors import InputError
+from ..checkpoint_code.errors import InputError
+from .lookup import StockFFN, stock_ffns
+from .registry import architecture_of, get_architecture
+from .weights import stock_weights
 
 ATTENTION = re.compile(r"att(entio)?n|mixer|conv|pool|embed|head|router|rel_pos", re.IGNORECASE)
 """Names of modules whose projections are no FFN's."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .architectures import StockFFN
+    from .lookup import StockFFN
 
 
 @contextmanager
