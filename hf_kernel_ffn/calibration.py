@@ -20,7 +20,7 @@ from .checkpoint_code.ffn import KernelFFN
 from .families.hooks import on_input
 from .families.lookup import family_name
 from .families.registry import get_architecture
-from .inputs import Inputs, arguments, own_inputs, reads, row_tokens, rows, take
+from .text.inputs import Inputs, arguments, own_inputs, reads, row_tokens, rows, take
 
 PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for the pull toward the initial dictionary, in units of a prototype's mean squared coefficient."""
@@ -41,7 +41,7 @@ def own_text(model: Any, tokens: int, seed: int, length: int = 128) -> Inputs:
 
     A language model samples from itself at temperature 1, from its start token in one half of the rows and from a random token
     in the other; a model without a language head gets uniformly random ids, and one that reads more than ids what
-    :func:`hf_kernel_ffn.inputs.own_inputs` makes.
+    :func:`hf_kernel_ffn.text.inputs.own_inputs` makes.
     """
     if model.config.is_encoder_decoder or not (reads(model, "input_ids") and model.main_input_name == "input_ids"):
         return own_inputs(model, tokens, seed)

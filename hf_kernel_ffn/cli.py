@@ -51,11 +51,11 @@ def convert(
     from .checkpoint_code.errors import InputError
     from .checkpoint_code.settings import KernelFFNConfig
     from .conversion import convert as surgery
-    from .data import token_ids
     from .files import new_folder, require_empty
     from .loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
-    from .prediction import question
     from .saving import save_converted
+    from .text.packing import token_ids
+    from .text.prediction import question
 
     _quieten()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages: fresh ones take a third of the time
@@ -143,10 +143,10 @@ def evaluate(
 ) -> None:
     """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of every layer."""
     from .checkpoint_code.errors import InputError
-    from .data import token_ids
     from .families.student import check_pair
     from .files import require_place, write_text
     from .loading import check_vocabularies, load_student, load_teacher, load_tokenizer
+    from .text.packing import token_ids
 
     try:
         from .evaluation import evaluate_student
@@ -190,13 +190,13 @@ def read(
     device: Device = "cpu",
 ) -> None:
     """Read MODEL at one token: what every FFN chose and how loudly, what it wrote, and who wrote the next token's logit."""
-    from .data import token_ids
     from .families.lookup import parse_layers
     from .files import require_place, write_text
     from .loading import load_model, load_teacher, load_tokenizer
     from .reading import trace
     from .reading.summary import summary
     from .reading.support import Support
+    from .text.packing import token_ids
 
     for file in (json_file, html):
         if file is not None:

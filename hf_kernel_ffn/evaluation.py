@@ -23,8 +23,8 @@ from .families.hooks import collected, recorded, replaced
 from .families.lookup import stock_ffn
 from .families.student import check_pair
 from .families.weights import FFNWeights, stock_weights, teacher_readout
-from .inputs import Inputs, arguments, take
-from .prediction import answered, predicts_masked, question
+from .text.inputs import Inputs, arguments, take
+from .text.prediction import answered, predicts_masked, question
 
 
 class Fidelity(evaluate.Metric):

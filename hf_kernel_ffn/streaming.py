@@ -37,10 +37,10 @@ from .families.registry import architecture_of
 from .families.student import config_entry, meta_student, name_prefix
 from .families.weights import stock_weights
 from .files import new_folder
-from .inputs import Inputs, arguments
 from .loading import load_stock_on_meta, stored_dtype
 from .saving import save_companions
 from .tensor_files import Reader, Writer
+from .text.inputs import Inputs, arguments
 
 
 @torch.no_grad()

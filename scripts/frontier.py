@@ -118,7 +118,7 @@ def make_student(row: Row, recipe, teacher, tokenizer):
     """The student as it is before training."""
     from hf_kernel_ffn.controls import teacher_as_student, transcoder_student
     from hf_kernel_ffn.conversion.convert import convert
-    from hf_kernel_ffn.data import token_ids
+    from hf_kernel_ffn.text.packing import token_ids
 
     data = recipe.data
     ids = token_ids(tokenizer, data.sources, data.sequence_length, recipe.calibration_tokens, spread=True)
@@ -204,13 +204,13 @@ def run(
     device: str = "cpu",
 ) -> None:
     """Run the rows that OUT does not hold yet."""
-    from hf_kernel_ffn.data import token_ids
     from hf_kernel_ffn.families.lookup import stock_ffns
     from hf_kernel_ffn.families.registry import architecture_of
     from hf_kernel_ffn.families.weights import stock_weights
     from hf_kernel_ffn.files import write_text
     from hf_kernel_ffn.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.probes import load_questions, multiple_choice
+    from hf_kernel_ffn.text.packing import token_ids
 
     model, tokenizer = load_teacher(teacher, device=device), load_tokenizer(teacher)
     weights = stock_weights(model, next(iter(stock_ffns(model, architecture_of(model)).values())))

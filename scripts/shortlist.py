@@ -101,9 +101,9 @@ def main(
     """Write the figures to OUT and print them."""
     from hf_kernel_ffn import KernelFFNConfig, convert
     from hf_kernel_ffn.calibration import ffn_inputs
-    from hf_kernel_ffn.data import token_ids
     from hf_kernel_ffn.files import write_text
     from hf_kernel_ffn.loading import load_teacher, load_tokenizer
+    from hf_kernel_ffn.text.packing import token_ids
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)

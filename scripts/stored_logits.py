@@ -30,7 +30,6 @@ def main(
     without the price of write mass."""
     import torch
 
-    from hf_kernel_ffn.data import token_ids
     from hf_kernel_ffn.distillation import load_recipe
     from hf_kernel_ffn.distillation.loop import student_of
     from hf_kernel_ffn.distillation.objectives import logits
@@ -42,6 +41,7 @@ def main(
     from hf_kernel_ffn.files import write_text
     from hf_kernel_ffn.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.measuring import interleaved, ratio
+    from hf_kernel_ffn.text.packing import token_ids
 
     torch.set_num_threads(1)
     found: dict = {"tokens": tokens, "text": text, "clock": clock, "torch": torch.__version__, "records": {}, "recipes": {}}

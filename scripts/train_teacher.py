@@ -32,8 +32,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from hf_kernel_ffn.inputs import arguments
-from hf_kernel_ffn.prediction import answered, masked
+from hf_kernel_ffn.text.inputs import arguments
+from hf_kernel_ffn.text.prediction import answered, masked
 
 VOCAB_SIZE = 4096
 SEQUENCE_LENGTH = 256

@@ -44,11 +44,11 @@ def main(
     text: Annotated[str, typer.Option(help="text to evaluate on")] = "recipes/text/books-test.txt",
     max_tokens: Annotated[int, typer.Option(help="tokens of it")] = 16_384,
 ) -> None:
-    from hf_kernel_ffn.data import token_ids
     from hf_kernel_ffn.distillation import load_recipe
     from hf_kernel_ffn.evaluation import evaluate_student
     from hf_kernel_ffn.files import write_text
     from hf_kernel_ffn.loading import load_teacher, load_tokenizer
+    from hf_kernel_ffn.text.packing import token_ids
 
     lines = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
     for name in recipes:

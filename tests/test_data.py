@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hf_kernel_ffn import InputError
-from hf_kernel_ffn.data import SPREAD, blocks, documents, token_ids, token_stream
+from hf_kernel_ffn.text.documents import documents
+from hf_kernel_ffn.text.packing import SPREAD, blocks, token_ids, token_stream
 
 ROWS = ["A whale\nof a tale.", "Once – upon a time,\n\n", "the end"]
 

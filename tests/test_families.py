@@ -19,7 +19,7 @@ from hf_kernel_ffn.families.registry import ARCHITECTURES, architecture_of
 from hf_kernel_ffn.families.student import student_from_entry
 from hf_kernel_ffn.families.task_classes import stock_heads
 from hf_kernel_ffn.families.weights import stock_weights, teacher_readout
-from hf_kernel_ffn.inputs import arguments
+from hf_kernel_ffn.text.inputs import arguments
 
 FAMILIES = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text())
 COMMON = {

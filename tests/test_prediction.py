@@ -26,7 +26,7 @@ from hf_kernel_ffn.distillation import Recipe, distill
 from hf_kernel_ffn.distillation import loop as loop_module
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES, logits
 from hf_kernel_ffn.distillation.recipe import Stage
-from hf_kernel_ffn.prediction import answered, masked, predictions, question
+from hf_kernel_ffn.text.prediction import answered, masked, predictions, question
 
 MASK = 4096
 SMALL = dict(

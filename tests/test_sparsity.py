@@ -11,7 +11,6 @@ from test_distillation import LAYER_WISE, LOGITS, STEPS, assert_same_files, inte
 from hf_kernel_ffn import KernelFFN, KernelFFNConfig, convert, evaluate_student
 from hf_kernel_ffn.calibration import ffn_inputs
 from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
-from hf_kernel_ffn.data import token_ids
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES
 from hf_kernel_ffn.distillation.recipe import Stage
@@ -19,6 +18,7 @@ from hf_kernel_ffn.distillation.sparsity import Watch
 from hf_kernel_ffn.distillation.training import train
 from hf_kernel_ffn.families.registry import architecture_of
 from hf_kernel_ffn.families.weights import ffn_weights
+from hf_kernel_ffn.text.packing import token_ids
 
 TOP_K = 6
 SPARSE = {"simplex": "threshold", "top_k": TOP_K}

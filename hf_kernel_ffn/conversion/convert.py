@@ -23,7 +23,7 @@ from ..families.registry import architecture_of
 from ..families.student import config_entry, student_from_entry
 from ..families.weights import finite, stock_weights
 from ..initialization import gate_bias, prototypes
-from ..inputs import Inputs, row_tokens, rows, take
+from ..text.inputs import Inputs, row_tokens, rows, take
 
 CALIBRATION_TOKENS = 16_384
 """Tokens that a conversion reads, of the user's text or of the model's own making."""

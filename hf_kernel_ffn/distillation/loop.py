@@ -15,12 +15,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..checkpoint_code.errors import InputError
 from ..conversion.convert import convert
-from ..data import token_ids
 from ..families.student import check_pair, share_equal, student_from_entry
 from ..files import require_empty, sync, writing
 from ..loading import check_vocabularies, load_student, load_teacher, load_tokenizer, torch_dtype
-from ..prediction import question
 from ..saving import save_converted
+from ..text.packing import token_ids
+from ..text.prediction import question
 from ..trial import choose
 from .recipe import Recipe
 from .sharding import unsharded

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ..families.hooks import recorded_ffns
 from ..families.lookup import stock_ffn
-from ..inputs import Inputs, arguments
-from ..prediction import answered, predictions
+from ..text.inputs import Inputs, arguments
+from ..text.prediction import answered, predictions
 from .recipe import Stage
 
 Backward = Callable[[Tensor], None]

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..checkpoint_code.errors import InputError
 from ..conversion.convert import chosen_ffns
 from ..files import new_folder, require_empty
-from ..inputs import arguments
 from ..loading import load_student
+from ..text.inputs import arguments
 from .loop import teacher_of
 from .objectives import at_least_float32, lumped
 from .recipe import Recipe

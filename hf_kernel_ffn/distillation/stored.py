@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint_code.errors import InputError
 from ..exporting import fingerprint
-from ..prediction import predicts_masked
+from ..text.prediction import predicts_masked
 from .objectives import Backward, Price, kl, lumped, match
 from .recipe import Recipe, Stage
 

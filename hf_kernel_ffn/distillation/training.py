@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..checkpoint_code.errors import InputError
-from ..data import blocks
 from ..families.hooks import recorded
-from ..inputs import Inputs, arguments
 from ..loading import torch_dtype
-from ..prediction import question
+from ..text.inputs import Inputs, arguments
+from ..text.packing import blocks
+from ..text.prediction import question
 from .objectives import OBJECTIVES
 from .optimizers import optimizers, schedule
 from .recipe import Data, Recipe, Stage

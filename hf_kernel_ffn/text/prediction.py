@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from .checkpoint_code.errors import InputError
+from ..checkpoint_code.errors import InputError
 from .inputs import Inputs
 
 MASKED_SHARE = 0.15
