@@ -51,9 +51,9 @@ def convert(
     from .checkpoint_code.errors import InputError
     from .checkpoint_code.settings import KernelFFNConfig
     from .conversion import convert as surgery
-    from .files import new_folder, require_empty
-    from .loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
-    from .saving import save_converted
+    from .storage.checkpoint import save_converted
+    from .storage.files import new_folder, require_empty
+    from .storage.loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
     from .text.packing import token_ids
     from .text.prediction import question
 
@@ -144,8 +144,8 @@ def evaluate(
     """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of every layer."""
     from .checkpoint_code.errors import InputError
     from .families.student import check_pair
-    from .files import require_place, write_text
-    from .loading import check_vocabularies, load_student, load_teacher, load_tokenizer
+    from .storage.files import require_place, write_text
+    from .storage.loading import check_vocabularies, load_student, load_teacher, load_tokenizer
     from .text.packing import token_ids
 
     try:
@@ -191,11 +191,11 @@ def read(
 ) -> None:
     """Read MODEL at one token: what every FFN chose and how loudly, what it wrote, and who wrote the next token's logit."""
     from .families.lookup import parse_layers
-    from .files import require_place, write_text
-    from .loading import load_model, load_teacher, load_tokenizer
     from .reading import trace
     from .reading.summary import summary
     from .reading.support import Support
+    from .storage.files import require_place, write_text
+    from .storage.loading import load_model, load_teacher, load_tokenizer
     from .text.packing import token_ids
 
     for file in (json_file, html):
@@ -221,7 +221,7 @@ def read(
 def verify(folder: Annotated[Path, typer.Argument(help="local folder of a converted model")]) -> None:
     """Check that FOLDER is whole and carries no code but this package's: config, weights, checksums, code. Runs none of it."""
     from .checkpoint_code.errors import InputError
-    from .verification import verify
+    from .storage.verification import verify
 
     _quieten()
     found = verify(folder)
@@ -237,9 +237,9 @@ def export(
     file: Annotated[Path, typer.Argument(help="FILE.safetensors to write")],
 ) -> None:
     """Write the converted FFNs of STUDENT alone to FILE, which `apply` puts into the original model."""
-    from .exporting import export
-    from .files import require_place
-    from .loading import load_student
+    from .storage.exporting import export
+    from .storage.files import require_place
+    from .storage.loading import load_student
 
     _quieten()
     require_place(file)
@@ -254,10 +254,10 @@ def apply(
     out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
 ) -> None:
     """Make the student of TEACHER that FILE was exported from; refused if TEACHER is another model."""
-    from .exporting import apply
-    from .files import new_folder, require_empty
-    from .loading import load_teacher
-    from .saving import save_converted
+    from .storage.checkpoint import save_converted
+    from .storage.exporting import apply
+    from .storage.files import new_folder, require_empty
+    from .storage.loading import load_teacher
 
     _quieten()
     require_empty(out_dir)
@@ -276,7 +276,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="if the repository has to be made")] = False,
 ) -> None:
     """Upload FOLDER to the hub with a model card: base model, settings, evaluation, how to load it."""
-    from .publishing import push
+    from .storage.publishing import push
 
     typer.echo(f"pushed to {push(folder, repo, base_model, report, private)}")
 
@@ -305,8 +305,8 @@ def benchmark(
 
     from . import benchmark as benchmarks
     from .checkpoint_code.settings import one_of
-    from .files import require_place, write_text
-    from .loading import load_model, torch_dtype
+    from .storage.files import require_place, write_text
+    from .storage.loading import load_model, torch_dtype
 
     if json_file is not None:
         require_place(json_file)
@@ -349,7 +349,7 @@ def families(
 
     if explain is not None:
         from .families.detection import explain as rows
-        from .loading import empty_teacher
+        from .storage.loading import empty_teacher
 
         _quieten()
         found = rows(empty_teacher(explain, trust_remote_code))

@@ -36,9 +36,9 @@ from .families.lookup import StockFFN, stacks
 from .families.registry import architecture_of
 from .families.student import config_entry, meta_student, name_prefix
 from .families.weights import stock_weights
-from .files import new_folder
-from .loading import load_stock_on_meta, stored_dtype
-from .saving import save_companions
+from .storage.checkpoint import save_companions
+from .storage.files import new_folder
+from .storage.loading import load_stock_on_meta, stored_dtype
 from .tensor_files import Reader, Writer
 from .text.inputs import Inputs, arguments
 

@@ -32,9 +32,9 @@ def main(
     from hf_kernel_ffn.distillation.objectives import layer_wise
     from hf_kernel_ffn.distillation.optimizers import optimizers
     from hf_kernel_ffn.distillation.recipe import Stage
-    from hf_kernel_ffn.files import write_text
-    from hf_kernel_ffn.loading import load_teacher
     from hf_kernel_ffn.measuring import interleaved, ratio
+    from hf_kernel_ffn.storage.files import write_text
+    from hf_kernel_ffn.storage.loading import load_teacher
 
     torch.set_num_threads(1)
     stock = load_teacher(teacher, device=device)

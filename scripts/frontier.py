@@ -207,9 +207,9 @@ def run(
     from hf_kernel_ffn.families.lookup import stock_ffns
     from hf_kernel_ffn.families.registry import architecture_of
     from hf_kernel_ffn.families.weights import stock_weights
-    from hf_kernel_ffn.files import write_text
-    from hf_kernel_ffn.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.probes import load_questions, multiple_choice
+    from hf_kernel_ffn.storage.files import write_text
+    from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.text.packing import token_ids
 
     model, tokenizer = load_teacher(teacher, device=device), load_tokenizer(teacher)
@@ -260,7 +260,7 @@ def show(out: Annotated[Path, typer.Argument(help="folder of reports that run ha
     """Write table.csv, table.md and frontier.png into OUT; print the Markdown."""
     import csv
 
-    from hf_kernel_ffn.files import replacing, write_text
+    from hf_kernel_ffn.storage.files import replacing, write_text
 
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
     if not found:

@@ -39,10 +39,10 @@ def main(
 
     from hf_kernel_ffn.controls import teacher_as_student
     from hf_kernel_ffn.evaluation import evaluate_student
-    from hf_kernel_ffn.files import write_text
-    from hf_kernel_ffn.loading import load_student, load_teacher, load_tokenizer
     from hf_kernel_ffn.reading.contexts import contexts
     from hf_kernel_ffn.reading.support import scrambled, separations
+    from hf_kernel_ffn.storage.files import write_text
+    from hf_kernel_ffn.storage.loading import load_student, load_teacher, load_tokenizer
     from hf_kernel_ffn.text.packing import token_ids
 
     tokenizer, stock, converted = load_tokenizer(teacher), load_teacher(teacher), load_student(student)

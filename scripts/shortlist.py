@@ -101,8 +101,8 @@ def main(
     """Write the figures to OUT and print them."""
     from hf_kernel_ffn import KernelFFNConfig, convert
     from hf_kernel_ffn.calibration import ffn_inputs
-    from hf_kernel_ffn.files import write_text
-    from hf_kernel_ffn.loading import load_teacher, load_tokenizer
+    from hf_kernel_ffn.storage.files import write_text
+    from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.text.packing import token_ids
 
     torch.set_num_threads(1)

@@ -28,7 +28,7 @@ def main(
 ):
     """Make a random bfloat16 Llama in FOLDER, copy it, convert it block by block without calibration, and compare."""
     from hf_kernel_ffn import KernelFFNConfig
-    from hf_kernel_ffn.files import write_text
+    from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.streaming import convert_streamed
 
     teacher, out = folder / "teacher", folder / "student"

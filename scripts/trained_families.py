@@ -30,7 +30,7 @@ def distilled(recipe, teacher, tokenizer) -> Any:
     """The finished student, from its folder if it is there; an interrupted distillation goes on."""
     from hf_kernel_ffn.distillation import distill
     from hf_kernel_ffn.distillation.state import find_state
-    from hf_kernel_ffn.loading import load_student
+    from hf_kernel_ffn.storage.loading import load_student
 
     out = Path(recipe.output_dir)
     if not (out / "config.json").exists():
@@ -46,8 +46,8 @@ def main(
 ) -> None:
     from hf_kernel_ffn.distillation import load_recipe
     from hf_kernel_ffn.evaluation import evaluate_student
-    from hf_kernel_ffn.files import write_text
-    from hf_kernel_ffn.loading import load_teacher, load_tokenizer
+    from hf_kernel_ffn.storage.files import write_text
+    from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.text.packing import token_ids
 
     lines = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]

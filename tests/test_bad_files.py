@@ -19,8 +19,8 @@ from hf_kernel_ffn import InputError, convert
 from hf_kernel_ffn.checkpoint_code.integrity import CHECKSUMS
 from hf_kernel_ffn.cli import main
 from hf_kernel_ffn.distillation import load_recipe
-from hf_kernel_ffn.loading import load_student
-from hf_kernel_ffn.verification import verify
+from hf_kernel_ffn.storage.loading import load_student
+from hf_kernel_ffn.storage.verification import verify
 
 SHARDED, PLAIN = "sharded", "plain"
 

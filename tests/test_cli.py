@@ -289,7 +289,7 @@ def test_a_text_needs_a_tokenizer(refused, model, tmp_path, text_file):
 
 
 def test_an_interrupted_conversion_leaves_nothing(monkeypatch, teacher_folder, tmp_path):
-    from hf_kernel_ffn import saving
+    from hf_kernel_ffn.storage import checkpoint as saving
 
     def save(student, source, out, **extra):
         (out / "config.json").write_text("{}")

@@ -29,9 +29,9 @@ from hf_kernel_ffn.checkpoint_code.linears import effective
 from hf_kernel_ffn.cli import main
 from hf_kernel_ffn.distillation.objectives import layer_wise, logits
 from hf_kernel_ffn.distillation.recipe import Stage
-from hf_kernel_ffn.exporting import apply, export
-from hf_kernel_ffn.publishing import FIGURES
-from hf_kernel_ffn.verification import verify
+from hf_kernel_ffn.storage.exporting import apply, export
+from hf_kernel_ffn.storage.publishing import FIGURES
+from hf_kernel_ffn.storage.verification import verify
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ import torch
 from test_reading import Letters
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
-from hf_kernel_ffn.loading import load_student
 from hf_kernel_ffn.reading import trace
 from hf_kernel_ffn.reading.contexts import contexts
 from hf_kernel_ffn.reading.editing import Addition, Edit, edited, effect
 from hf_kernel_ffn.reading.steering import addition, raise_token, raise_token_by_addition
 from hf_kernel_ffn.reading.support import Support, scrambled, separations, support_scores, text_scores
 from hf_kernel_ffn.reading.tracing import unembedding
+from hf_kernel_ffn.storage.loading import load_student
 
 KERNELS = ("half-yat", "yat", "exponential", "gaussian", "imq", "exponential-yat")
 

@@ -17,7 +17,7 @@ from hf_kernel_ffn.cli import main
 from hf_kernel_ffn.distillation import Recipe, Terminated, distill
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES
 from hf_kernel_ffn.distillation.state import find_state
-from hf_kernel_ffn.files import write_text
+from hf_kernel_ffn.storage.files import write_text
 
 STEPS = 6
 

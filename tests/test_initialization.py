@@ -14,7 +14,7 @@ from hf_kernel_ffn.families.lookup import ffn_paths
 from hf_kernel_ffn.families.registry import architecture_of
 from hf_kernel_ffn.families.weights import ffn_weights
 from hf_kernel_ffn.initialization import prototypes
-from hf_kernel_ffn.loading import import_kernel
+from hf_kernel_ffn.storage.loading import import_kernel
 
 
 @pytest.fixture

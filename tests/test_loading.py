@@ -5,8 +5,8 @@ import builtins
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_kernel_ffn import convert
-from hf_kernel_ffn.loading import check_vocabularies, load_student
-from hf_kernel_ffn.saving import save_converted
+from hf_kernel_ffn.storage.checkpoint import save_converted
+from hf_kernel_ffn.storage.loading import check_vocabularies, load_student
 
 
 def test_no_question_is_asked_at_the_terminal(teacher_folder, ids, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_kernel_ffn import InputError, convert, register_architecture, restore
 from hf_kernel_ffn.families import registry as registry_module
 from hf_kernel_ffn.families.registry import ARCHITECTURES
-from hf_kernel_ffn.loading import load_student, load_teacher
+from hf_kernel_ffn.storage.loading import load_student, load_teacher
 
 EXAMPLE = Path(__file__).parents[1] / "recipes" / "architectures" / "causal_mean"
 

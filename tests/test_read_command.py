@@ -7,9 +7,9 @@ import pytest
 
 from hf_kernel_ffn import convert
 from hf_kernel_ffn.cli import main
-from hf_kernel_ffn.loading import load_teacher, load_tokenizer
 from hf_kernel_ffn.reading import trace
 from hf_kernel_ffn.reading.regimes import contributions
+from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
 
 PROMPT = "The old man looked at the sea and"
 
@@ -57,7 +57,7 @@ def test_what_is_printed_is_what_was_written(read, folders, tmp_path):
     stock, converted = folders
     read(converted, "--prompt", PROMPT, "--position", 3, "--json", tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
-    from hf_kernel_ffn.loading import load_student
+    from hf_kernel_ffn.storage.loading import load_student
 
     passed = trace(load_student(str(converted)), load_tokenizer(str(stock)), PROMPT)
     assert found["position"] == 3 and found["token"] == passed.tokens[3]

@@ -15,7 +15,7 @@ from hf_kernel_ffn import KernelFFNConfig, convert
 from hf_kernel_ffn.checkpoint_code import ffn as ffn_module
 from hf_kernel_ffn.checkpoint_code import one_pass
 from hf_kernel_ffn.checkpoint_code.one_pass import yat_mixture
-from hf_kernel_ffn.exporting import apply, export
+from hf_kernel_ffn.storage.exporting import apply, export
 
 dense = pytest.mark.parametrize(
     "settings",

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert, streaming
 from hf_kernel_ffn.cli import main
 from hf_kernel_ffn.families.task_classes import stock_heads
-from hf_kernel_ffn.files import new_folder
-from hf_kernel_ffn.loading import load_student, load_teacher
-from hf_kernel_ffn.saving import save_converted
+from hf_kernel_ffn.storage.checkpoint import save_converted
+from hf_kernel_ffn.storage.files import new_folder
+from hf_kernel_ffn.storage.loading import load_student, load_teacher
+from hf_kernel_ffn.storage.verification import verify
 from hf_kernel_ffn.streaming import convert_streamed
 from hf_kernel_ffn.tensor_files import Writer
-from hf_kernel_ffn.verification import verify
 
 IDS = torch.randint(3, 300, (12, 32), generator=torch.Generator().manual_seed(0))
 FAMILIES = {

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..checkpoint_code.errors import InputError
 from ..conversion.convert import chosen_ffns
-from ..files import new_folder, require_empty
-from ..loading import load_student
+from ..storage.files import new_folder, require_empty
+from ..storage.loading import load_student
 from ..text.inputs import arguments
 from .loop import teacher_of
 from .objectives import at_least_float32, lumped

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checkpoint_code.errors import InputError
-from ..files import sync, writing
+from ..storage.files import sync, writing
 from .sharding import like, whole
 
 FOLDER = "resume"

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..checkpoint_code.errors import InputError
-from ..exporting import fingerprint
+from ..storage.exporting import fingerprint
 from ..text.prediction import predicts_masked
 from .objectives import Backward, Price, kl, lumped, match
 from .recipe import Recipe, Stage

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..checkpoint_code.errors import InputError
 from ..families.hooks import recorded
-from ..loading import torch_dtype
+from ..storage.loading import torch_dtype
 from ..text.inputs import Inputs, arguments
 from ..text.packing import blocks
 from ..text.prediction import question

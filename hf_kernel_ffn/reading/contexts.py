@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint_code.errors import InputError
 from ..families.hooks import recorded
 from ..families.lookup import ffn_paths
-from ..files import replacing
+from ..storage.files import replacing
 from .naming import nearest_tokens, written
 from .rows import Rows
 from .tracing import family_of, ffn_readout, layer_of

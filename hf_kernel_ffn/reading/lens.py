@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint_code.errors import InputError
 from ..families.hooks import recorded
-from ..files import replacing
+from ..storage.files import replacing
 from .attribution import final_norm
 from .tracing import family_of
 

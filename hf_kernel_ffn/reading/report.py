@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.linears import effective
 from ..checkpoint_code.record import Readout
-from ..files import write_text
+from ..storage.files import write_text
 from .decompositions import alternatives as alternative_shares
 from .naming import written
 from .regimes import mixtures, regime

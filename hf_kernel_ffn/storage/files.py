@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .checkpoint_code.errors import InputError
+from ..checkpoint_code.errors import InputError
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import __version__
-from .checkpoint_code.errors import InputError
-from .checkpoint_code.integrity import CHECKSUMS, check_folder, check_model, checksums, read_json
-from .checkpoint_code.settings import FORMAT
+from .. import __version__
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.integrity import CHECKSUMS, check_folder, check_model, checksums, read_json
+from ..checkpoint_code.settings import FORMAT
 from .loading import has_custom_kernel, loaded, student_class
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

@@ -13,12 +13,12 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from .checkpoint_code import custom_kernel
-from .checkpoint_code.errors import InputError
-from .checkpoint_code.integrity import read_json
-from .checkpoint_code.modeling import KernelModelMixin
-from .families.registry import get_architecture
-from .families.task_classes import stock_heads, task_classes
+from ..checkpoint_code import custom_kernel
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.integrity import read_json
+from ..checkpoint_code.modeling import KernelModelMixin
+from ..families.registry import get_architecture
+from ..families.task_classes import stock_heads, task_classes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .checkpoint_code.carried_code import get_custom_kernel_file
-from .checkpoint_code.errors import InputError
-from .checkpoint_code.integrity import header
-from .families.registry import ARCHITECTURES
-from .families.student import inside, student_from_entry
+from ..checkpoint_code.carried_code import get_custom_kernel_file
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.integrity import header
+from ..families.registry import ARCHITECTURES
+from ..families.student import inside, student_from_entry
 from .files import replacing
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from . import __version__
-from .checkpoint_code.errors import InputError
-from .checkpoint_code.integrity import read_json
+from .. import __version__
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.integrity import read_json
 from .files import write_text
 from .loading import auto_class
 
