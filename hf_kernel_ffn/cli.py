@@ -74,7 +74,7 @@ def convert(
         ids = question(teacher, tokenizer, text, seed)
     options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)
     if stream:
-        from .streaming import convert_streamed
+        from .conversion.streaming import convert_streamed
 
         report = convert_streamed(model, out_dir, settings, layers, dtype=dtype, **options)
     else:

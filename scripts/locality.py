@@ -78,7 +78,7 @@ def standardised(teacher, ids):
 
     import torch
 
-    from hf_kernel_ffn.calibration import ffn_inputs
+    from hf_kernel_ffn.conversion.sampling import ffn_inputs
     from hf_kernel_ffn.families.hooks import on_input
     from hf_kernel_ffn.families.lookup import stock_ffns
     from hf_kernel_ffn.families.registry import architecture_of
@@ -122,7 +122,8 @@ def at_clusters(student, teacher, ids, seed: int) -> list[float]:
     import torch
     from scipy.cluster.vq import kmeans2
 
-    from hf_kernel_ffn.calibration import calibrate, ffn_inputs, fit_sample, fitted_and_held
+    from hf_kernel_ffn.conversion.ridge import calibrate
+    from hf_kernel_ffn.conversion.sampling import ffn_inputs, fit_sample, fitted_and_held
     from hf_kernel_ffn.families.lookup import stock_ffn
 
     fvus = []

@@ -100,7 +100,7 @@ def main(
 ) -> None:
     """Write the figures to OUT and print them."""
     from hf_kernel_ffn import KernelFFNConfig, convert
-    from hf_kernel_ffn.calibration import ffn_inputs
+    from hf_kernel_ffn.conversion.sampling import ffn_inputs
     from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.text.packing import token_ids

@@ -28,8 +28,8 @@ def main(
 ):
     """Make a random bfloat16 Llama in FOLDER, copy it, convert it block by block without calibration, and compare."""
     from hf_kernel_ffn import KernelFFNConfig
+    from hf_kernel_ffn.conversion.streaming import convert_streamed
     from hf_kernel_ffn.storage.files import write_text
-    from hf_kernel_ffn.streaming import convert_streamed
 
     teacher, out = folder / "teacher", folder / "student"
     if convert:  # in a process of its own, whose peak is its own

@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from hf_kernel_ffn import KernelFFNConfig, calibration, convert
-from hf_kernel_ffn.calibration import Moments, ffn_inputs, fit_sample, fitted_and_held
+from hf_kernel_ffn import KernelFFNConfig, convert
 from hf_kernel_ffn.conversion import convert as surgery
+from hf_kernel_ffn.conversion import ridge as calibration
+from hf_kernel_ffn.conversion.ridge import Moments
+from hf_kernel_ffn.conversion.sampling import ffn_inputs, fit_sample, fitted_and_held
 from hf_kernel_ffn.families.lookup import ffn_paths
 from hf_kernel_ffn.families.registry import architecture_of
 

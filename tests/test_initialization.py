@@ -7,13 +7,13 @@ import torch
 from conftest import RECIPES
 
 from hf_kernel_ffn import KernelFFNConfig, convert
-from hf_kernel_ffn.calibration import ffn_inputs
 from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
 from hf_kernel_ffn.checkpoint_code.settings import with_defaults
+from hf_kernel_ffn.conversion.initialization import prototypes
+from hf_kernel_ffn.conversion.sampling import ffn_inputs
 from hf_kernel_ffn.families.lookup import ffn_paths
 from hf_kernel_ffn.families.registry import architecture_of
 from hf_kernel_ffn.families.weights import ffn_weights
-from hf_kernel_ffn.initialization import prototypes
 from hf_kernel_ffn.storage.loading import import_kernel
 
 

@@ -11,8 +11,8 @@ import torch
 from conftest import tiny_teacher
 
 from hf_kernel_ffn import InputError, Kernel, KernelFFN, KernelFFNConfig, convert, locality, register_kernel
-from hf_kernel_ffn.calibration import ffn_inputs
 from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
+from hf_kernel_ffn.conversion.sampling import ffn_inputs
 from hf_kernel_ffn.families.registry import architecture_of
 from hf_kernel_ffn.families.weights import ffn_weights, teacher_readout
 from hf_kernel_ffn.locality import (

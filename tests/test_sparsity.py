@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from test_distillation import LAYER_WISE, LOGITS, STEPS, assert_same_files, interrupt, load, run
 
 from hf_kernel_ffn import KernelFFN, KernelFFNConfig, convert, evaluate_student
-from hf_kernel_ffn.calibration import ffn_inputs
 from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
+from hf_kernel_ffn.conversion.sampling import ffn_inputs
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES
 from hf_kernel_ffn.distillation.recipe import Stage

@@ -9,15 +9,16 @@ import test_families
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_kernel_ffn import InputError, KernelFFNConfig, convert, streaming
+from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.conversion import streaming
+from hf_kernel_ffn.conversion.streaming import convert_streamed
+from hf_kernel_ffn.conversion.tensor_files import Writer
 from hf_kernel_ffn.families.task_classes import stock_heads
 from hf_kernel_ffn.storage.checkpoint import save_converted
 from hf_kernel_ffn.storage.files import new_folder
 from hf_kernel_ffn.storage.loading import load_student, load_teacher
 from hf_kernel_ffn.storage.verification import verify
-from hf_kernel_ffn.streaming import convert_streamed
-from hf_kernel_ffn.tensor_files import Writer
 
 IDS = torch.randint(3, 300, (12, 32), generator=torch.Generator().manual_seed(0))
 FAMILIES = {
@@ -173,7 +174,7 @@ def test_a_folder_that_holds_something_is_left_alone(stored, tmp_path):
 
 
 def test_stopped_half_way_nothing_is_left(stored, tmp_path, monkeypatch):
-    from hf_kernel_ffn import streaming
+    from hf_kernel_ffn.conversion import streaming
 
     whole = streaming.convert_block
 
@@ -190,7 +191,7 @@ def test_stopped_half_way_nothing_is_left(stored, tmp_path, monkeypatch):
 
 
 def test_the_index_of_a_sharded_output_names_every_tensor(stored, tmp_path, monkeypatch):
-    from hf_kernel_ffn import tensor_files
+    from hf_kernel_ffn.conversion import tensor_files
 
     plan = tensor_files.split_state_dict_into_shards_factory
     monkeypatch.setattr(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration import blind_sample, calibrate, ffn_inputs, fit_sample, fitted_and_held, own_text
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.modeling import install
@@ -22,8 +21,10 @@ from ..families.lookup import StockFFN, attribute, choose_layers, parse_layers, 
 from ..families.registry import architecture_of
 from ..families.student import config_entry, student_from_entry
 from ..families.weights import finite, stock_weights
-from ..initialization import gate_bias, prototypes
 from ..text.inputs import Inputs, row_tokens, rows, take
+from .initialization import gate_bias, prototypes
+from .ridge import calibrate
+from .sampling import blind_sample, ffn_inputs, fit_sample, fitted_and_held, own_text
 
 CALIBRATION_TOKENS = 16_384
 """Tokens that a conversion reads, of the user's text or of the model's own making."""
@@ -39,7 +40,7 @@ class ConversionReport:
     """``text``, ``own tokens`` or ``none``."""
     calibration_tokens: int
     layers: dict[str, dict] = field(default_factory=dict)
-    """By FFN path: prototypes, parameters, and the figures of :func:`hf_kernel_ffn.calibration.calibrate`."""
+    """By FFN path: prototypes, parameters, and the figures of :func:`hf_kernel_ffn.conversion.ridge.calibrate`."""
 
     def to_dict(self) -> dict:
         return dict(vars(self))

@@ -17,7 +17,7 @@ from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.kernels import KERNELS, Kernel, get_kernel
 from ..checkpoint_code.record import Readout
-from ..initialization import _parameters
+from ..conversion.initialization import _parameters
 from .geometry import prototypes_of, scores
 from .regimes import shares
 from .rows import Rows

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import ffn_inputs
 from ..checkpoint_code.errors import InputError
+from ..conversion.sampling import ffn_inputs
 from .attribution import final_norm, frozen_norm
 from .contexts import Contexts
 from .editing import Addition, Edit, Effect, edited, effect, predictions

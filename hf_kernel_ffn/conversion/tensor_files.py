@@ -21,8 +21,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from .checkpoint_code.errors import InputError
-from .checkpoint_code.integrity import BYTES, header, weight_files
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.integrity import BYTES, header, weight_files
 
 DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,

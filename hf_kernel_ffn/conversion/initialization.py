@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint_code.kernels import Kernel, get_kernel
-from .checkpoint_code.settings import AT_THE_DATA, KernelFFNConfig, both_signs
-from .families.weights import FFNWeights
+from ..checkpoint_code.kernels import Kernel, get_kernel
+from ..checkpoint_code.settings import AT_THE_DATA, KernelFFNConfig, both_signs
+from ..families.weights import FFNWeights
 
 SHIFTS = (-1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Candidates for b, added to the teacher's own bias, in standard deviations of the unit's score; those below zero, where the
