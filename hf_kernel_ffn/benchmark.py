@@ -20,8 +20,8 @@ from .checkpoint_code.settings import KernelFFNConfig, LayerConfig
 from .families.lookup import StockFFN, family_name, ffn_paths, stock_ffn
 from .families.registry import get_architecture
 from .families.weights import stock_weights
-from .fused import Fused, against_gather, against_readout
-from .measuring import bytes_moved, copy_bandwidth, interleaved, memory_for_backward, peak_memory, ratio
+from .gpu.fused import Fused, against_gather, against_readout
+from .gpu.measuring import bytes_moved, copy_bandwidth, interleaved, memory_for_backward, peak_memory, ratio
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def main(
     from hf_kernel_ffn.distillation.objectives import layer_wise
     from hf_kernel_ffn.distillation.optimizers import optimizers
     from hf_kernel_ffn.distillation.recipe import Stage
-    from hf_kernel_ffn.measuring import interleaved, ratio
+    from hf_kernel_ffn.gpu.measuring import interleaved, ratio
     from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.storage.loading import load_teacher
 

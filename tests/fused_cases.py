@@ -17,9 +17,10 @@ from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_kernel_ffn import InputError, benchmark, fused, trial
+from hf_kernel_ffn import InputError, benchmark
 from hf_kernel_ffn.checkpoint_code import one_pass, operators
-from hf_kernel_ffn.fused import FEW, Fused, active, fuse, fused_mixture, gather
+from hf_kernel_ffn.gpu import fused, trial
+from hf_kernel_ffn.gpu.fused import FEW, Fused, active, fuse, fused_mixture, gather
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

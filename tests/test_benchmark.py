@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_families import tiny
 
-from hf_kernel_ffn import benchmark, convert, measuring
+from hf_kernel_ffn import benchmark, convert
 from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.gpu import measuring
 
 
 @pytest.mark.parametrize(

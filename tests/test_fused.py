@@ -94,7 +94,7 @@ def test_on_a_cpu_nothing_is_fused_unless_asked_for():
 
     from test_readout import make_layer
 
-    from hf_kernel_ffn import trial
+    from hf_kernel_ffn.gpu import trial
 
     ffns = {"a": make_layer(torch.float32, kernel="yat", simplex="softmax", intensity="mass")}
     model = SimpleNamespace(kernel_ffns=lambda: ffns)

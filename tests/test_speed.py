@@ -141,7 +141,7 @@ def test_half_precision_and_autocast_keep_to_the_plain_form(dtype):
 
 
 def test_peak_memory_is_bounded_by_the_setting():
-    measuring = pytest.importorskip("hf_kernel_ffn.measuring")
+    measuring = pytest.importorskip("hf_kernel_ffn.gpu.measuring")
     ffn = make_layer(torch.float32, size=16, count=512, kernel="half-yat", simplex="softmax", intensity="mass")
     x = torch.randn(2048, 16)  # 4 MiB of scores
 

@@ -49,7 +49,7 @@ class KernelFFN(nn.Module):
         self.top_k = settings.top_k
         self.activation_bytes = ACTIVATION_BYTES
         self.fused: Any = None
-        """What is asked first whether it runs this layer: hf_kernel_ffn.fused.fuse() puts its Triton kernels here."""
+        """What is asked first whether it runs this layer: hf_kernel_ffn.gpu.fused.fuse() puts its Triton kernels here."""
         self.keep_norms = False
         """Whether decoding reuses ‖w‖² while the weight is the same, so that it reads W_in once per token."""
         self._norms: tuple | None = None

@@ -16,12 +16,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..checkpoint_code.errors import InputError
 from ..conversion.convert import convert
 from ..families.student import check_pair, share_equal, student_from_entry
+from ..gpu.trial import choose
 from ..storage.checkpoint import save_converted
 from ..storage.files import require_empty, sync, writing
 from ..storage.loading import check_vocabularies, load_student, load_teacher, load_tokenizer, torch_dtype
 from ..text.packing import token_ids
 from ..text.prediction import question
-from ..trial import choose
 from .recipe import Recipe
 from .sharding import unsharded
 from .state import REMAINS, find_state, load_facts, load_rng, load_trained, remove_remains, remove_state

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.ffn import KernelFFN
 from .fused import Fused, against_gather, against_readout, fuse
 from .measuring import interleaved
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from .checkpoint_code.errors import InputError
-from .checkpoint_code.ffn import KernelFFN
-from .checkpoint_code.kernels import HalfYat, Yat
-from .checkpoint_code.linears import is_plain, lay_out_by_prototypes
-from .checkpoint_code.operators import ARGUMENTS, TENSORS, chunks, differentiate, empty_gradients, namespace
-from .fused_kernels import INTERPRETED, backward_tuned, forward_tuned, gather_kernel, triton
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.kernels import HalfYat, Yat
+from ..checkpoint_code.linears import is_plain, lay_out_by_prototypes
+from ..checkpoint_code.operators import ARGUMENTS, TENSORS, chunks, differentiate, empty_gradients, namespace
+from .triton_kernels import INTERPRETED, backward_tuned, forward_tuned, gather_kernel, triton
 
 TOKENS, PROTOTYPES = 128, 128
 """Largest tile of scores; with half the tokens where a longer epilogue needs the registers. A tile always has that many prototypes:
