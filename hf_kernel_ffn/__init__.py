@@ -14,7 +14,7 @@ _WHERE = {
     "Readout": "checkpoint_code.record",
     "convert": "conversion.convert",
     "distill": "distillation",
-    "evaluate_student": "evaluation",
+    "evaluate_student": "evaluation.report",
     "register_architecture": "families.registry",
     "register_kernel": "checkpoint_code.kernels",
     "register_simplex_map": "checkpoint_code.simplex",

@@ -149,7 +149,7 @@ def evaluate(
     from .text.packing import token_ids
 
     try:
-        from .evaluation import evaluate_student
+        from .evaluation.report import evaluate_student
     except ImportError as error:
         raise InputError("evaluate needs the evaluate package: pip install 'hf-kernel-ffn[evaluate]'") from error
     if json_file is not None:

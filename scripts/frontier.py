@@ -116,8 +116,8 @@ def make_recipe(teacher: str, row: Row, train: str, tokens: int, seed: int):
 
 def make_student(row: Row, recipe, teacher, tokenizer):
     """The student as it is before training."""
-    from hf_kernel_ffn.controls import teacher_as_student, transcoder_student
     from hf_kernel_ffn.conversion.convert import convert
+    from hf_kernel_ffn.evaluation.baselines import teacher_as_student, transcoder_student
     from hf_kernel_ffn.text.packing import token_ids
 
     data = recipe.data
@@ -135,8 +135,8 @@ def make_student(row: Row, recipe, teacher, tokenizer):
 def measure(name: str, row: Row, teacher, tokenizer, recipe, test, questions, students: Path | None) -> dict:
     """Build, train and evaluate one row; everything that its report says."""
     from hf_kernel_ffn.distillation.training import train
-    from hf_kernel_ffn.evaluation import evaluate_student
-    from hf_kernel_ffn.probes import multiple_choice
+    from hf_kernel_ffn.evaluation.probes import multiple_choice
+    from hf_kernel_ffn.evaluation.report import evaluate_student
 
     student = make_student(row, recipe, teacher, tokenizer)
     if row.trained:
@@ -173,7 +173,7 @@ def file_stem(name: str) -> str:
 
 def summary(report: dict) -> dict:
     """The figures of an evaluation, those of layers averaged."""
-    from hf_kernel_ffn.evaluation import Readability
+    from hf_kernel_ffn.evaluation.readability import Readability
 
     kept = {k: report[k] for k in ("delta_cross_entropy", "kl", "top1_agreement", "loss_recovered")}
     kept["test_tokens"] = report["tokens"]
@@ -204,10 +204,10 @@ def run(
     device: str = "cpu",
 ) -> None:
     """Run the rows that OUT does not hold yet."""
+    from hf_kernel_ffn.evaluation.probes import load_questions, multiple_choice
     from hf_kernel_ffn.families.lookup import stock_ffns
     from hf_kernel_ffn.families.registry import architecture_of
     from hf_kernel_ffn.families.weights import stock_weights
-    from hf_kernel_ffn.probes import load_questions, multiple_choice
     from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.text.packing import token_ids

@@ -47,7 +47,7 @@ def main(
 ) -> None:
     """Write the figures of every setting into OUT, and print the table."""
     from hf_kernel_ffn import KernelFFNConfig, convert
-    from hf_kernel_ffn.locality import locality_report
+    from hf_kernel_ffn.evaluation.locality import locality_report
     from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.text.packing import token_ids

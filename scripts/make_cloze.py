@@ -3,7 +3,7 @@
 
     python scripts/make_cloze.py books.txt.xz cloze.jsonl --exclude distil.txt
 
-One question a line, {"context": …, "choices": [4 names], "answer": index}, for hf_kernel_ffn.probes. The answer is
+One question a line, {"context": …, "choices": [4 names], "answer": index}, for hf_kernel_ffn.evaluation.probes. The answer is
 the name that follows the context in the text, and is often found together with another name of the context. The
 other three follow the same word elsewhere about as often, and are about as frequent in all, but are never found with
 the names that give the answer away: neither grammar nor frequency helps, only knowledge of who belongs to whom.

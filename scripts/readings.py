@@ -37,8 +37,8 @@ def main(
     """Write the figures into OUT, and print the table."""
     import torch
 
-    from hf_kernel_ffn.controls import teacher_as_student
-    from hf_kernel_ffn.evaluation import evaluate_student
+    from hf_kernel_ffn.evaluation.baselines import teacher_as_student
+    from hf_kernel_ffn.evaluation.report import evaluate_student
     from hf_kernel_ffn.reading.contexts import contexts
     from hf_kernel_ffn.reading.support import scrambled, separations
     from hf_kernel_ffn.storage.files import write_text

@@ -37,7 +37,7 @@ def main(
     from hf_kernel_ffn.distillation.recording import record
     from hf_kernel_ffn.distillation.stored import Record, stored_logits, token_bytes
     from hf_kernel_ffn.distillation.training import PackedText, train
-    from hf_kernel_ffn.evaluation import evaluate_student
+    from hf_kernel_ffn.evaluation.report import evaluate_student
     from hf_kernel_ffn.gpu.measuring import interleaved, ratio
     from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer

@@ -45,7 +45,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="tokens of it")] = 16_384,
 ) -> None:
     from hf_kernel_ffn.distillation import load_recipe
-    from hf_kernel_ffn.evaluation import evaluate_student
+    from hf_kernel_ffn.evaluation.report import evaluate_student
     from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
     from hf_kernel_ffn.text.packing import token_ids

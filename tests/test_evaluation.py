@@ -14,7 +14,8 @@ from conftest import RECIPES, tiny_teacher
 from transformers import AutoModelForCausalLM
 
 from hf_kernel_ffn import InputError, Kernel, KernelFFNConfig, Readout, convert, evaluate_student, register_kernel, restore
-from hf_kernel_ffn.evaluation import Fidelity, Readability, readability
+from hf_kernel_ffn.evaluation.fidelity import Fidelity
+from hf_kernel_ffn.evaluation.readability import Readability, readability
 from hf_kernel_ffn.families.registry import architecture_of
 from hf_kernel_ffn.families.weights import ffn_weights, teacher_readout
 from hf_kernel_ffn.text.packing import token_ids

@@ -10,12 +10,11 @@ import reference
 import torch
 from conftest import tiny_teacher
 
-from hf_kernel_ffn import InputError, Kernel, KernelFFN, KernelFFNConfig, convert, locality, register_kernel
+from hf_kernel_ffn import InputError, Kernel, KernelFFN, KernelFFNConfig, convert, register_kernel
 from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
 from hf_kernel_ffn.conversion.sampling import ffn_inputs
-from hf_kernel_ffn.families.registry import architecture_of
-from hf_kernel_ffn.families.weights import ffn_weights, teacher_readout
-from hf_kernel_ffn.locality import (
+from hf_kernel_ffn.evaluation import locality
+from hf_kernel_ffn.evaluation.locality import (
     auc,
     context_purity,
     denominator_variation,
@@ -25,6 +24,8 @@ from hf_kernel_ffn.locality import (
     support_scores,
     top_tokens,
 )
+from hf_kernel_ffn.families.registry import architecture_of
+from hf_kernel_ffn.families.weights import ffn_weights, teacher_readout
 
 SOFTENING = {"yat": "epsilon", "half-yat": "epsilon", "imq": "offset", "gaussian": None}
 DATA_SCALE = {name: KernelFFNConfig(kernel=name, init="data-scale") for name in SOFTENING}

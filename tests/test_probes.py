@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
-from hf_kernel_ffn.probes import load_questions, multiple_choice
+from hf_kernel_ffn.evaluation.probes import load_questions, multiple_choice
 
 SHIPPED = RECIPES / "text" / "cloze.jsonl"
 SCRIPT = RECIPES.parent / "scripts" / "make_cloze.py"

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.linears import effective
+from ..evaluation.locality import auc
 from ..families.hooks import recorded
 from ..families.lookup import ffn_paths, stock_ffn
 from ..families.weights import stock_weights
-from ..locality import auc
 from .contexts import SKIP
 from .rows import Rows
 from .tracing import Trace, family_of

@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint_code.errors import InputError
+from ..checkpoint_code.errors import InputError
 
 
 def load_questions(file: str | Path) -> list[dict]:

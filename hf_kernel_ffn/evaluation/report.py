@@ -10,101 +10,19 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-import datasets
-import evaluate
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint_code.errors import InputError
-from .checkpoint_code.ffn import KernelFFN
-from .checkpoint_code.record import Readout
-from .families.hooks import collected, recorded, replaced
-from .families.lookup import stock_ffn
-from .families.student import check_pair
-from .families.weights import FFNWeights, stock_weights, teacher_readout
-from .text.inputs import Inputs, arguments, take
-from .text.prediction import answered, predicts_masked, question
-
-
-class Fidelity(evaluate.Metric):
-    """How close a student's predictions are to its teacher's. One entry per predicted token."""
-
-    def _info(self):
-        number = datasets.Value("float64")
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description="Negative log-likelihoods (nats), KL(teacher ‖ student) (nats), and whether the most likely tokens agree.",
-            features=datasets.Features(
-                teacher_nll=number, student_nll=number, ablated_nll=number, kl=number, agrees=datasets.Value("bool")
-            ),
-        )
-
-    def _compute(self, teacher_nll, student_nll, ablated_nll, kl, agrees):
-        teacher, student, ablated = (_mean(x) for x in (teacher_nll, student_nll, ablated_nll))
-        return {
-            "tokens": len(kl),
-            "teacher": {"cross_entropy": teacher},
-            "student": {"cross_entropy": student},
-            "ablated": {"cross_entropy": ablated},
-            "delta_cross_entropy": student - teacher,
-            "kl": _mean(kl),
-            "top1_agreement": _mean(agrees),
-            "loss_recovered": 1 - (student - teacher) / (ablated - teacher),
-        }
-
-
-class Readability(evaluate.Metric):
-    """How readable one FFN's write is. One entry per token, from :func:`readability`."""
-
-    FIGURES = ("active_prototypes", "effective_prototypes", "coherence", "orthogonal_coherence", "opposed_share", "write_mass")
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description="The figures that readability() returns, and the teacher's own write mass at the same input.",
-            features=datasets.Features({name: datasets.Value("float64") for name in (*self.FIGURES, "teacher_write_mass")}),
-        )
-
-    def _compute(self, teacher_write_mass, write_mass, **figures):
-        means = {name: _mean(values) for name, values in figures.items()}
-        return {**means, "write_mass_ratio": _mean(write_mass) / _mean(teacher_write_mass)}
-
-
-def readability(readout: Readout, mean_write: Tensor) -> dict[str, Tensor]:
-    """Per token, (tokens,) float64 each, from a record with coefficients (tokens, prototypes):
-
-    * ``active_prototypes``: coefficients that are not exactly zero;
-    * ``effective_prototypes``: 1/Σp², p the normalised |c_i|‖v_i‖;
-    * ``coherence``: ‖Σ t‖ / Σ‖t‖ of the contributions t_i = c_i v_i − s_i μ, where μ is ``mean_write`` (hidden_size,), the
-      mean of Σ c_i v_i over the text, and s the normalised |c|; ``orthogonal_coherence``: 1/√effective, what
-      mutually orthogonal contributions would give;
-    * ``opposed_share``: share of Σ|t_i·ŷ| that points against ŷ, the direction of Σ t;
-    * ``write_mass``: Σ|c_i|‖v_i‖.
-    """
-    # In float64: for rows that have much in common, what is left after the mean write is a small difference.
-    c, v, mean_write = readout.coefficients.double(), readout.dictionary.double(), mean_write.double()
-    tiny = torch.finfo(torch.float64).tiny
-    size, total = c.abs(), c.abs().sum(-1, keepdim=True)
-    share = size / total.clamp_min(tiny)
-    mass = size * v.norm(dim=-1)
-    p = mass / mass.sum(-1, keepdim=True).clamp_min(tiny)
-    effective = 1 / p.square().sum(-1).clamp_min(tiny)
-    length2 = c.square() * v.square().sum(-1) - 2 * c * share * (v @ mean_write) + share.square() * mean_write.square().sum()
-    written = c @ v - mean_write * (total > 0)
-    direction = nn.functional.normalize(written, dim=-1)
-    along = c * (direction @ v.T) - share * (direction @ mean_write)[:, None]
-    fires = (total[:, 0] > 0).float()
-    return {
-        "active_prototypes": (c != 0).sum(-1).float(),
-        "effective_prototypes": effective * fires,
-        "coherence": written.norm(dim=-1) / length2.clamp_min(0).sqrt().sum(-1).clamp_min(tiny),
-        "orthogonal_coherence": effective.rsqrt() * fires,
-        "opposed_share": (-along).relu().sum(-1) / along.abs().sum(-1).clamp_min(tiny),
-        "write_mass": mass.sum(-1),
-    }
+from ..checkpoint_code.errors import InputError
+from ..families.hooks import collected, recorded, replaced
+from ..families.lookup import stock_ffn
+from ..families.student import check_pair
+from ..families.weights import stock_weights
+from ..text.inputs import arguments, take
+from ..text.prediction import answered, predicts_masked, question
+from .fidelity import Fidelity, _logits, _mean, _nll, _pooled, _predictions
+from .readability import _readable, _records, readability
 
 
 @torch.no_grad()
@@ -205,39 +123,6 @@ def evaluate_student(
     return report
 
 
-def _logits(model: Any, ids: Inputs) -> Tensor:
-    return model(**arguments(model, ids)).logits.float()
-
-
-def _pooled(model: Any, ids: Tensor) -> Tensor:
-    base = model.base_model
-    return base(**arguments(base, ids)).last_hidden_state.double().mean(1).cpu()
-
-
-def _predictions(teacher_logits: Tensor, student_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    teacher, student = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
-    return {
-        "teacher_nll": _pick(teacher, targets),
-        "student_nll": _pick(student, targets),
-        "kl": (teacher.exp() * (teacher - student)).sum(-1).flatten(),
-        "agrees": (teacher.argmax(-1) == student.argmax(-1)).flatten(),
-    }
-
-
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    return _pick(logits.log_softmax(-1), targets)
-
-
-def _pick(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    return -log_probabilities.gather(-1, targets[..., None]).flatten()
-
-
-def _records(ffn: KernelFFN, weights: FFNWeights, x: Tensor) -> dict[str, Readout]:
-    """Student's and teacher's records at the teacher's inputs."""
-    x = x.flatten(0, -2)
-    return {"student": ffn.readout(x), "teacher": teacher_readout(weights, x)}
-
-
 def _add_errors(sums: dict[str, Tensor], prefix: str, estimate: Tensor, truth: Tensor) -> None:
     estimate, truth = estimate.double().flatten(0, -2), truth.double().flatten(0, -2)
     sums[f"{prefix}error"] = sums[f"{prefix}error"] + (estimate - truth).square().sum()
@@ -250,15 +135,6 @@ def _fvu(sums: dict[str, Tensor], prefix: str) -> float:
     count = sums[f"{prefix}count"]
     variance = sums[f"{prefix}square"] - sums[f"{prefix}y"].square().sum() / count
     return (sums[f"{prefix}error"] / variance).item()
-
-
-def _readable(own: dict[str, list[Tensor]], teacher: dict[str, list[Tensor]]) -> dict[str, float]:
-    columns = {name: torch.cat(parts).tolist() for name, parts in own.items()}
-    return Readability(keep_in_memory=True).compute(**columns, teacher_write_mass=torch.cat(teacher["write_mass"]).tolist())
-
-
-def _mean(values) -> float:
-    return float(torch.as_tensor(values, dtype=torch.float64).mean())
 
 
 def _progress(items, label, show):

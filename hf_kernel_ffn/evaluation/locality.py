@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_code.errors import InputError
-from .checkpoint_code.ffn import KernelFFN
-from .conversion.ridge import CHUNK
-from .conversion.sampling import ffn_inputs
-from .families.lookup import stock_ffn
-from .families.student import check_pair
-from .families.weights import stock_weights
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.ffn import KernelFFN
+from ..conversion.ridge import CHUNK
+from ..conversion.sampling import ffn_inputs
+from ..families.lookup import stock_ffn
+from ..families.student import check_pair
+from ..families.weights import stock_weights
 
 TOP = 20
 """Tokens that stand for a prototype's contexts."""

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_code.errors import InputError
-from .checkpoint_code.kernels import get_kernel
-from .checkpoint_code.record import Readout
-from .checkpoint_code.settings import KernelFFNConfig, LayerConfig
-from .checkpoint_code.simplex import top_k_mask
-from .conversion.convert import layer_config
-from .conversion.sampling import fit_sample
-from .families.lookup import stock_ffn, stock_ffns
-from .families.registry import architecture_of
-from .families.student import config_entry, student_from_entry
-from .families.weights import FFNWeights, stock_weights
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.kernels import get_kernel
+from ..checkpoint_code.record import Readout
+from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from ..checkpoint_code.simplex import top_k_mask
+from ..conversion.convert import layer_config
+from ..conversion.sampling import fit_sample
+from ..families.lookup import stock_ffn, stock_ffns
+from ..families.registry import architecture_of
+from ..families.student import config_entry, student_from_entry
+from ..families.weights import FFNWeights, stock_weights
 
 
 class TeacherFFN(nn.Module):
