@@ -134,7 +134,7 @@ def make_student(row: Row, recipe, teacher, tokenizer):
 
 def measure(name: str, row: Row, teacher, tokenizer, recipe, test, questions, students: Path | None) -> dict:
     """Build, train and evaluate one row; everything that its report says."""
-    from hf_kernel_ffn.distillation.training import train
+    from hf_kernel_ffn.distillation.trainer import train
     from hf_kernel_ffn.evaluation.probes import multiple_choice
     from hf_kernel_ffn.evaluation.report import evaluate_student
 

@@ -31,12 +31,12 @@ def main(
     import torch
 
     from hf_kernel_ffn.distillation import load_recipe
-    from hf_kernel_ffn.distillation.loop import student_of
     from hf_kernel_ffn.distillation.objectives import logits
     from hf_kernel_ffn.distillation.optimizers import optimizers
     from hf_kernel_ffn.distillation.recording import record
-    from hf_kernel_ffn.distillation.stored import Record, stored_logits, token_bytes
-    from hf_kernel_ffn.distillation.training import PackedText, train
+    from hf_kernel_ffn.distillation.run import student_of
+    from hf_kernel_ffn.distillation.teacher_signal import Record, stored_logits, token_bytes
+    from hf_kernel_ffn.distillation.trainer import PackedText, train
     from hf_kernel_ffn.evaluation.report import evaluate_student
     from hf_kernel_ffn.gpu.measuring import interleaved, ratio
     from hf_kernel_ffn.storage.files import write_text

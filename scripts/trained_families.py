@@ -21,7 +21,7 @@ HEAD = "| | tokens | CE | ΔCE | KL | top-1 | pooled cosine, centred | read | de
 
 def converted(recipe, teacher, tokenizer) -> Any:
     """The student as the recipe's distillation starts it."""
-    from hf_kernel_ffn.distillation.loop import student_of
+    from hf_kernel_ffn.distillation.run import student_of
 
     return student_of(recipe, teacher, tokenizer)
 

@@ -17,7 +17,8 @@ import torch
 from transformers.utils import logging
 
 from hf_kernel_ffn.cli import main
-from hf_kernel_ffn.distillation import Recipe, distill, training
+from hf_kernel_ffn.distillation import Recipe, distill
+from hf_kernel_ffn.distillation import trainer as training
 from hf_kernel_ffn.distillation.state import find_state
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from hf_kernel_ffn.conversion.convert import convert
 from hf_kernel_ffn.distillation import Recipe, Terminated
 from hf_kernel_ffn.distillation.sharding import unsharded
 from hf_kernel_ffn.distillation.state import find_state, load_rng, load_trained
-from hf_kernel_ffn.distillation.training import Run, make_accelerator
+from hf_kernel_ffn.distillation.trainer import Run, make_accelerator
 from hf_kernel_ffn.storage.loading import load_student, load_teacher, load_tokenizer
 
 

@@ -8,7 +8,7 @@ import torch
 from hf_kernel_ffn import InputError, evaluate_student
 from hf_kernel_ffn.conversion.sampling import ffn_inputs
 from hf_kernel_ffn.distillation import Recipe
-from hf_kernel_ffn.distillation.training import train
+from hf_kernel_ffn.distillation.trainer import train
 from hf_kernel_ffn.evaluation.baselines import TeacherFFN, Transcoder, teacher_as_student, transcoder_student
 from hf_kernel_ffn.families.lookup import ffn_paths
 from hf_kernel_ffn.families.registry import architecture_of

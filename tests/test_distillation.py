@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from hf_kernel_ffn import InputError, convert, evaluate_student
 from hf_kernel_ffn.distillation import Recipe, distill
-from hf_kernel_ffn.distillation import loop as loop_module
+from hf_kernel_ffn.distillation import run as loop_module
 from hf_kernel_ffn.distillation import state as state_module
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES, layer_wise, logits
 from hf_kernel_ffn.distillation.recipe import Data, Stage
-from hf_kernel_ffn.distillation.training import PackedText
+from hf_kernel_ffn.distillation.trainer import PackedText
 from hf_kernel_ffn.text.packing import blocks, token_ids
 
 LAYER_WISE = {"name": "layer-wise", "tokens": 384, "learning_rate": 0.002, "batch_size": 2}  # six steps

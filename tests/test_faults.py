@@ -139,7 +139,7 @@ def test_sigterm_saves_the_state_and_stops(content, whole, at_call, tmp_path, ca
 
 
 def test_sigterm_before_training_says_that_nothing_is_saved(content, tmp_path, monkeypatch):
-    from hf_kernel_ffn.distillation import loop
+    from hf_kernel_ffn.distillation import run as loop
 
     def told(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)

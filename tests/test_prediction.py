@@ -23,7 +23,7 @@ from transformers import (
 from hf_kernel_ffn import InputError, convert, evaluate_student
 from hf_kernel_ffn.cli import main
 from hf_kernel_ffn.distillation import Recipe, distill
-from hf_kernel_ffn.distillation import loop as loop_module
+from hf_kernel_ffn.distillation import run as loop_module
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES, logits
 from hf_kernel_ffn.distillation.recipe import Stage
 from hf_kernel_ffn.text.prediction import answered, masked, predictions, question

@@ -14,8 +14,8 @@ from hf_kernel_ffn.conversion.sampling import ffn_inputs
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES
 from hf_kernel_ffn.distillation.recipe import Stage
-from hf_kernel_ffn.distillation.sparsity import Watch
-from hf_kernel_ffn.distillation.training import train
+from hf_kernel_ffn.distillation.thresholds import Watch
+from hf_kernel_ffn.distillation.trainer import train
 from hf_kernel_ffn.families.registry import architecture_of
 from hf_kernel_ffn.families.weights import ffn_weights
 from hf_kernel_ffn.text.packing import token_ids

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, cli, convert
-from hf_kernel_ffn.distillation import Recipe, distill, load_recipe, recording, training
+from hf_kernel_ffn.distillation import Recipe, distill, load_recipe, recording
+from hf_kernel_ffn.distillation import trainer as training
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES, kl, lumped
 from hf_kernel_ffn.distillation.recording import record
-from hf_kernel_ffn.distillation.stored import Record
-from hf_kernel_ffn.distillation.training import train
+from hf_kernel_ffn.distillation.teacher_signal import Record
+from hf_kernel_ffn.distillation.trainer import train
 from hf_kernel_ffn.text.packing import blocks, token_ids
 
 SHIPPED, TEXT = RECIPES / "teachers" / "llama", RECIPES / "text"

@@ -16,11 +16,11 @@ from ..conversion.convert import chosen_ffns
 from ..storage.files import new_folder, require_empty
 from ..storage.loading import load_student
 from ..text.inputs import arguments
-from .loop import teacher_of
 from .objectives import at_least_float32, lumped
 from .recipe import Recipe
-from .stored import FACTS, Facts, digest, refuse_masked, shard_file, teacher_fingerprint, token_bytes
-from .training import PackedText, autocast, extent, make_accelerator, parts
+from .run import teacher_of
+from .teacher_signal import FACTS, Facts, digest, refuse_masked, shard_file, teacher_fingerprint, token_bytes
+from .trainer import PackedText, autocast, extent, make_accelerator, parts
 
 SHARD_BYTES = 2**28
 

@@ -26,10 +26,10 @@ from .objectives import OBJECTIVES
 from .optimizers import optimizers, schedule
 from .recipe import Data, Recipe, Stage
 from .sharding import shard, share
-from .sparsity import Watch
 from .state import find_state, load_facts, load_optimizers, save_state
 from .stopping import Stop, Terminated
-from .stored import Record, load_records, stored_logits
+from .teacher_signal import Record, load_records, stored_logits
+from .thresholds import Watch
 
 
 class PackedText(IterableDataset):

@@ -26,8 +26,8 @@ from .recipe import Recipe
 from .sharding import unsharded
 from .state import REMAINS, find_state, load_facts, load_rng, load_trained, remove_remains, remove_state
 from .stopping import Stop, on_sigterm
-from .stored import load_records
-from .training import Run, make_accelerator
+from .teacher_signal import load_records
+from .trainer import Run, make_accelerator
 
 
 def distill(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Path:
