@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.distillation import Recipe, distill
 from hf_kernel_ffn.distillation import trainer as training
 from hf_kernel_ffn.distillation.state import find_state

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_kernel_ffn import InputError, convert
 from hf_kernel_ffn.checkpoint_code.integrity import CHECKSUMS
-from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.distillation import load_recipe
 from hf_kernel_ffn.storage.loading import load_student
 from hf_kernel_ffn.storage.verification import verify

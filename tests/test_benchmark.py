@@ -8,7 +8,7 @@ import torch
 from test_families import tiny
 
 from hf_kernel_ffn import benchmark, convert
-from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.gpu import measuring
 
 

@@ -15,7 +15,7 @@ from conftest import RECIPES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.cli.app import main
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 FEW = ("--calibration-tokens", 256)
@@ -513,7 +513,7 @@ def test_scripts_are_the_same_commands(command):
 
 COMMANDS = """
 import json, sys
-from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.cli.app import main
 
 for command in json.loads(sys.argv[1]):
     sys.argv[1:] = command

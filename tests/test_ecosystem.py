@@ -26,7 +26,7 @@ from transformers import (
 
 from hf_kernel_ffn import InputError, convert
 from hf_kernel_ffn.checkpoint_code.linears import effective
-from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.distillation.objectives import layer_wise, logits
 from hf_kernel_ffn.distillation.recipe import Stage
 from hf_kernel_ffn.storage.exporting import apply, export
@@ -411,7 +411,7 @@ def online(hub, *command):
 def test_push_uploads_everything_with_a_card(folder, hub, tmp_path, ids):
     report = {"tokens": 1000, **dict.fromkeys(FIGURES, 0.125)}
     (tmp_path / "report.json").write_text(json.dumps(report))
-    done = online(hub, "-m", "hf_kernel_ffn.cli", "push", folder, "me/student", "--report", tmp_path / "report.json")
+    done = online(hub, "-m", "hf_kernel_ffn", "push", folder, "me/student", "--report", tmp_path / "report.json")
     assert done.returncode == 0, done.stderr
     assert set(hub.files) == {file.name for file in folder.iterdir()}
     card = hub.files["README.md"].decode()

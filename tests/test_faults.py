@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_kernel_ffn import InputError
-from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.distillation import Recipe, Terminated, distill
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES
 from hf_kernel_ffn.distillation.state import find_state

@@ -132,7 +132,7 @@ def test_these_versions_are_supported():
 
 
 def test_a_break_under_another_version_is_one_line(monkeypatch, capsys):
-    from hf_kernel_ffn import cli
+    from hf_kernel_ffn.cli import app as cli
 
     def broken():
         raise AttributeError("transformers has moved something")

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_kernel_ffn import InputError, convert, evaluate_student
-from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.distillation import Recipe, distill
 from hf_kernel_ffn.distillation import run as loop_module
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES, logits

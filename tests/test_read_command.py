@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from hf_kernel_ffn import convert
-from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.reading import trace
 from hf_kernel_ffn.reading.regimes import contributions
 from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_kernel_ffn import InputError, KernelFFNConfig, cli, convert
+from hf_kernel_ffn import InputError, KernelFFNConfig, convert
+from hf_kernel_ffn.cli import app as cli
 from hf_kernel_ffn.distillation import Recipe, distill, load_recipe, recording
 from hf_kernel_ffn.distillation import trainer as training
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES, kl, lumped

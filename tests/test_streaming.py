@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
-from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.conversion import streaming
 from hf_kernel_ffn.conversion.streaming import convert_streamed
 from hf_kernel_ffn.conversion.tensor_files import Writer

@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .printing import print_benchmark, print_reading, print_report, print_table
+from .tables import print_benchmark, print_reading, print_report, print_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -48,14 +48,14 @@ def convert(
     device: Device = "cpu",
 ) -> None:
     """Replace the FFNs of MODEL by kernel readouts and save the student in OUT_DIR, in the dtype MODEL is stored in."""
-    from .checkpoint_code.errors import InputError
-    from .checkpoint_code.settings import KernelFFNConfig
-    from .conversion import convert as surgery
-    from .storage.checkpoint import save_converted
-    from .storage.files import new_folder, require_empty
-    from .storage.loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
-    from .text.packing import token_ids
-    from .text.prediction import question
+    from ..checkpoint_code.errors import InputError
+    from ..checkpoint_code.settings import KernelFFNConfig
+    from ..conversion import convert as surgery
+    from ..storage.checkpoint import save_converted
+    from ..storage.files import new_folder, require_empty
+    from ..storage.loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
+    from ..text.packing import token_ids
+    from ..text.prediction import question
 
     _quieten()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages: fresh ones take a third of the time
@@ -74,7 +74,7 @@ def convert(
         ids = question(teacher, tokenizer, text, seed)
     options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)
     if stream:
-        from .conversion.streaming import convert_streamed
+        from ..conversion.streaming import convert_streamed
 
         report = convert_streamed(model, out_dir, settings, layers, dtype=dtype, **options)
     else:
@@ -101,8 +101,8 @@ def record(
     processes: Annotated[int, typer.Option(min=1, help="that the distillation will run on")] = 1,
 ) -> None:
     """Run the teacher of RECIPE over what its logits stages will read, and write its likeliest tokens to OUT_DIR."""
-    from .distillation import load_recipe
-    from .distillation.recording import record
+    from ..distillation import load_recipe
+    from ..distillation.recording import record
 
     _quieten()
     record(load_recipe(recipe, overrides), out_dir, top_k, processes, typer.echo)
@@ -116,7 +116,7 @@ def distill(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the state an interrupted run left")] = False,
 ) -> None:
     """Distil a converted model back to its teacher by RECIPE. Also: accelerate launch scripts/distill.py RECIPE …"""
-    from .distillation import Terminated, distill, load_recipe
+    from ..distillation import Terminated, distill, load_recipe
 
     _quieten()
     try:
@@ -142,14 +142,14 @@ def evaluate(
     device: Device = "cpu",
 ) -> None:
     """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of every layer."""
-    from .checkpoint_code.errors import InputError
-    from .families.student import check_pair
-    from .storage.files import require_place, write_text
-    from .storage.loading import check_vocabularies, load_student, load_teacher, load_tokenizer
-    from .text.packing import token_ids
+    from ..checkpoint_code.errors import InputError
+    from ..families.student import check_pair
+    from ..storage.files import require_place, write_text
+    from ..storage.loading import check_vocabularies, load_student, load_teacher, load_tokenizer
+    from ..text.packing import token_ids
 
     try:
-        from .evaluation.report import evaluate_student
+        from ..evaluation.report import evaluate_student
     except ImportError as error:
         raise InputError("evaluate needs the evaluate package: pip install 'hf-kernel-ffn[evaluate]'") from error
     if json_file is not None:
@@ -190,13 +190,13 @@ def read(
     device: Device = "cpu",
 ) -> None:
     """Read MODEL at one token: what every FFN chose and how loudly, what it wrote, and who wrote the next token's logit."""
-    from .families.lookup import parse_layers
-    from .reading import trace
-    from .reading.summary import summary
-    from .reading.support import Support
-    from .storage.files import require_place, write_text
-    from .storage.loading import load_model, load_teacher, load_tokenizer
-    from .text.packing import token_ids
+    from ..families.lookup import parse_layers
+    from ..reading import trace
+    from ..reading.summary import summary
+    from ..reading.support import Support
+    from ..storage.files import require_place, write_text
+    from ..storage.loading import load_model, load_teacher, load_tokenizer
+    from ..text.packing import token_ids
 
     for file in (json_file, html):
         if file is not None:
@@ -210,7 +210,7 @@ def read(
     if json_file is not None:
         write_text(json_file, json.dumps({"model": model, "prompt": prompt, **found}, indent=1, ensure_ascii=False) + "\n")
     if html is not None:
-        from .reading.report import other_mixtures, report_data, write_report
+        from ..reading.report import other_mixtures, report_data, write_report
 
         beside = None if teacher is None else trace(load_teacher(teacher, dtype, device), tokenizer, prompt)
         write_report(html, report_data(passed, beside, tokenizer=tokenizer, alternatives=other_mixtures(passed, alternatives)))
@@ -220,8 +220,8 @@ def read(
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="local folder of a converted model")]) -> None:
     """Check that FOLDER is whole and carries no code but this package's: config, weights, checksums, code. Runs none of it."""
-    from .checkpoint_code.errors import InputError
-    from .storage.verification import verify
+    from ..checkpoint_code.errors import InputError
+    from ..storage.verification import verify
 
     _quieten()
     found = verify(folder)
@@ -237,9 +237,9 @@ def export(
     file: Annotated[Path, typer.Argument(help="FILE.safetensors to write")],
 ) -> None:
     """Write the converted FFNs of STUDENT alone to FILE, which `apply` puts into the original model."""
-    from .storage.exporting import export
-    from .storage.files import require_place
-    from .storage.loading import load_student
+    from ..storage.exporting import export
+    from ..storage.files import require_place
+    from ..storage.loading import load_student
 
     _quieten()
     require_place(file)
@@ -254,10 +254,10 @@ def apply(
     out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
 ) -> None:
     """Make the student of TEACHER that FILE was exported from; refused if TEACHER is another model."""
-    from .storage.checkpoint import save_converted
-    from .storage.exporting import apply
-    from .storage.files import new_folder, require_empty
-    from .storage.loading import load_teacher
+    from ..storage.checkpoint import save_converted
+    from ..storage.exporting import apply
+    from ..storage.files import new_folder, require_empty
+    from ..storage.loading import load_teacher
 
     _quieten()
     require_empty(out_dir)
@@ -276,7 +276,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="if the repository has to be made")] = False,
 ) -> None:
     """Upload FOLDER to the hub with a model card: base model, settings, evaluation, how to load it."""
-    from .storage.publishing import push
+    from ..storage.publishing import push
 
     typer.echo(f"pushed to {push(folder, repo, base_model, report, private)}")
 
@@ -303,10 +303,10 @@ def benchmark(
     """Time readouts against the FFNs they replace: forward, forward+backward and one-token decode, as ratios."""
     import torch
 
-    from . import benchmark as benchmarks
-    from .checkpoint_code.settings import one_of
-    from .storage.files import require_place, write_text
-    from .storage.loading import load_model, torch_dtype
+    from .. import benchmark as benchmarks
+    from ..checkpoint_code.settings import one_of
+    from ..storage.files import require_place, write_text
+    from ..storage.loading import load_model, torch_dtype
 
     if json_file is not None:
         require_place(json_file)
@@ -344,12 +344,12 @@ def families(
     trust_remote_code: Annotated[bool, typer.Option(help="run the model's own code")] = False,
 ) -> None:
     """List the architectures that can be converted."""
-    from .families.lookup import join
-    from .families.registry import ARCHITECTURES
+    from ..families.lookup import join
+    from ..families.registry import ARCHITECTURES
 
     if explain is not None:
-        from .families.detection import explain as rows
-        from .storage.loading import empty_teacher
+        from ..families.detection import explain as rows
+        from ..storage.loading import empty_teacher
 
         _quieten()
         found = rows(empty_teacher(explain, trust_remote_code))
@@ -382,7 +382,7 @@ def _quieten() -> None:
 
 def main() -> None:
     """Entry point of ``hf-kernel-ffn``."""
-    from .checkpoint_code.errors import InputError
+    from ..checkpoint_code.errors import InputError
 
     try:
         app()
@@ -390,7 +390,7 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
     except Exception as error:
-        from .versions import unsupported
+        from ..versions import unsupported
 
         reason = unsupported()
         if reason is None:
