@@ -8,13 +8,10 @@ import contextlib
 import io
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
-del sys.path[0]  # this folder, whose evaluate.py would hide the evaluate package
-
-import typer  # noqa: E402
+import typer
 
 BLOCK = re.compile(r"```(bash|python)\n(.*?)```\n(?:\n```text\n.*?```\n)?", re.DOTALL)
 

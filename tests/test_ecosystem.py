@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import yaml
-from conftest import tiny_teacher
 from safetensors.torch import load_file
+from teachers import tiny_teacher
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,

@@ -1,4 +1,4 @@
-"""The command line: convert, record, distill, evaluate, read, verify, export, apply, push, benchmark, families. Bad input is one
+"""The command line: convert, record, distill, evaluate, read, verify, export, apply, push, families. Bad input is one
 line on stderr and exit code 2."""
 
 from __future__ import annotations
@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from .tables import print_benchmark, print_reading, print_report, print_table
+from .tables import print_reading, print_report, print_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -57,7 +58,7 @@ def convert(
     from ..text.packing import token_ids
     from ..text.prediction import question
 
-    _quieten()
+    quieten()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages: fresh ones take a third of the time
     require_empty(out_dir)
     if 0 < calibration_tokens < 256:
@@ -104,7 +105,7 @@ def record(
     from ..distillation import load_recipe
     from ..distillation.recording import record
 
-    _quieten()
+    quieten()
     record(load_recipe(recipe, overrides), out_dir, top_k, processes, typer.echo)
     typer.echo(f"saved in {out_dir}")
 
@@ -118,7 +119,7 @@ def distill(
     """Distil a converted model back to its teacher by RECIPE. Also: accelerate launch scripts/distill.py RECIPE …"""
     from ..distillation import Terminated, distill, load_recipe
 
-    _quieten()
+    quieten()
     try:
         out = distill(load_recipe(recipe, overrides), resume=resume)
     except Terminated as stopped:
@@ -154,7 +155,7 @@ def evaluate(
         raise InputError("evaluate needs the evaluate package: pip install 'hf-kernel-ffn[evaluate]'") from error
     if json_file is not None:
         require_place(json_file)
-    _quieten()
+    quieten()
     converted, stock = load_student(student, dtype, device, trust_remote_code), load_teacher(teacher, dtype, device)
     check_pair(converted, stock)
     check_vocabularies(student, teacher)
@@ -201,7 +202,7 @@ def read(
     for file in (json_file, html):
         if file is not None:
             require_place(file)
-    _quieten()
+    quieten()
     loaded, tokenizer = load_model(model, dtype, device, trust_remote_code), load_tokenizer(model)
     ids = None if text is None else token_ids(tokenizer, [text], 256, 16_384)
     passed = trace(loaded, tokenizer, prompt, None if html is not None else [position])
@@ -223,7 +224,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="local folder of a conver
     from ..checkpoint_code.errors import InputError
     from ..storage.verification import verify
 
-    _quieten()
+    quieten()
     found = verify(folder)
     print_table(["", "found", ""], [[f.what, f.found, "ok" if f.good else "NOT OK"] for f in found])
     bad = [f.what for f in found if not f.good]
@@ -241,7 +242,7 @@ def export(
     from ..storage.files import require_place
     from ..storage.loading import load_student
 
-    _quieten()
+    quieten()
     require_place(file)
     export(load_student(student), file)
     typer.echo(f"saved in {file}")
@@ -259,7 +260,7 @@ def apply(
     from ..storage.files import new_folder, require_empty
     from ..storage.loading import load_teacher
 
-    _quieten()
+    quieten()
     require_empty(out_dir)
     student = apply(file, load_teacher(teacher))
     with new_folder(out_dir) as made:
@@ -282,61 +283,6 @@ def push(
 
 
 @app.command()
-def benchmark(
-    shapes: Annotated[
-        str, typer.Option(help="gpt2, llama-3.2-1b, llama-3-8b, mistral-7b, comma-separated")
-    ] = "gpt2,llama-3.2-1b",
-    model: Annotated[Optional[str], typer.Option(help="a checkpoint whose FFNs are timed instead of named shapes")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="read at once, forward and backward; fewer are faster")] = 256,
-    repeats: Annotated[int, typer.Option(min=1, help="rounds; medians of them are reported")] = 7,
-    active: Annotated[int, typer.Option(min=1, help="prototypes per token of the sparse readouts")] = 64,
-    modes: Annotated[str, typer.Option(help="eager, compiled, fused (Triton kernels)")] = "eager,compiled",
-    phases: Annotated[str, typer.Option(help="forward, forward+backward, decode")] = "forward,forward+backward,decode",
-    only: Annotated[Optional[str], typer.Option(help="readouts whose name has one of these parts, comma-separated")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="of a CPU")] = 1,
-    clock: Annotated[str, typer.Option(help="wall, or cpu: this process's own time, on a machine that others use")] = "wall",
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write all of it")] = None,
-    trust_remote_code: Trust = False,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-) -> None:
-    """Time readouts against the FFNs they replace: forward, forward+backward and one-token decode, as ratios."""
-    import torch
-
-    from .. import benchmark as benchmarks
-    from ..checkpoint_code.settings import one_of
-    from ..storage.files import require_place, write_text
-    from ..storage.loading import load_model, torch_dtype
-
-    if json_file is not None:
-        require_place(json_file)
-    _quieten()
-    for name, text, choices in (
-        ("mode", modes, benchmarks.MODES),
-        ("phase", phases, benchmarks.PHASES),
-        ("clock", clock, ("wall", "cpu")),
-    ):
-        for part in text.split(","):
-            one_of(name, part, choices)
-    own = None
-    if model is not None:
-        shape, own = benchmarks.checkpoint_ffns(load_model(model, dtype, device, trust_remote_code), model)
-        chosen = {model: shape}
-    else:
-        for part in shapes.split(","):
-            one_of("shape", part, benchmarks.SHAPES)
-        chosen = {part: benchmarks.SHAPES[part] for part in shapes.split(",")}
-    torch.set_num_threads(threads)
-    found = benchmarks.benchmark(
-        chosen, tokens=tokens, repeats=repeats, active=active, modes=tuple(modes.split(",")), phases=tuple(phases.split(",")),
-        dtype=torch_dtype(dtype), device=device, clock=clock, own=own, only=only, progress=lambda line: typer.echo(line, err=True),
-    )  # fmt: skip
-    if json_file is not None:
-        write_text(json_file, json.dumps(found, indent=1) + "\n")
-    print_benchmark(found)
-
-
-@app.command()
 def families(
     explain: Annotated[
         Optional[str], typer.Option(metavar="MODEL", help="what looks like an FFN in this model, and which entry describes it")
@@ -351,7 +297,7 @@ def families(
         from ..families.detection import explain as rows
         from ..storage.loading import empty_teacher
 
-        _quieten()
+        quieten()
         found = rows(empty_teacher(explain, trust_remote_code))
         print_table(["FFN", "sizes", "activation", "entry"], [list(row.values()) for row in found])
         return
@@ -371,7 +317,7 @@ def families(
     )
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep transformers off a stderr that is a file or a pipe: it is for the one line that says what is wrong."""
     if not sys.stderr.isatty():
         from transformers.utils import logging
@@ -382,10 +328,15 @@ def _quieten() -> None:
 
 def main() -> None:
     """Entry point of ``hf-kernel-ffn``."""
+    run_app(app)
+
+
+def run_app(command: Callable[[], object]) -> None:
+    """Call ``command``; bad input, and versions out of range, become one line on stderr and exit code 2."""
     from ..checkpoint_code.errors import InputError
 
     try:
-        app()
+        command()
     except (InputError, FloatingPointError) as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
@@ -397,7 +348,3 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: {reason} ({type(error).__name__})\n")
         raise SystemExit(2) from error
-
-
-if __name__ == "__main__":
-    main()

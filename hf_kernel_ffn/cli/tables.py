@@ -1,4 +1,4 @@
-"""What the commands print: tables of a report, a benchmark and a reading."""
+"""What the commands print: tables of a report and of a reading."""
 
 from __future__ import annotations
 
@@ -26,24 +26,6 @@ def print_report(report: dict) -> None:
         for who, figures in ((layer["path"], layer), ("  teacher", layer["teacher"])):
             rows.append([who, *(f"{figures[name]:.{1 if 'prototypes' in name else 4}f}" for name in columns)])
     print_table(["layer", *columns.values()], rows)
-
-
-def print_benchmark(found: dict) -> None:
-    rows = []
-    for row in found["rows"]:
-        spread, target, memory = row["ratio"], row["target"], row.get("memory_target")
-        rows.append([
-            row["shape"], row["mode"], row["phase"], row["variant"], f"{row['seconds']['median'] * 1e3:.2f}", row["against"],
-            f"{spread['median']:.2f} ({spread['low']:.2f}–{spread['high']:.2f})", "" if target is None else f"≤ {target}",
-            "" if "memory" not in row else f"{row['memory'] / 2**20:.1f}", "" if "memory" not in row else f"{row['memory_ratio']:.2f}",
-            "" if memory is None else f"≤ {memory}", "" if "bytes_moved" not in row else f"{row['bytes_moved'] / 2**20:.0f}",
-            f"{row['seconds_at_copy_bandwidth'] * 1e3:.2f}",
-        ])  # fmt: skip
-    print_table(["shape", "mode", "phase", "what", "ms", "against", "time ratio", "aimed at", "MiB held", "ratio", "aimed at", "MiB moved",
-            "ms to copy weights"], rows)  # fmt: skip
-    typer.echo(
-        f"{found['machine']}, torch {found['torch']}, {found['dtype']}, {found['tokens']} tokens, medians of {found['repeats']}"
-    )
 
 
 def print_reading(found: dict) -> None:

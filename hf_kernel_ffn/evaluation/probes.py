@@ -27,7 +27,7 @@ def load_questions(file: str | Path) -> list[dict]:
         raise InputError(f"found {file} unreadable as text ({reason}), expected UTF-8 JSON lines") from error
     questions = [_question(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not questions:
-        raise InputError(f"found no question in {file}, expected one a line: make some by scripts/make_cloze.py")
+        raise InputError(f"found no question in {file}, expected one a line: make some by scripts/experiments/make_cloze.py")
     return questions
 
 
