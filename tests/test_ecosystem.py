@@ -25,13 +25,13 @@ from transformers import (
 )
 
 from hf_kernel_ffn import InputError, convert
-from hf_kernel_ffn.checkpoint_code.linears import effective
+from hf_kernel_ffn.checkpoint_code.linears import get_effective_weight
 from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.distillation.objectives import layer_wise, logits
 from hf_kernel_ffn.distillation.recipe import Stage
-from hf_kernel_ffn.storage.exporting import apply, export
+from hf_kernel_ffn.storage.exporting import apply_surgery, export_surgery
 from hf_kernel_ffn.storage.publishing import FIGURES
-from hf_kernel_ffn.storage.verification import verify
+from hf_kernel_ffn.storage.verification import verify_folder
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def assert_quantised_sanely(model, student, ids, room):
     ffn = next(module for module in model.modules() if type(module).__name__ == "KernelFFN")
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).to(found.dtype)
     with torch.no_grad():
-        weight, bias = effective(ffn.input_prototypes, x)
+        weight, bias = get_effective_weight(ffn.input_prototypes, x)
         assert weight.shape == (96, 32)
         score, distance2 = ffn.scores(x)
         torch.testing.assert_close(distance2, torch.cdist(x.double(), weight.double()).square().float(), rtol=0.02, atol=0.02)
@@ -284,7 +284,7 @@ def test_export_and_apply_give_the_student_back(folder, teacher_folder, tmp_path
         json.loads((out / "config.json").read_text())["kernel_ffn"]
         == json.loads((folder / "config.json").read_text())["kernel_ffn"]
     )
-    assert all(finding.good for finding in verify(out))
+    assert all(finding.good for finding in verify_folder(out))
 
 
 def test_apply_refuses_another_base(folder, teacher_folder, tmp_path, monkeypatch, capsys):
@@ -309,7 +309,7 @@ def test_a_damaged_export_is_refused(student, llama, teacher_folder, tmp_path):
 
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder("llama"), dtype=torch.float32)
     file = tmp_path / "surgery.safetensors"
-    export(student, file)
+    export_surgery(student, file)
     tensors = load_file(file)
     with safe_open(file, "pt") as opened:
         about = opened.metadata()
@@ -336,10 +336,10 @@ def test_a_damaged_export_is_refused(student, llama, teacher_folder, tmp_path):
     for content, metadata in cases:
         save_file(content, file, metadata=metadata)
         with pytest.raises(InputError):
-            apply(file, teacher)
+            apply_surgery(file, teacher)
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(InputError, match="damaged"):
-        apply(file, teacher)
+        apply_surgery(file, teacher)
 
 
 # a hub
@@ -424,7 +424,7 @@ def test_push_uploads_everything_with_a_card(folder, hub, tmp_path, ids):
     fetched.mkdir()
     for name, content in hub.files.items():
         (fetched / name).write_bytes(content)
-    assert all(finding.good for finding in verify(fetched))
+    assert all(finding.good for finding in verify_folder(fetched))
     assert torch.equal(output(load(fetched), ids), output(load(folder), ids))
 
 
@@ -440,7 +440,7 @@ AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True).pu
     fetched.mkdir()
     for name, content in hub.files.items():
         (fetched / name).write_bytes(content)
-    assert all(finding.good for finding in verify(fetched))
+    assert all(finding.good for finding in verify_folder(fetched))
     assert torch.equal(output(load(fetched), ids), output(load(folder), ids))
 
 

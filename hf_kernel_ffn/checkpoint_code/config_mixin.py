@@ -10,7 +10,7 @@ from typing import Any
 
 from .carried_code import code_files, get_custom_kernel_file
 from .errors import InputError
-from .settings import ENTRY, FORMAT, STOCK_GUARD, LayerConfig, _mapping, known_keys
+from .settings import ENTRY, FORMAT, STOCK_GUARD, LayerConfig, reject_unknown_keys, require_mapping
 
 
 class KernelConfigMixin:
@@ -24,15 +24,15 @@ class KernelConfigMixin:
     kernel_ffn: Any
 
     def __post_init__(self, **kwargs):
-        entry = _mapping("kernel_ffn entry of config.json", self.kernel_ffn) if self.kernel_ffn is not None else None
+        entry = require_mapping("kernel_ffn entry of config.json", self.kernel_ffn) if self.kernel_ffn is not None else None
         if entry is not None:
             if entry.get("format") != FORMAT:
                 raise InputError(
                     f"found kernel_ffn format {entry.get('format')!r}, expected {FORMAT}: install the hf_kernel_ffn that wrote it, "
                     f"version {entry.get('package_version')!r}"
                 )
-            known_keys(ENTRY, entry, "kernel_ffn entry")
-            for name, value in _mapping("kernel_ffn activation", entry.get("activation")).items():
+            reject_unknown_keys(ENTRY, entry, "kernel_ffn entry")
+            for name, value in require_mapping("kernel_ffn activation", entry.get("activation")).items():
                 if "." not in name and getattr(self, name, kwargs.get(name)) == STOCK_GUARD:
                     setattr(self, name, value)
                     kwargs.pop(name, None)
@@ -50,7 +50,7 @@ class KernelConfigMixin:
 
     def kernel_ffn_layers(self) -> dict:
         """LayerConfig of every converted FFN by its path under the base model, in layer order."""
-        layers = _mapping("kernel_ffn layers", (self.kernel_ffn or {}).get("layers"))
+        layers = require_mapping("kernel_ffn layers", (self.kernel_ffn or {}).get("layers"))
         for path in layers:
             if not re.fullmatch(r"(?!.*__)\w+(\.\w+)*", path):  # it is looked up as attributes of the model
                 raise InputError(

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import HalfYat, Yat, get_kernel
-from .linears import effective, is_plain, lay_out_by_prototypes
+from .linears import get_effective_weight, is_plain, lay_out_by_prototypes
 from .one_pass import one_token, yat_mixture
 from .record import Readout
 from .settings import LayerConfig
-from .simplex import shares, top_k_mask
+from .simplex import compute_shares, top_k_mask
 
 LOG_RATIO_BOUND = 20.0
 """Learned log-ratios act as if no further from zero than this: no step, however wild, makes a constrained value 0 or ∞."""
@@ -107,7 +107,7 @@ class KernelFFN(nn.Module):
             if intensity is None:
                 intensity = (pi.sum(-1, keepdim=True) > 0).to(pi.dtype)
             choice = pi * intensity
-        dictionary, bias = effective(self.output_prototypes, hidden_states)
+        dictionary, bias = get_effective_weight(self.output_prototypes, hidden_states)
         return Readout(
             coefficients=(choice if ups is None else choice * ups).to(hidden_states.dtype),
             dictionary=dictionary.T,
@@ -128,7 +128,7 @@ class KernelFFN(nn.Module):
     def scores(self, hidden_states):
         """s = x·w + b and, if the kernel asks for it, ‖x − w‖², in float32 at least."""
         # From the weight in use at every call: a norm kept from earlier would be wrong after a step or an adapter.
-        weight, bias = effective(self.input_prototypes, hidden_states)
+        weight, bias = get_effective_weight(self.input_prototypes, hidden_states)
         device = hidden_states.device.type
         rounded = hidden_states.dtype.itemsize < 4 or weight.dtype.itemsize < 4 or torch.is_autocast_enabled(device)
         if not rounded and self.kernel.uses_distance and _one_token(hidden_states) and is_plain(self.input_prototypes):
@@ -326,7 +326,7 @@ class KernelFFN(nn.Module):
             else:
                 kept = top_k_mask(loudness, self.top_k)
             log_kernel = log_kernel.masked_fill(~kept, -torch.inf)
-        pi = shares(settings.simplex, log_kernel, self.positive("temperature"), self.top_k)
+        pi = compute_shares(settings.simplex, log_kernel, self.positive("temperature"), self.top_k)
         if settings.intensity == "none":
             return pi, None
         if settings.intensity == "gate":

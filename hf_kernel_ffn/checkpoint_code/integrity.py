@@ -64,7 +64,7 @@ def weight_files(folder) -> list:
     return [folder / name for name in sorted(set(names.values()))]
 
 
-def header(file) -> dict:
+def read_header(file) -> dict:
     """(dtype name, shape) by tensor name of a safetensors ``file``, of which only the header is read.
 
     Raises:
@@ -104,7 +104,7 @@ def header(file) -> dict:
     return found
 
 
-def headers(folder) -> dict:
+def read_headers(folder) -> dict:
     """(dtype name, shape) by tensor name of all weights in ``folder``.
 
     Raises:
@@ -114,7 +114,7 @@ def headers(folder) -> dict:
     index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
     named = read_json(index)["weight_map"] if weight_files(folder) and index.is_file() else None
     for file in weight_files(folder):
-        inside = header(file)
+        inside = read_header(file)
         if named is not None:
             expected = {name for name, where in named.items() if where == file.name}
             if expected != inside.keys():
@@ -137,7 +137,7 @@ def check_folder(folder, subfolder="") -> dict | None:
     if config.get("quantization_config") is not None:
         weight_files(folder)
         return None  # other tensors than the config's, in other types
-    tensors = headers(folder)
+    tensors = read_headers(folder)
     for name, (dtype, _) in tensors.items():
         if (dtype == "I32") != name.endswith(".units") or dtype not in ("F64", "F32", "BF16", "F16", "I32"):
             raise InputError(f"found {name!r} of type {dtype} in {folder}, expected another type: convert or copy it again")
@@ -178,7 +178,7 @@ def check_model(empty, tensors, folder) -> None:
             )
 
 
-def checksums(folder) -> dict:
+def compute_checksums(folder) -> dict:
     """SHA-256 by name of the files in ``folder`` that make up the model."""
     found = {}
     for file in sorted(Path(folder).iterdir()):
@@ -190,7 +190,7 @@ def checksums(folder) -> dict:
 
 def record_checksums(folder) -> None:
     """Write the checksums of the model in ``folder`` beside it."""
-    Path(folder, CHECKSUMS).write_text(json.dumps({"sha256": checksums(folder)}, indent=1) + "\n", encoding="utf-8")
+    Path(folder, CHECKSUMS).write_text(json.dumps({"sha256": compute_checksums(folder)}, indent=1) + "\n", encoding="utf-8")
 
 
 def _damaged(file, why) -> InputError:

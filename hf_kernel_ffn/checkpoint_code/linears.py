@@ -20,7 +20,7 @@ def is_plain(linear) -> bool:
     )
 
 
-def effective(linear: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
+def get_effective_weight(linear: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """(out_features, in_features) and (out_features,): what ``linear`` multiplies by and adds, adapters and
     quantisation included; ``like`` is an input of it."""
     weight = linear.weight
@@ -28,10 +28,10 @@ def effective(linear: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
         return weight, linear.bias
     if hasattr(linear, "lora_A"):  # a peft adapter around the weight
         if linear.disable_adapters or linear.merged:
-            return effective(linear.get_base_layer(), like)
+            return get_effective_weight(linear.get_base_layer(), like)
         active = [name for name in linear.active_adapters if name in linear.lora_A]
         if not any(name in linear.lora_variant or linear.lora_bias.get(name) for name in active):
-            weight, bias = effective(linear.get_base_layer(), like)
+            weight, bias = get_effective_weight(linear.get_base_layer(), like)
             return weight + sum(linear.get_delta_weight(name) for name in active), bias
     # Whatever else stands there (DoRA, a quantised layer, an offloaded weight): ask it what it does to zero and the unit vectors.
     features = linear.in_features

@@ -35,7 +35,7 @@ class KernelModelMixin:
             )
         for path, layer in layers.items():
             try:
-                install(self.base_model, path, KernelFFN(layer))
+                install_ffn(self.base_model, path, KernelFFN(layer))
             except AttributeError:
                 raise InputError(
                     f"found no module {path!r} in {type(self).__name__}: the kernel_ffn entry is of another model"
@@ -89,7 +89,7 @@ class KernelModelMixin:
             record_checksums(save_directory)
 
 
-def install(base, path, ffn) -> list:
+def install_ffn(base, path, ffn) -> list:
     """Put ``ffn`` at ``path`` under ``base``, and what passes its output on where the teacher's FFN was no module of its own.
 
     Returns:

@@ -8,7 +8,7 @@ import re
 import torch
 
 from .kernels import get_kernel
-from .simplex import shares
+from .simplex import compute_shares
 
 ARGUMENTS = (
     "Tensor x, Tensor rows, Tensor bias, Tensor dictionary, Tensor epsilon, Tensor factor, Tensor? up, Tensor? up_bias, "
@@ -34,7 +34,7 @@ def plain(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mi
     distance = (x.square().sum(-1, keepdim=True) + rows.square().sum(-1) - 2 * dot).clamp_min(0)
     kernel, score = get_kernel("half-yat" if one_sided else "yat"), dot + bias.to(dtype)
     if convex:
-        choice = shares("softmax", kernel.log(score, distance, epsilon=epsilon), factor)
+        choice = compute_shares("softmax", kernel.log(score, distance, epsilon=epsilon), factor)
     else:
         choice = kernel.scaled(score, distance, factor.log(), epsilon=epsilon)
     if up is not None:

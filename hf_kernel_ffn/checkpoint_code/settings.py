@@ -54,15 +54,15 @@ class KernelFFNConfig:
     one. None: 2 where a unit needs both signs, otherwise 1."""
 
     def __post_init__(self):
-        one_of("simplex", self.simplex, SIMPLEX_MAPS)
-        one_of("intensity", self.intensity, INTENSITIES)
-        one_of("values", self.values, VALUES)
+        require_one_of("simplex", self.simplex, SIMPLEX_MAPS)
+        require_one_of("intensity", self.intensity, INTENSITIES)
+        require_one_of("values", self.values, VALUES)
         if self.init is not None:
-            one_of("init", self.init, INITIALISERS)
+            require_one_of("init", self.init, INITIALISERS)
         if not get_kernel(self.kernel).nonnegative:
             raise InputError(f"kernel {self.kernel!r} can be negative: its readout is no mixture; choose a nonnegative kernel")
-        _number("temperature", self.temperature, lambda t: 0 < t < float("inf"), "a positive number")
-        _number("expansion", self.expansion, lambda e: 1 <= e <= 8, "a number from 1 to 8")
+        _require_number("temperature", self.temperature, lambda t: 0 < t < float("inf"), "a positive number")
+        _require_number("expansion", self.expansion, lambda e: 1 <= e <= 8, "a number from 1 to 8")
         if self.sparse and (not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1):
             raise InputError(
                 f"found top_k={self.top_k!r}, expected a positive integer: simplex {self.simplex!r} needs to know how many"
@@ -123,10 +123,10 @@ class LayerConfig:
     @classmethod
     def from_dict(cls, entry: dict) -> "LayerConfig":
         """InputError if a key is unknown or missing, or a value out of range."""
-        entry = dict(_mapping("kernel_ffn layer", entry))
-        known(cls, entry, "kernel_ffn layer")
-        settings = _mapping("kernel_ffn settings", entry.pop("settings", None))
-        known(KernelFFNConfig, settings, "kernel_ffn settings")
+        entry = dict(require_mapping("kernel_ffn layer", entry))
+        reject_unknown_fields(cls, entry, "kernel_ffn layer")
+        settings = require_mapping("kernel_ffn settings", entry.pop("settings", None))
+        reject_unknown_fields(KernelFFNConfig, settings, "kernel_ffn settings")
         for name in ("hidden_size", "prototypes"):
             size = entry.get(name)
             if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**31:
@@ -134,7 +134,7 @@ class LayerConfig:
                     f"found {name}={size!r} in the kernel_ffn entry, expected a positive integer: config.json is damaged"
                 )
         settings = KernelFFNConfig(**settings)
-        reference = _mapping("kernel_ffn reference", entry.get("reference"))
+        reference = require_mapping("kernel_ffn reference", entry.get("reference"))
         needed = [*get_kernel(settings.kernel).parameters]
         needed += ["scale"] * (settings.intensity != "none") + ["temperature"] * (not settings.coefficients_are_kernel)
         needed += ["threshold"] * (settings.simplex == "threshold")
@@ -143,7 +143,7 @@ class LayerConfig:
                 raise InputError(
                     f"found no reference value {name!r} in the kernel_ffn entry, expected one: config.json is damaged"
                 )
-            _number(
+            _require_number(
                 f"reference {name}",
                 reference[name],
                 lambda v: 0 < v < float("inf"),
@@ -153,12 +153,12 @@ class LayerConfig:
         return cls(settings=settings, **entry)
 
 
-def known(cls, entry: dict, what: str) -> None:
+def reject_unknown_fields(cls, entry: dict, what: str) -> None:
     """InputError, with the nearest right name, if ``entry`` has a key that is no field of dataclass ``cls``."""
-    known_keys([f.name for f in fields(cls)], entry, what)
+    reject_unknown_keys([f.name for f in fields(cls)], entry, what)
 
 
-def known_keys(names, entry: dict, what: str) -> None:
+def reject_unknown_keys(names, entry: dict, what: str) -> None:
     """The same, of keys that are given."""
     for key in entry:
         if key not in names:
@@ -167,7 +167,7 @@ def known_keys(names, entry: dict, what: str) -> None:
             raise InputError(f"found unknown key {key!r} in the {what}: {hint}")
 
 
-def with_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConfig:
+def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConfig:
     """``config`` with its initialiser and expansion resolved for a gated or plain teacher FFN.
 
     Raises:
@@ -189,28 +189,28 @@ def with_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConf
             "than the inputs; use init 'data-scale' or another intensity"
         )
     resolved = replace(config, init=init)
-    return replace(resolved, expansion=config.expansion or (2.0 if both_signs(resolved, gated_teacher) else 1.0))
+    return replace(resolved, expansion=config.expansion or (2.0 if needs_both_signs(resolved, gated_teacher) else 1.0))
 
 
-def both_signs(config: KernelFFNConfig, gated_teacher: bool) -> bool:
+def needs_both_signs(config: KernelFFNConfig, gated_teacher: bool) -> bool:
     """Whether a unit is stood in for by prototypes of both signs, from its gate row plus and minus its up row."""
     return gated_teacher and config.values == "fixed" and config.init != "single"
 
 
-def one_of(name, value, choices):
+def require_one_of(name, value, choices):
     """InputError unless ``value`` is one of the names ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"found {name}={value!r}, expected one of {', '.join(choices)}")
 
 
-def _number(name, value, accept, expected):
+def _require_number(name, value, accept, expected):
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not accept(value):
         raise InputError(f"found {name}={value!r}, expected {expected}")
 
 
-def _mapping(what, value):
+def require_mapping(what, value):
     if not isinstance(value, dict):
         raise InputError(f"found {type(value).__name__} as the {what}, expected a mapping: config.json is damaged")
     return value

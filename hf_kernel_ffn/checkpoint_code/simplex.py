@@ -27,7 +27,7 @@ def register_simplex_map(name):
     return register
 
 
-def shares(name: str, log_kernel: Tensor, temperature: Tensor | float, top_k: int | None = None) -> Tensor:
+def compute_shares(name: str, log_kernel: Tensor, temperature: Tensor | float, top_k: int | None = None) -> Tensor:
     """π = map(log κ / τ); all zero, with zero gradients, where no unit fires (log κ = −inf throughout).
 
     Args:

@@ -55,8 +55,8 @@ def convert(
     from ..storage.checkpoint import save_converted
     from ..storage.files import new_folder, require_empty
     from ..storage.loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
-    from ..text.packing import token_ids
-    from ..text.prediction import question
+    from ..text.packing import read_token_ids
+    from ..text.prediction import make_inputs_for_prediction
 
     quieten()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages: fresh ones take a third of the time
@@ -71,8 +71,8 @@ def convert(
     if calibration_text is not None:
         length = min(256, getattr(teacher.config, "max_position_embeddings", None) or 256)
         tokenizer = load_tokenizer(model)
-        text = token_ids(tokenizer, [calibration_text], length, calibration_tokens, spread=True)
-        ids = question(teacher, tokenizer, text, seed)
+        text = read_token_ids(tokenizer, [calibration_text], length, calibration_tokens, spread=True)
+        ids = make_inputs_for_prediction(teacher, tokenizer, text, seed)
     options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)
     if stream:
         from ..conversion.streaming import convert_streamed
@@ -147,7 +147,7 @@ def evaluate(
     from ..families.student import check_pair
     from ..storage.files import require_place, write_text
     from ..storage.loading import check_vocabularies, load_student, load_teacher, load_tokenizer
-    from ..text.packing import token_ids
+    from ..text.packing import read_token_ids
 
     try:
         from ..evaluation.report import evaluate_student
@@ -164,7 +164,7 @@ def evaluate(
     if limit is not None and sequence_length > limit:
         raise InputError(f"found sequence length {sequence_length}, expected at most the teacher's {limit}")
     tokenizer = load_tokenizer(teacher)
-    ids = token_ids(tokenizer, [text], sequence_length, max_tokens)
+    ids = read_token_ids(tokenizer, [text], sequence_length, max_tokens)
     report = evaluate_student(converted, stock, ids, tokenizer=tokenizer, progress=True)
     report = {"student_path": student, "teacher_path": teacher, "text": text, "sequence_length": sequence_length, **report}
     if json_file is not None:
@@ -197,14 +197,14 @@ def read(
     from ..reading.support import Support
     from ..storage.files import require_place, write_text
     from ..storage.loading import load_model, load_teacher, load_tokenizer
-    from ..text.packing import token_ids
+    from ..text.packing import read_token_ids
 
     for file in (json_file, html):
         if file is not None:
             require_place(file)
     quieten()
     loaded, tokenizer = load_model(model, dtype, device, trust_remote_code), load_tokenizer(model)
-    ids = None if text is None else token_ids(tokenizer, [text], 256, 16_384)
+    ids = None if text is None else read_token_ids(tokenizer, [text], 256, 16_384)
     passed = trace(loaded, tokenizer, prompt, None if html is not None else [position])
     chosen = None if layers is None else parse_layers(layers, len(passed.ffn_inputs))
     found = summary(passed, tokenizer, position, chosen, top, None if ids is None else Support(loaded, ids))
@@ -222,10 +222,10 @@ def read(
 def verify(folder: Annotated[Path, typer.Argument(help="local folder of a converted model")]) -> None:
     """Check that FOLDER is whole and carries no code but this package's: config, weights, checksums, code. Runs none of it."""
     from ..checkpoint_code.errors import InputError
-    from ..storage.verification import verify
+    from ..storage.verification import verify_folder
 
     quieten()
-    found = verify(folder)
+    found = verify_folder(folder)
     print_table(["", "found", ""], [[f.what, f.found, "ok" if f.good else "NOT OK"] for f in found])
     bad = [f.what for f in found if not f.good]
     if bad:
@@ -238,13 +238,13 @@ def export(
     file: Annotated[Path, typer.Argument(help="FILE.safetensors to write")],
 ) -> None:
     """Write the converted FFNs of STUDENT alone to FILE, which `apply` puts into the original model."""
-    from ..storage.exporting import export
+    from ..storage.exporting import export_surgery
     from ..storage.files import require_place
     from ..storage.loading import load_student
 
     quieten()
     require_place(file)
-    export(load_student(student), file)
+    export_surgery(load_student(student), file)
     typer.echo(f"saved in {file}")
 
 
@@ -256,13 +256,13 @@ def apply(
 ) -> None:
     """Make the student of TEACHER that FILE was exported from; refused if TEACHER is another model."""
     from ..storage.checkpoint import save_converted
-    from ..storage.exporting import apply
+    from ..storage.exporting import apply_surgery
     from ..storage.files import new_folder, require_empty
     from ..storage.loading import load_teacher
 
     quieten()
     require_empty(out_dir)
-    student = apply(file, load_teacher(teacher))
+    student = apply_surgery(file, load_teacher(teacher))
     with new_folder(out_dir) as made:
         save_converted(student, teacher, made)
     typer.echo(f"saved in {out_dir}")
@@ -277,9 +277,9 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="if the repository has to be made")] = False,
 ) -> None:
     """Upload FOLDER to the hub with a model card: base model, settings, evaluation, how to load it."""
-    from ..storage.publishing import push
+    from ..storage.publishing import push_to_hub
 
-    typer.echo(f"pushed to {push(folder, repo, base_model, report, private)}")
+    typer.echo(f"pushed to {push_to_hub(folder, repo, base_model, report, private)}")
 
 
 @app.command()
@@ -290,15 +290,15 @@ def families(
     trust_remote_code: Annotated[bool, typer.Option(help="run the model's own code")] = False,
 ) -> None:
     """List the architectures that can be converted."""
-    from ..families.lookup import join
+    from ..families.lookup import join_path
     from ..families.registry import ARCHITECTURES
 
     if explain is not None:
-        from ..families.detection import explain as rows
-        from ..storage.loading import empty_teacher
+        from ..families.detection import explain_ffns as rows
+        from ..storage.loading import load_empty_teacher
 
         quieten()
-        found = rows(empty_teacher(explain, trust_remote_code))
+        found = rows(load_empty_teacher(explain, trust_remote_code))
         print_table(["FFN", "sizes", "activation", "entry"], [list(row.values()) for row in found])
         return
     print_table(
@@ -306,7 +306,7 @@ def families(
         [
             [
                 a.model_type,
-                " ".join(join(stack, "*", a.ffn) for stack in a.stacks),
+                " ".join(join_path(stack, "*", a.ffn) for stack in a.stacks),
                 a.up,
                 a.gate or ("–" if a.gate_half is None else f"half {a.gate_half}"),
                 a.down,

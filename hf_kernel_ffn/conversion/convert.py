@@ -14,17 +14,17 @@ from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
-from ..checkpoint_code.modeling import install
-from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig, with_defaults
-from ..families.detection import refuse_undescribed
-from ..families.lookup import StockFFN, attribute, choose_layers, parse_layers, stock_ffns
-from ..families.registry import architecture_of
-from ..families.student import config_entry, student_from_entry
-from ..families.weights import finite, stock_weights
-from ..text.inputs import Inputs, row_tokens, rows, take
-from .initialization import gate_bias, prototypes
-from .ridge import calibrate
-from .sampling import blind_sample, ffn_inputs, fit_sample, fitted_and_held, own_text
+from ..checkpoint_code.modeling import install_ffn
+from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig, resolve_defaults
+from ..families.detection import refuse_undescribed_ffns
+from ..families.lookup import StockFFN, choose_layers, find_stock_ffns, get_attribute_at, parse_layers
+from ..families.registry import get_architecture_of_model
+from ..families.student import make_config_entry, make_student_from_entry
+from ..families.weights import is_finite, read_stock_weights
+from ..text.inputs import Inputs, count_rows, select_rows, tokens_per_row
+from .initialization import initial_gate_bias, initialise_prototypes
+from .ridge import calibrate_ffn
+from .sampling import make_blind_sample, read_ffn_inputs, read_fit_sample, split_fitted_and_held, write_own_text
 
 CALIBRATION_TOKENS = 16_384
 """Tokens that a conversion reads, of the user's text or of the model's own making."""
@@ -40,7 +40,7 @@ class ConversionReport:
     """``text``, ``own tokens`` or ``none``."""
     calibration_tokens: int
     layers: dict[str, dict] = field(default_factory=dict)
-    """By FFN path: prototypes, parameters, and the figures of :func:`hf_kernel_ffn.conversion.ridge.calibrate`."""
+    """By FFN path: prototypes, parameters, and the figures of :func:`hf_kernel_ffn.conversion.ridge.calibrate_ffn`."""
 
     def to_dict(self) -> dict:
         return dict(vars(self))
@@ -84,7 +84,7 @@ def convert(
     """
     if calibration_tokens == 0 and calibration_ids is not None:
         raise InputError("found calibration_tokens 0 with calibration text, expected one of them: leave one out")
-    chosen, settings = chosen_ffns(teacher, config, layers)
+    chosen, settings = choose_ffns(teacher, config, layers)
     for name, parameter in teacher.named_parameters():
         if parameter.is_meta:
             raise InputError(
@@ -100,9 +100,11 @@ def convert(
     try:
         ids = calibration_ids
         if ids is None and calibration_tokens:
-            ids = own_text(teacher, calibration_tokens, seed)
-        ids, report = calibration_of(teacher, ids, calibration_tokens, "own tokens" if calibration_ids is None else "text")
-        for _, block in groupby(with_progress(chosen, "converting", progress), lambda path: chosen[path].number):
+            ids = write_own_text(teacher, calibration_tokens, seed)
+        ids, report = choose_calibration_rows(
+            teacher, ids, calibration_tokens, "own tokens" if calibration_ids is None else "text"
+        )
+        for _, block in groupby(track_progress(chosen, "converting", progress), lambda path: chosen[path].number):
             here, undo = convert_block(teacher, [chosen[path] for path in block], settings, ids, report)
             changed += undo
             made.update(here)
@@ -110,52 +112,55 @@ def convert(
         for owner, name, before in reversed(changed):
             setattr(owner, name, before)
         teacher.train(was_training)
-    student = student_from_entry(teacher, config_entry(teacher, {path: ffn.config for path, ffn in made.items()}), copy)
+    student = make_student_from_entry(
+        teacher, make_config_entry(teacher, {path: ffn.config for path, ffn in made.items()}), copy
+    )
     for path, ffn in made.items():
         student.base_model.get_submodule(path).load_state_dict(ffn.state_dict(), assign=True)
     return student.requires_grad_(True), report
 
 
-def chosen_ffns(teacher, config, layers) -> tuple[dict[str, StockFFN], dict[str, KernelFFNConfig]]:
+def choose_ffns(teacher, config, layers) -> tuple[dict[str, StockFFN], dict[str, KernelFFNConfig]]:
     """The FFNs to convert, and the settings of each, by path in layer order; InputError as :func:`convert`."""
-    ffns = stock_ffns(teacher, architecture_of(teacher))
-    per_layer = _settings(config, layers, ffns)
+    ffns = find_stock_ffns(teacher, get_architecture_of_model(teacher))
+    per_layer = _settings_by_layer(config, layers, ffns)
     if layers is None and not isinstance(config, Mapping):
-        refuse_undescribed(teacher, ffns)
+        refuse_undescribed_ffns(teacher, ffns)
     chosen = {path: ffn for path, ffn in ffns.items() if ffn.number in per_layer}
     return chosen, {
-        path: with_defaults(per_layer[ffn.number], stock_weights(teacher, ffn).gate is not None) for path, ffn in chosen.items()
+        path: resolve_defaults(per_layer[ffn.number], read_stock_weights(teacher, ffn).gate is not None)
+        for path, ffn in chosen.items()
     }
 
 
-def calibration_of(teacher, ids: Inputs | None, tokens: int, source: str) -> tuple[Inputs | None, ConversionReport]:
+def choose_calibration_rows(teacher, ids: Inputs | None, tokens: int, source: str) -> tuple[Inputs | None, ConversionReport]:
     """The first ``tokens`` of ``ids``, and a report that says so."""
     if ids is None:
         return None, ConversionReport(teacher.config.model_type, "none", 0)
-    ids = take(ids, slice(max(1, tokens // row_tokens(ids))))
-    return ids, ConversionReport(teacher.config.model_type, source, rows(ids) * row_tokens(ids))
+    ids = select_rows(ids, slice(max(1, tokens // tokens_per_row(ids))))
+    return ids, ConversionReport(teacher.config.model_type, source, count_rows(ids) * tokens_per_row(ids))
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """InputError if ``tensor`` has NaN or infinite values."""
-    if not finite(tensor):
+    if not is_finite(tensor):
         raise InputError(f"found NaN or infinite values in {name}, expected finite weights: repair the teacher")
 
 
 def convert_block(model, ffns: list[StockFFN], settings, ids, report) -> tuple[dict[str, KernelFFN], list[tuple]]:
     """The readouts of one block's ``ffns`` by path, in the model's dtype and put in their place, where later blocks are calibrated on
-    what they write; their figures go into ``report``. And what :func:`install` changed."""
+    what they write; their figures go into ``report``. And what :func:`install_ffn` changed."""
     made: dict[str, KernelFFN] = {}
     changed: list[tuple] = []
     for stock in ffns:
         ffn, report.layers[stock.path] = _convert_ffn(model, stock, settings[stock.path], ids)
         made[stock.path] = ffn.to(next(model.parameters()).dtype)
     for path, ffn in made.items():
-        changed += install(model.base_model, path, ffn)
+        changed += install_ffn(model.base_model, path, ffn)
     return made, changed
 
 
-def _settings(config, layers, ffns) -> dict[int, KernelFFNConfig]:
+def _settings_by_layer(config, layers, ffns) -> dict[int, KernelFFNConfig]:
     count = len({ffn.number for ffn in ffns.values()})
     if isinstance(config, Mapping):
         if layers is not None:
@@ -170,34 +175,36 @@ def _settings(config, layers, ffns) -> dict[int, KernelFFNConfig]:
     return dict.fromkeys(chosen, config)
 
 
-def layer_config(model, stock: StockFFN, settings, size: int, prototypes: int, reference: dict) -> LayerConfig:
+def make_layer_config(model, stock: StockFFN, settings, size: int, prototypes: int, reference: dict) -> LayerConfig:
     """What config.json says of the readout that replaces ``stock``."""
     return LayerConfig(
         settings,
         size,
         prototypes,
         reference,
-        dropout=float(attribute(model.config, stock.shape.dropout)) if stock.shape.dropout else 0.0,
-        hidden_dropout=float(attribute(model.config, stock.shape.hidden_dropout)) if stock.shape.hidden_dropout else 0.0,
+        dropout=float(get_attribute_at(model.config, stock.shape.dropout)) if stock.shape.dropout else 0.0,
+        hidden_dropout=float(get_attribute_at(model.config, stock.shape.hidden_dropout)) if stock.shape.hidden_dropout else 0.0,
         number=stock.number,
         absorbed=stock.absorbed,
-        experts=len(attribute(stock.host, stock.shape.down)) if stock.expert is not None else 0,
+        experts=len(get_attribute_at(stock.host, stock.shape.down)) if stock.expert is not None else 0,
     )
 
 
 def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict]:
     """One kernel readout, in float32, for the FFN ``stock``, and its figures; calibrated unless ``ids`` is None."""
-    weights = stock_weights(model, stock)
-    sample = blind_sample(stock.norm(model.base_model), weights.up) if ids is None else fit_sample(model, stock.path, ids)
+    weights = read_stock_weights(model, stock)
+    sample = (
+        make_blind_sample(stock.norm(model.base_model), weights.up) if ids is None else read_fit_sample(model, stock.path, ids)
+    )
     in32: Any = {k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)}
-    start = prototypes(weights._replace(**in32), settings, sample)
+    start = initialise_prototypes(weights._replace(**in32), settings, sample)
     reference = dict(start.parameters)
     reference["scale"] = start.scale if settings.intensity == "mass" else 1.0
     if not settings.coefficients_are_kernel:
         reference["temperature"] = settings.temperature or 1.0
     if settings.simplex == "threshold":
         reference["threshold"] = 1.0  # found below
-    layer = layer_config(model, stock, settings, start.rows.shape[1], len(start.rows), reference)
+    layer = make_layer_config(model, stock, settings, start.rows.shape[1], len(start.rows), reference)
     with torch.device("meta"):  # drawing numbers for weights that are at hand takes longer than all the rest
         ffn = KernelFFN(layer).eval().requires_grad_(False)
     ffn.to_empty(device=sample.device)
@@ -217,7 +224,7 @@ def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict
         ffn.value_proj.bias.zero_() if weights.up_bias is None else ffn.value_proj.bias.copy_(weights.up_bias[unit])
     if settings.intensity == "gate":
         ffn.gate.weight.zero_()
-        ffn.gate.bias.fill_(gate_bias())
+        ffn.gate.bias.fill_(initial_gate_bias())
     if settings.simplex == "threshold":
         ffn.threshold_log_ratio.zero_()
         ffn.fit_threshold(sample)
@@ -225,14 +232,14 @@ def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict
         ffn.threshold_log_ratio.zero_()
     figures: dict[str, float] = {}
     if ids is not None:
-        fitted, held = (ffn_inputs(model, stock.path, rows) for rows in fitted_and_held(ids))
-        figures = calibrate(ffn, stock, sample, fitted, held, settings.temperature)
+        fitted, held = (read_ffn_inputs(model, stock.path, rows) for rows in split_fitted_and_held(ids))
+        figures = calibrate_ffn(ffn, stock, sample, fitted, held, settings.temperature)
     ffn.config = replace(layer, reference=dict(ffn.reference))
     parameters = sum(p.numel() for p in ffn.parameters())
     return ffn, {"prototypes": layer.prototypes, "parameters": parameters, "reference": dict(ffn.reference), **figures}
 
 
-def with_progress(items, label, show):
+def track_progress(items, label, show):
     if not show:
         return items
     from rich.progress import track

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint_code.kernels import Kernel, get_kernel
-from ..checkpoint_code.settings import AT_THE_DATA, KernelFFNConfig, both_signs
+from ..checkpoint_code.settings import AT_THE_DATA, KernelFFNConfig, needs_both_signs
 from ..families.weights import FFNWeights
 
 SHIFTS = (-1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
@@ -47,7 +47,7 @@ class Prototypes(NamedTuple):
     """What the kernel is multiplied by where the intensity is its mass."""
 
 
-def prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -> Prototypes:
+def initialise_prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -> Prototypes:
     """Prototypes for the FFN ``weights`` (float32) under ``settings`` (resolved by ``with_defaults``).
 
     Args:
@@ -55,7 +55,7 @@ def prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
     """
     kernel = get_kernel(settings.kernel)
     length = inputs.square().sum(-1).mean().sqrt() if settings.init in AT_THE_DATA else None
-    signs = (1.0, -1.0) if both_signs(settings, weights.gate is not None) else (0.0,)
+    signs = (1.0, -1.0) if needs_both_signs(settings, weights.gate is not None) else (0.0,)
     expansion = settings.expansion or len(signs)
     pieces, kept = math.ceil(expansion / len(signs)), round(expansion * len(weights.up))
     if length is not None and settings.init == "firing-means":
@@ -72,7 +72,7 @@ def prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
     every = slice(None)
     parameters = {}
     if kernel.parameters:
-        parameters = _parameters(kernel, *rows_of(every, weights.up.new_ones(len(weights.up)), signs[0]), inputs)
+        parameters = initial_kernel_parameters(kernel, *rows_of(every, weights.up.new_ones(len(weights.up)), signs[0]), inputs)
 
     parts = []
     for amount, ratio, shift in _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, rows_of):
@@ -150,7 +150,7 @@ def _some(weights: FFNWeights, units: slice) -> FFNWeights:
     return weights._replace(**parts)
 
 
-def _parameters(kernel: Kernel, rows: Tensor, bias: Tensor, stretch: Tensor, inputs: Tensor) -> dict[str, float]:
+def initial_kernel_parameters(kernel: Kernel, rows: Tensor, bias: Tensor, stretch: Tensor, inputs: Tensor) -> dict[str, float]:
     square = inputs.square().sum(-1).mean() + rows.norm(dim=-1).square().mean()
     starts = {"distance": DISTANCE_SHARE * square.item(), "bandwidth": stretch.mean().item()}
     return {name: starts.get(start, start) for name, start in kernel.parameters.items()}
@@ -245,6 +245,6 @@ def _loudest(found: Prototypes, kernel: Kernel, inputs: Tensor, keep: int) -> Pr
     )
 
 
-def gate_bias() -> float:
+def initial_gate_bias() -> float:
     """The bias at which softplus is one: the gate starts as its reference scale."""
     return math.log(math.e - 1)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..families.lookup import StockFFN
-from ..families.student import name_prefix
-from ..text.inputs import Inputs, arguments
-from .sampling import batches, fitted_and_held, sampled
+from ..families.student import get_name_prefix
+from ..text.inputs import Inputs, make_forward_arguments
+from .sampling import select_fit_rows, split_batches, split_fitted_and_held
 from .tensor_files import Reader
 
 
@@ -29,7 +29,7 @@ class Replay:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
             if names:
                 model._init_weights(module)
-        self.prefix, self.embedding = name_prefix(model), model.get_input_embeddings()
+        self.prefix, self.embedding = get_name_prefix(model), model.get_input_embeddings()
         inside = {id(p) for p in (*self.blocks.parameters(), *self.embedding.parameters())}
         for name, parameter in list(self.base.named_parameters()):
             if id(parameter) not in inside:
@@ -75,10 +75,10 @@ class Replay:
             raise _Done
 
         hook = self.blocks[number].register_forward_hook(stop)
-        for part in (sampled(ids), *fitted_and_held(ids)):
-            for batch in batches(part):
+        for part in (select_fit_rows(ids), *split_fitted_and_held(ids)):
+            for batch in split_batches(part):
                 with suppress(_Done):
-                    self.base(**arguments(self.base, batch))
+                    self.base(**make_forward_arguments(self.base, batch))
         hook.remove()
         self.outputs = outputs
         self.blocks[number].forward = lambda *args, **kwargs: self.outputs[self.key]

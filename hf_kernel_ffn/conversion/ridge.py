@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checkpoint_code.ffn import KernelFFN
-from .sampling import _distributed
+from .sampling import is_distributed
 
 PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for the pull toward the initial dictionary, in units of a prototype's mean squared coefficient."""
@@ -43,7 +43,7 @@ class Moments:
 
     def all_reduce(self) -> None:
         """Make every sum that over all processes of torch.distributed, if it is initialised."""
-        if _distributed():
+        if is_distributed():
             scalars = torch.tensor([self.count, self.yy], dtype=torch.float64, device=self.cc.device)
             for sums in (scalars, self.cc, self.cy):
                 dist.all_reduce(sums)
@@ -68,7 +68,7 @@ class Moments:
 
 
 @torch.no_grad()
-def calibrate(
+def calibrate_ffn(
     ffn: KernelFFN,
     teacher: Callable[[Tensor], Tensor],
     sample: Tensor,

@@ -11,10 +11,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checkpoint_code.errors import InputError
-from ..families.hooks import on_input
-from ..families.lookup import family_name
+from ..families.hooks import watch_ffn_input
+from ..families.lookup import get_family_name
 from ..families.registry import get_architecture
-from ..text.inputs import Inputs, arguments, own_inputs, reads, row_tokens, rows, take
+from ..text.inputs import (
+    Inputs,
+    accepts_argument,
+    count_rows,
+    make_forward_arguments,
+    make_random_inputs,
+    select_rows,
+    tokens_per_row,
+)
 
 FIT_TOKENS = 2048
 """Tokens on which the rows of single units are fitted."""
@@ -24,17 +32,17 @@ BATCH_TOKENS = 4096
 """Tokens that the model reads at once."""
 
 
-def own_text(model: Any, tokens: int, seed: int, length: int = 128) -> Inputs:
+def write_own_text(model: Any, tokens: int, seed: int, length: int = 128) -> Inputs:
     """Token ids (rows, length) of the model's own making, for a calibration without any text.
 
     A language model samples from itself at temperature 1, from its start token in one half of the rows and from a random token
     in the other; a model without a language head gets uniformly random ids, and one that reads more than ids what
-    :func:`hf_kernel_ffn.text.inputs.own_inputs` makes.
+    :func:`hf_kernel_ffn.text.inputs.make_random_inputs` makes.
     """
-    if model.config.is_encoder_decoder or not (reads(model, "input_ids") and model.main_input_name == "input_ids"):
-        return own_inputs(model, tokens, seed)
-    if reads(model, "pixel_values"):
-        return own_inputs(model, tokens, seed)
+    if model.config.is_encoder_decoder or not (accepts_argument(model, "input_ids") and model.main_input_name == "input_ids"):
+        return make_random_inputs(model, tokens, seed)
+    if accepts_argument(model, "pixel_values"):
+        return make_random_inputs(model, tokens, seed)
     vocabulary = model.get_input_embeddings().num_embeddings
     limit = getattr(model.config, "max_position_embeddings", None) or length
     length = min(length, limit)
@@ -66,7 +74,7 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def ffn_inputs(model: Any, path: str, ids: Inputs) -> Iterator[Tensor]:
+def read_ffn_inputs(model: Any, path: str, ids: Inputs) -> Iterator[Tensor]:
     """Inputs (tokens, hidden_size) of the FFN at ``path`` (under the base model) when the model reads ``ids`` (rows, …),
     batch by batch; nothing from that FFN on is computed, unless it serves several layers.
 
@@ -74,18 +82,20 @@ def ffn_inputs(model: Any, path: str, ids: Inputs) -> Iterator[Tensor]:
         InputError: nothing that the model reads comes to that FFN.
     """
     seen: list[Tensor] = []
-    shared = get_architecture(family_name(model)).shared
+    shared = get_architecture(get_family_name(model)).shared
 
     def stop(x: Tensor) -> None:
         seen.append(x)
         if not shared:
             raise _Reached
 
-    for batch in batches(ids):
-        hook = on_input(model.base_model, path, stop)  # for one pass at a time: who takes the batch may call the FFN on it
+    for batch in split_batches(ids):
+        hook = watch_ffn_input(
+            model.base_model, path, stop
+        )  # for one pass at a time: who takes the batch may call the FFN on it
         try:
             with suppress(_Reached):
-                model.base_model(**arguments(model.base_model, batch))
+                model.base_model(**make_forward_arguments(model.base_model, batch))
         finally:
             hook.remove()
         if not seen:
@@ -97,24 +107,24 @@ def ffn_inputs(model: Any, path: str, ids: Inputs) -> Iterator[Tensor]:
         seen.clear()
 
 
-def batches(ids: Inputs) -> Iterator[Inputs]:
+def split_batches(ids: Inputs) -> Iterator[Inputs]:
     """``ids`` (rows, …), about ``BATCH_TOKENS`` at a time."""
-    size = max(1, BATCH_TOKENS // row_tokens(ids))
-    for first in range(0, rows(ids), size):
-        yield take(ids, slice(first, first + size))
+    size = max(1, BATCH_TOKENS // tokens_per_row(ids))
+    for first in range(0, count_rows(ids), size):
+        yield select_rows(ids, slice(first, first + size))
 
 
-def sampled(ids: Inputs) -> Inputs:
-    """Those of the rows ``ids`` that :func:`fit_sample` reads."""
-    return take(ids, torch.linspace(0, rows(ids) - 1, min(rows(ids), FIT_ROWS)).long())
+def select_fit_rows(ids: Inputs) -> Inputs:
+    """Those of the rows ``ids`` that :func:`read_fit_sample` reads."""
+    return select_rows(ids, torch.linspace(0, count_rows(ids) - 1, min(count_rows(ids), FIT_ROWS)).long())
 
 
 @torch.no_grad()
-def fit_sample(model: Any, path: str, ids: Inputs) -> Tensor:
+def read_fit_sample(model: Any, path: str, ids: Inputs) -> Tensor:
     """(tokens, hidden_size) float32: about ``FIT_TOKENS`` evenly spaced inputs of the FFN at ``path``, the same on every process."""
-    ids = sampled(ids)
-    every = max(1, rows(ids) * row_tokens(ids) // FIT_TOKENS)
-    return torch.cat([batch[::every].float().contiguous() for batch in ffn_inputs(model, path, ids)])
+    ids = select_fit_rows(ids)
+    every = max(1, count_rows(ids) * tokens_per_row(ids) // FIT_TOKENS)
+    return torch.cat([batch[::every].float().contiguous() for batch in read_ffn_inputs(model, path, ids)])
 
 
 BLIND_TOKENS = 64
@@ -122,24 +132,24 @@ BLIND_TOKENS = 64
 
 
 @torch.no_grad()
-def blind_sample(norm: nn.Module | None, like: Tensor) -> Tensor:
+def make_blind_sample(norm: nn.Module | None, like: Tensor) -> Tensor:
     """(BLIND_TOKENS, hidden_size) float32: Gaussian hidden states, or what the ``norm`` before an FFN makes of them; ``like``: rows
     of the FFN (…, hidden_size)."""
     sample = torch.randn(BLIND_TOKENS, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like)
     return (sample if norm is None else norm(sample)).float()
 
 
-def fitted_and_held(ids: Inputs) -> tuple[Inputs, Inputs]:
+def split_fitted_and_held(ids: Inputs) -> tuple[Inputs, Inputs]:
     """Rows of ``ids`` (rows, …) to fit on, and the last quarter of them to choose by; this process's share of each."""
     if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) < 4 <= ids.shape[1]:  # too few to hold out a quarter of them
         ids = ids[:, : ids.shape[1] // 4 * 4].reshape(4 * len(ids), -1)
-    split = max(1, rows(ids) * 3 // 4)
-    fitted, held = take(ids, slice(split)), take(ids, slice(split, None)) if split < rows(ids) else ids
-    if not _distributed():
+    split = max(1, count_rows(ids) * 3 // 4)
+    fitted, held = select_rows(ids, slice(split)), select_rows(ids, slice(split, None)) if split < count_rows(ids) else ids
+    if not is_distributed():
         return fitted, held
     share = slice(dist.get_rank(), None, dist.get_world_size())
-    return take(fitted, share), take(held, share)
+    return select_rows(fitted, share), select_rows(held, share)
 
 
-def _distributed() -> bool:
+def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()

@@ -21,22 +21,22 @@ from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.integrity import record_checksums
 from ..checkpoint_code.kernels import get_kernel
 from ..checkpoint_code.settings import KernelFFNConfig
-from ..families.lookup import stacks
-from ..families.registry import architecture_of
-from ..families.student import config_entry, meta_student, name_prefix
-from ..families.weights import stock_weights
+from ..families.lookup import find_stacks
+from ..families.registry import get_architecture_of_model
+from ..families.student import get_name_prefix, make_config_entry, make_meta_student
+from ..families.weights import read_stock_weights
 from ..storage.checkpoint import save_companions
 from ..storage.files import new_folder
-from ..storage.loading import load_stock_on_meta, stored_dtype
+from ..storage.loading import load_stock_on_meta, read_stored_dtype
 from .convert import (
     CALIBRATION_TOKENS,
     ConversionReport,
-    calibration_of,
-    chosen_ffns,
+    choose_calibration_rows,
+    choose_ffns,
     convert_block,
-    layer_config,
+    make_layer_config,
     require_finite,
-    with_progress,
+    track_progress,
 )
 from .replay import Replay
 from .tensor_files import Reader, Writer
@@ -71,12 +71,12 @@ def convert_streamed(
             "found a streamed conversion without text, expected calibration text, or 0 calibration tokens: give one"
         )
     teacher = load_stock_on_meta(source, dtype)
-    chosen, settings = chosen_ffns(teacher, config, layers)
+    chosen, settings = choose_ffns(teacher, config, layers)
     stack, reader = _only_stack(teacher), Reader(source, teacher)
-    ids, report = calibration_of(teacher, calibration_ids, calibration_tokens, "text")
-    stored, prefix = stored_dtype(source), name_prefix(teacher)
+    ids, report = choose_calibration_rows(teacher, calibration_ids, calibration_tokens, "text")
+    stored, prefix = read_stored_dtype(source), get_name_prefix(teacher)
     found = {path: _expected(teacher, ffn, settings[path]) for path, ffn in chosen.items()}
-    student = meta_student(teacher, config_entry(teacher, found)).to(stored)
+    student = make_meta_student(teacher, make_config_entry(teacher, found)).to(stored)
     described = {name: t for name, t in student.state_dict().items() if name not in student.all_tied_weights_keys}
 
     with new_folder(out) as made:
@@ -86,7 +86,7 @@ def convert_streamed(
             replay = Replay(teacher, reader, stack)
             groups = [[prefix + name for name in replay.names(i)] for i in range(len(replay.blocks))]
             for i, tensors in zip(
-                with_progress(range(len(groups)), "converting", progress), read_ahead(reader, groups), strict=True
+                track_progress(range(len(groups)), "converting", progress), read_ahead(reader, groups), strict=True
             ):
                 here = [ffn for ffn in chosen.values() if ffn.number == i]
                 read = set(tensors) if ids is not None else replay.read_by(here)
@@ -108,7 +108,7 @@ def convert_streamed(
                 _give_back()
             for name in sorted(writer.left):
                 writer.write(name, (_rounded(piece, teacher.dtype) for piece in _finite(name, reader.pieces(name))))
-        student = meta_student(teacher, config_entry(teacher, found)).to(stored)
+        student = make_meta_student(teacher, make_config_entry(teacher, found)).to(stored)
         if teacher.can_generate():
             student.generation_config = teacher.generation_config
         student.save_pretrained(made, state_dict={})  # all but the weights
@@ -129,8 +129,8 @@ def _give_back() -> None:
 
 def _only_stack(model: Any) -> str:
     """The path of the model's blocks; InputError unless it is one stack, each with FFNs of its own, behind an embedding."""
-    architecture = architecture_of(model)
-    found = stacks(model.base_model, architecture)
+    architecture = get_architecture_of_model(model)
+    found = find_stacks(model.base_model, architecture)
     embedding = None
     with suppress(NotImplementedError):
         embedding = model.get_input_embeddings()
@@ -144,9 +144,9 @@ def _only_stack(model: Any) -> str:
 
 def _expected(teacher, stock, settings):
     """The LayerConfig of the readout that is to replace ``stock``, but for its reference values."""
-    up = stock_weights(teacher, stock).up
+    up = read_stock_weights(teacher, stock).up
     reference = dict.fromkeys((*get_kernel(settings.kernel).parameters, "scale", "temperature", "threshold"), 1.0)
-    return layer_config(teacher, stock, settings, up.shape[1], round(settings.expansion * len(up)), reference)
+    return make_layer_config(teacher, stock, settings, up.shape[1], round(settings.expansion * len(up)), reference)
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.integrity import BYTES, header, weight_files
+from ..checkpoint_code.integrity import BYTES, read_header, weight_files
 
 DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
@@ -49,7 +49,7 @@ class Reader:
         self.places: dict[str, tuple[Path, int, torch.dtype, tuple[int, ...]]] = {}
         for file in _files(name):
             start = 8 + int.from_bytes(_first_bytes(file, 8), "little")
-            for key, (dtype, shape) in header(file).items():
+            for key, (dtype, shape) in read_header(file).items():
                 if dtype not in DTYPES:
                     raise InputError(f"found {key} of dtype {dtype} at {name}, expected one of {', '.join(DTYPES)}")
                 self.places[key] = file, start, DTYPES[dtype], shape

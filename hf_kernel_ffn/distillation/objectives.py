@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..families.hooks import recorded_ffns
-from ..families.lookup import stock_ffn
-from ..text.inputs import Inputs, arguments
-from ..text.prediction import answered, predictions
+from ..families.hooks import watch_ffns
+from ..families.lookup import find_stock_ffn
+from ..text.inputs import Inputs, make_forward_arguments
+from ..text.prediction import logits_with_answers, select_predicting_logits
 from .recipe import Stage
 
 Backward = Callable[[Tensor], None]
@@ -44,16 +44,16 @@ def layer_wise(
     def regress(path: str, x: Tensor, output: Tensor) -> None:
         with torch.enable_grad():
             device = next(ffns[path].parameters()).device  # the teacher may be on another one
-            target = at_least_float32(output.detach()).to(device)
-            error = (at_least_float32(ffns[path](x.detach().to(device))) - target).square().mean()
+            target = to_at_least_float32(output.detach()).to(device)
+            error = (to_at_least_float32(ffns[path](x.detach().to(device))) - target).square().mean()
             apart = target - mean_over_processes(target.flatten(0, -2).mean(0))
             loss = error / mean_over_processes(apart.square().mean()).clamp_min(1e-12)
             backward(loss + price(path))
         losses.append(loss.detach())
 
     base = teacher.base_model
-    with recorded_ffns(base, {path: stock_ffn(teacher, path) for path in ffns}, regress), torch.no_grad():
-        base(**arguments(base, ids))
+    with watch_ffns(base, {path: find_stock_ffn(teacher, path) for path in ffns}, regress), torch.no_grad():
+        base(**make_forward_arguments(base, ids))
     return torch.stack(losses).mean()
 
 
@@ -73,11 +73,11 @@ def logits(
         the loss, detached.
     """
     with torch.no_grad():
-        wanted = at_least_float32(teacher(**arguments(teacher, ids)).logits) / stage.temperature
+        wanted = to_at_least_float32(teacher(**make_forward_arguments(teacher, ids)).logits) / stage.temperature
 
     def divergence(output: Tensor) -> Tensor:
-        target = predictions(wanted.to(output.device), ids).log_softmax(-1)
-        return kl(predictions(output, ids).log_softmax(-1), target)
+        target = select_predicting_logits(wanted.to(output.device), ids).log_softmax(-1)
+        return kl(select_predicting_logits(output, ids).log_softmax(-1), target)
 
     return match(stage, teacher, student, ffns, ids, backward, price, divergence)
 
@@ -94,12 +94,12 @@ def match(
 ) -> Tensor:
     """The loss of :func:`logits`, for any ``divergence`` per predicted token of the student's logits (rows, length, vocabulary) over
     T; the teacher does not run here."""
-    read = arguments(teacher, ids, next(student.parameters()).device)  # the teacher may be on another one
-    output = at_least_float32(student(**read).logits)
+    read = make_forward_arguments(teacher, ids, next(student.parameters()).device)  # the teacher may be on another one
+    output = to_at_least_float32(student(**read).logits)
     loss = divergence(output / stage.temperature).mean() * stage.temperature**2
     loss = loss * stage.kl
     if stage.cross_entropy:
-        guesses, answers = answered(output, ids)
+        guesses, answers = logits_with_answers(output, ids)
         loss = loss + stage.cross_entropy * nn.functional.cross_entropy(guesses.flatten(0, -2), answers.flatten())
     backward(loss + sum(price(path) for path in ffns) / len(ffns))
     return loss.detach()
@@ -110,7 +110,7 @@ def kl(predicted: Tensor, wanted: Tensor) -> Tensor:
     return nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1)
 
 
-def lumped(logits: Tensor, top: Tensor) -> Tensor:
+def top_and_rest_log_probs(logits: Tensor, top: Tensor) -> Tensor:
     """Log-probabilities (…, k + 1) under ``logits`` (…, vocabulary) of the tokens ``top`` (…, k) and, last, of all others as one.
 
     The KL between two of these is at most that between the whole distributions, which it is where k is the vocabulary (log-sum
@@ -129,7 +129,7 @@ def mean_over_processes(tensor: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
+def to_at_least_float32(tensor: Tensor) -> Tensor:
     """``tensor`` in float32, or as it is in float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 

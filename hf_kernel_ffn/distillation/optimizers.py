@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .recipe import Stage
-from .sharding import whole
+from .sharding import gather_full
 
 MUON_STEP = 0.2
 """Root mean square of Muon's update at learning rate 1 when it is matched to AdamW's (torch.optim.Muon)."""
@@ -57,4 +57,4 @@ def _groups(model: nn.Module, parameters: list[nn.Parameter], stage: Stage) -> l
 
 
 def _size(parameter: torch.Tensor) -> float:
-    return whole(parameter.detach()).square().mean().sqrt().item()
+    return gather_full(parameter.detach()).square().mean().sqrt().item()

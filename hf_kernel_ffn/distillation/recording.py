@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint_code.errors import InputError
-from ..conversion.convert import chosen_ffns
+from ..conversion.convert import choose_ffns
 from ..storage.files import new_folder, require_empty
 from ..storage.loading import load_student
-from ..text.inputs import arguments
-from .objectives import at_least_float32, lumped
+from ..text.inputs import make_forward_arguments
+from .objectives import to_at_least_float32, top_and_rest_log_probs
 from .recipe import Recipe
 from .run import teacher_of
 from .teacher_signal import FACTS, Facts, digest, refuse_masked, shard_file, teacher_fingerprint, token_bytes
-from .trainer import PackedText, autocast, extent, make_accelerator, parts
+from .trainer import PackedText, autocast, make_accelerator, stage_groups, steps_and_sequences
 
 SHARD_BYTES = 2**28
 
@@ -75,12 +75,12 @@ def record(
 def spans(recipe: Recipe, teacher: Any, processes: int) -> list[range]:
     """Which of the packed sequences each logits stage of ``recipe`` reads, by their place in the text read without end."""
     if recipe.student is None:
-        paths = list(chosen_ffns(teacher, recipe.kernel_settings(), recipe.kernel_ffn.get("layers"))[0])
+        paths = list(choose_ffns(teacher, recipe.kernel_settings(), recipe.kernel_ffn.get("layers"))[0])
     else:
         paths = list(load_student(recipe.student, trust_remote_code=recipe.trust_remote_code).kernel_ffns())
     found, start = [], 0
-    for stage, _ in parts(recipe, paths):
-        steps, per_step = extent(stage, recipe.data, processes)
+    for stage, _ in stage_groups(recipe, paths):
+        steps, per_step = steps_and_sequences(stage, recipe.data, processes)
         if stage.name == "logits":
             found.append(range(start, start + steps * per_step))
         start += steps * per_step
@@ -106,14 +106,14 @@ def _answers(
     while batch := list(islice(sequences, rows)):
         ids = torch.stack(batch)
         with torch.no_grad(), autocast(recipe.dtype, teacher.device):
-            logits = at_least_float32(teacher(**arguments(teacher, ids)).logits) / temperature
+            logits = to_at_least_float32(teacher(**make_forward_arguments(teacher, ids)).logits) / temperature
         if logits.shape[:-1] != ids.shape or logits.shape[-1] < top_k:
             raise InputError(
                 f"found predictions of shape {tuple(logits.shape)} for sequences {tuple(ids.shape)}, expected {top_k} tokens to choose "
                 "from at each position: give a language model, or a smaller --top-k"
             )
         top = logits.topk(top_k).indices.sort().values
-        found = {"input_ids": ids.int(), "top": top.int(), "log_probabilities": lumped(logits, top).float()}
+        found = {"input_ids": ids.int(), "top": top.int(), "log_probabilities": top_and_rest_log_probs(logits, top).float()}
         yield {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
 

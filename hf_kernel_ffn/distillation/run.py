@@ -15,13 +15,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..checkpoint_code.errors import InputError
 from ..conversion.convert import convert
-from ..families.student import check_pair, share_equal, student_from_entry
-from ..gpu.trial import choose
+from ..families.student import check_pair, make_student_from_entry, share_equal_parameters
+from ..gpu.trial import choose_kernels
 from ..storage.checkpoint import save_converted
-from ..storage.files import require_empty, sync, writing
-from ..storage.loading import check_vocabularies, load_student, load_teacher, load_tokenizer, torch_dtype
-from ..text.packing import token_ids
-from ..text.prediction import question
+from ..storage.files import require_empty, sync_to_disk, explain_write_errors
+from ..storage.loading import check_vocabularies, get_torch_dtype, load_student, load_teacher, load_tokenizer
+from ..text.packing import read_token_ids
+from ..text.prediction import make_inputs_for_prediction
 from .recipe import Recipe
 from .sharding import unsharded
 from .state import REMAINS, find_state, load_facts, load_rng, load_trained, remove_remains, remove_state
@@ -72,8 +72,8 @@ def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
     student.requires_grad_(False)
     for ffn in student.kernel_ffns().values():
         ffn.float().requires_grad_(True)
-    autocast = None if recipe.dtype == "float32" else torch_dtype(recipe.dtype)
-    plain = choose(student, recipe.fused, autocast)
+    autocast = None if recipe.dtype == "float32" else get_torch_dtype(recipe.dtype)
+    plain = choose_kernels(student, recipe.fused, autocast)
     trainee = _with_lora(student, recipe) if recipe.lora else student
     if recipe.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -120,15 +120,15 @@ def student_of(recipe: Recipe, teacher: PreTrainedModel, tokenizer, state: Path 
         student = load_student(recipe.student, recipe.dtype, teacher.device, recipe.trust_remote_code)
         check_pair(student, teacher)
         check_vocabularies(recipe.student, recipe.teacher)
-        share_equal(student, teacher)
+        share_equal_parameters(student, teacher)
         return student
     if state is not None:
-        return student_from_entry(teacher, load_facts(state)["kernel_ffn"])
+        return make_student_from_entry(teacher, load_facts(state)["kernel_ffn"])
     data = recipe.data
-    ids = token_ids(tokenizer, data.sources, data.sequence_length, recipe.calibration_tokens, data.text_field, spread=True)
+    ids = read_token_ids(tokenizer, data.sources, data.sequence_length, recipe.calibration_tokens, data.text_field, spread=True)
     student, _ = convert(
         teacher, recipe.kernel_settings(), recipe.kernel_ffn.get("layers"),
-        calibration_ids=question(teacher, tokenizer, ids, recipe.seed), calibration_tokens=recipe.calibration_tokens,
+        calibration_ids=make_inputs_for_prediction(teacher, tokenizer, ids, recipe.seed), calibration_tokens=recipe.calibration_tokens,
         seed=recipe.seed,
     )  # fmt: skip
     return student
@@ -178,11 +178,11 @@ def _finish(out: Path, trainee: Any, student: Any, recipe: Recipe, facts: dict) 
         student.gradient_checkpointing_disable()
     made = out / "finished.new"
     shutil.rmtree(made, ignore_errors=True)
-    with writing(f"the finished student in {out}"):
+    with explain_write_errors(f"the finished student in {out}"):
         made.mkdir(parents=True)
         save_converted(student, recipe.teacher, made, recipe=json.loads(recipe.model_dump_json()), distillation=facts)
-        sync(made)
+        sync_to_disk(made)
         for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, out / file.name)
-        sync(out)
+        sync_to_disk(out)
     remove_state(out)

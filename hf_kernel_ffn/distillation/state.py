@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checkpoint_code.errors import InputError
-from ..storage.files import sync, writing
-from .sharding import like, whole
+from ..storage.files import sync_to_disk, explain_write_errors
+from .sharding import gather_full, shard_like
 
 FOLDER = "resume"
 """Folder of the state, inside output_dir while a distillation runs."""
@@ -35,7 +35,7 @@ def save_state(
         facts: JSON: where the distillation stands, and what it needs to start again.
     """
     target, fresh, old = (output_dir / f"{FOLDER}{suffix}" for suffix in ("", ".new", ".old"))
-    trained = {name: whole(tensor.detach()).contiguous() for name, tensor in trained.items()}
+    trained = {name: gather_full(tensor.detach()).contiguous() for name, tensor in trained.items()}
     tensors, groups = _flat(optimizers)
     if not writes:
         return
@@ -43,13 +43,13 @@ def save_state(
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     try:
-        with writing(f"the state of the distillation in {output_dir}"):
+        with explain_write_errors(f"the state of the distillation in {output_dir}"):
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
             save_file(trained, fresh / "trained.safetensors")
             save_file(tensors, fresh / "optimizer.safetensors")
             (fresh / "state.json").write_text(json.dumps({**facts, "groups": groups}))
-            sync(fresh)
+            sync_to_disk(fresh)
     except InputError:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -57,7 +57,7 @@ def save_state(
         shutil.rmtree(old, ignore_errors=True)
         os.rename(target, old)
     os.rename(fresh, target)
-    sync(output_dir)
+    sync_to_disk(output_dir)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -102,7 +102,7 @@ def load_trained(folder: Path, trained: dict[str, Tensor]) -> None:
     if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in trained.items()}:
         raise _damaged(folder, "other tensors than the recipe trains")
     for name, tensor in tensors.items():
-        trained[name].data.copy_(like(tensor, trained[name]))
+        trained[name].data.copy_(shard_like(tensor, trained[name]))
 
 
 def load_rng(folder: Path) -> None:
@@ -122,7 +122,7 @@ def load_optimizers(folder: Path, optimizers: Sequence[torch.optim.Optimizer]) -
         for key, tensor in tensors.items():
             owner, index, name = key.split(".", 2)
             if int(owner) == number:
-                state.setdefault(int(index), {})[name] = like(tensor, parameters[int(index)])
+                state.setdefault(int(index), {})[name] = shard_like(tensor, parameters[int(index)])
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -140,7 +140,7 @@ def _damaged(what: Path, why: object) -> InputError:
 def _flat(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list]:
     packed = [optimizer.state_dict() for optimizer in optimizers]
     tensors = {
-        f"{number}.{index}.{name}": whole(value).contiguous()
+        f"{number}.{index}.{name}": gather_full(value).contiguous()
         for number, part in enumerate(packed)
         for index, entry in part["state"].items()
         for name, value in entry.items()

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..checkpoint_code.errors import InputError
-from ..storage.exporting import fingerprint
+from ..storage.exporting import fingerprint_model
 from ..text.prediction import predicts_masked
-from .objectives import Backward, Price, kl, lumped, match
+from .objectives import Backward, Price, kl, match, top_and_rest_log_probs
 from .recipe import Recipe, Stage
 
 FACTS = "record.json"
@@ -150,7 +150,7 @@ def load_records(recipe: Recipe, teacher: Any) -> dict[str, Record]:
 
 def teacher_fingerprint(teacher: Any) -> str:
     """SHA-256 of every parameter of ``teacher``."""
-    return fingerprint(teacher, {"layers": {}})
+    return fingerprint_model(teacher, {"layers": {}})
 
 
 def refuse_masked(teacher: Any) -> None:
@@ -182,6 +182,6 @@ def stored_logits(
     def divergence(output: Tensor) -> Tensor:
         top, wanted = record.look_up(ids, output.shape[-1])
         top, wanted = top.to(output.device), wanted.to(output.device)
-        return kl(lumped(output, top), wanted)
+        return kl(top_and_rest_log_probs(output, top), wanted)
 
     return match(stage, teacher, student, ffns, ids, backward, price, divergence)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .objectives import at_least_float32, mean_over_processes
+from .objectives import mean_over_processes, to_at_least_float32
 from .recipe import Stage
 
 SEEN = 256
@@ -56,9 +56,9 @@ class Watch:
         FFN at ``path`` has just seen: the reciprocal of its coherence, but for the mean write. 0 where nothing is asked."""
         if not self.stage.write_mass:
             return 0.0
-        coefficients, output = self.coefficients.pop(path), at_least_float32(self.outputs.pop(path)).flatten(0, -2)
-        length = at_least_float32(self.ffns[path].output_prototypes.weight).norm(dim=0)
-        mass = (at_least_float32(coefficients.flatten(0, -2)).abs() @ length).mean()
+        coefficients, output = self.coefficients.pop(path), to_at_least_float32(self.outputs.pop(path)).flatten(0, -2)
+        length = to_at_least_float32(self.ffns[path].output_prototypes.weight).norm(dim=0)
+        mass = (to_at_least_float32(coefficients.flatten(0, -2)).abs() @ length).mean()
         apart = (output - mean_over_processes(output.mean(0))).norm(dim=-1).mean()
         return self.stage.write_mass * mass / mean_over_processes(apart).clamp_min(1e-12)
 

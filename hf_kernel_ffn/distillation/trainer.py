@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..checkpoint_code.errors import InputError
-from ..families.hooks import recorded
-from ..storage.loading import torch_dtype
-from ..text.inputs import Inputs, arguments
-from ..text.packing import blocks
-from ..text.prediction import question
+from ..families.hooks import capture_inputs_and_outputs
+from ..storage.loading import get_torch_dtype
+from ..text.inputs import Inputs, make_forward_arguments
+from ..text.packing import pack_blocks
+from ..text.prediction import make_inputs_for_prediction
 from .objectives import OBJECTIVES
 from .optimizers import optimizers, schedule
 from .recipe import Data, Recipe, Stage
-from .sharding import shard, share
+from .sharding import local_part, shard
 from .state import find_state, load_facts, load_optimizers, save_state
 from .stopping import Stop, Terminated
 from .teacher_signal import Record, load_records, stored_logits
@@ -41,7 +41,7 @@ class PackedText(IterableDataset):
     def __iter__(self) -> Iterator[Tensor]:
         skip, epoch = self.skip, 0
         while True:
-            read = blocks(self.tokenizer, self.data.sources, self.data.sequence_length, self.data.text_field)
+            read = pack_blocks(self.tokenizer, self.data.sources, self.data.sequence_length, self.data.text_field)
             for block in _shuffled(read, self.data.shuffle_buffer, random.Random(f"{self.seed} {epoch}")):
                 if skip:
                     skip -= 1
@@ -62,7 +62,7 @@ def _shuffled(items: Iterator[Tensor], size: int, rng: random.Random) -> Iterato
     yield from held
 
 
-def parts(recipe: Recipe, paths: list[str]) -> Iterator[tuple[Stage, list[str]]]:
+def stage_groups(recipe: Recipe, paths: list[str]) -> Iterator[tuple[Stage, list[str]]]:
     """Stages, each with the converted FFNs that it trains, of all at ``paths``; a layer-wise one is cut into its groups of layers."""
     for stage in recipe.stages:
         size = stage.layers_at_once if stage.name == "layer-wise" and stage.layers_at_once else len(paths)
@@ -70,7 +70,7 @@ def parts(recipe: Recipe, paths: list[str]) -> Iterator[tuple[Stage, list[str]]]
             yield stage, paths[low : low + size]
 
 
-def extent(stage: Stage, data: Data, processes: int) -> tuple[int, int]:
+def steps_and_sequences(stage: Stage, data: Data, processes: int) -> tuple[int, int]:
     """How many steps a part of ``stage`` has, and how many sequences so many processes read in each."""
     per_step = stage.batch_size * processes
     return math.ceil(stage.tokens / (per_step * data.sequence_length)), per_step
@@ -78,7 +78,7 @@ def extent(stage: Stage, data: Data, processes: int) -> tuple[int, int]:
 
 def autocast(dtype: str, device: torch.device) -> Any:
     """The context in which models of a recipe's ``dtype`` run."""
-    return nullcontext() if dtype == "float32" else torch.autocast(device.type, torch_dtype(dtype))
+    return nullcontext() if dtype == "float32" else torch.autocast(device.type, get_torch_dtype(dtype))
 
 
 def train(recipe: Recipe, tokenizer, teacher, student, *, progress: bool = False) -> None:
@@ -154,7 +154,7 @@ class Run:
         done = load_facts(state)["position"] if state is not None else {"part": 0, "step": 0, "sequences": 0}
         sequences, self.skipped = done["sequences"], done.get("skipped", 0)
         ffns = self.student.kernel_ffns()
-        todo = list(parts(self.recipe, list(ffns)))
+        todo = list(stage_groups(self.recipe, list(ffns)))
         for number in range(done["part"], len(todo)):
             stage, paths = todo[number]
             here = state if number == done["part"] and done["step"] else None
@@ -180,7 +180,7 @@ class Run:
         made = optimizers(self.trainee, parameters, stage)
         if state is not None:
             load_optimizers(state, made)
-        steps, per_step = extent(stage, data, accelerator.num_processes)
+        steps, per_step = steps_and_sequences(stage, data, accelerator.num_processes)
         objective = OBJECTIVES[stage.name]
         if stage.stored_logits is not None:
             objective = partial(stored_logits, self.records[stage.stored_logits])
@@ -199,7 +199,7 @@ class Run:
                 for group in (group for optimizer in made for group in optimizer.param_groups):
                     group["lr"] = group["peak"] * schedule(step, steps, stage.warmup)
                 number = f"{self.recipe.seed} {sequences} {accelerator.process_index}"
-                ids = question(self.teacher, self.tokenizer, next(batches), number)
+                ids = make_inputs_for_prediction(self.teacher, self.tokenizer, next(batches), number)
                 with autocast(self.recipe.dtype, accelerator.device):
                     loss = objective(stage, self.teacher, student, ffns, ids, accelerator.backward, watch.price)
                 value, stopping = self._agreed(loss)
@@ -247,7 +247,7 @@ class Run:
 
     def _finite(self, tensors: list) -> bool:
         """Whether all of ``tensors`` are, on every process."""
-        finite = torch.stack([torch.isfinite(share(tensor)).all() for tensor in tensors]).all().float()
+        finite = torch.stack([torch.isfinite(local_part(tensor)).all() for tensor in tensors]).all().float()
         self._average(finite)
         return finite.item() == 1
 
@@ -289,8 +289,8 @@ def first_bad(ffns: dict[str, nn.Module], student, teacher, ids: Inputs, layer_w
         if not all(torch.isfinite(parameter).all() for parameter in ffn.parameters()):
             return path
     model = teacher if layer_wise else student
-    with recorded({path: model.base_model.get_submodule(path) for path in ffns}) as seen:
-        model.base_model(**arguments(model.base_model, ids))
+    with capture_inputs_and_outputs({path: model.base_model.get_submodule(path) for path in ffns}) as seen:
+        model.base_model(**make_forward_arguments(model.base_model, ids))
     for path, (given, written) in seen.items():
         if layer_wise:  # what was recorded is the teacher's own; a squared error overflows before its parts do
             written = (ffns[path](given).float() - written.float()).square().mean()

@@ -14,12 +14,12 @@ from ..checkpoint_code.kernels import get_kernel
 from ..checkpoint_code.record import Readout
 from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig
 from ..checkpoint_code.simplex import top_k_mask
-from ..conversion.convert import layer_config
-from ..conversion.sampling import fit_sample
-from ..families.lookup import stock_ffn, stock_ffns
-from ..families.registry import architecture_of
-from ..families.student import config_entry, student_from_entry
-from ..families.weights import FFNWeights, stock_weights
+from ..conversion.convert import make_layer_config
+from ..conversion.sampling import read_fit_sample
+from ..families.lookup import find_stock_ffn, find_stock_ffns
+from ..families.registry import get_architecture_of_model
+from ..families.student import make_config_entry, make_student_from_entry
+from ..families.weights import FFNWeights, read_stock_weights
 
 
 class TeacherFFN(nn.Module):
@@ -130,7 +130,7 @@ def teacher_as_student(teacher: Any, ids: Tensor, simplex: str = "softmax", top_
     student = _with_controls(teacher, lambda path, weights: TeacherFFN(weights, simplex, top_k))
     if simplex == "threshold":
         for path, ffn in student.kernel_ffns().items():
-            ffn.fit_threshold(fit_sample(teacher, path, ids))
+            ffn.fit_threshold(read_fit_sample(teacher, path, ids))
     return student
 
 
@@ -143,7 +143,7 @@ def transcoder_student(teacher: Any, ids: Tensor, width: int, top_k: int, skip: 
     torch.manual_seed(seed)
 
     def make(path: str, weights: FFNWeights) -> Transcoder:
-        outputs = stock_ffn(teacher, path)(fit_sample(teacher, path, ids))
+        outputs = find_stock_ffn(teacher, path)(read_fit_sample(teacher, path, ids))
         return Transcoder(outputs, width, top_k, skip)
 
     return _with_controls(teacher, make)
@@ -151,14 +151,19 @@ def transcoder_student(teacher: Any, ids: Tensor, width: int, top_k: int, skip: 
 
 @torch.no_grad()
 def _with_controls(teacher: Any, make: Callable[[str, FFNWeights], nn.Module]) -> Any:
-    weights = {path: stock_weights(teacher, ffn) for path, ffn in stock_ffns(teacher, architecture_of(teacher)).items()}
+    weights = {
+        path: read_stock_weights(teacher, ffn)
+        for path, ffn in find_stock_ffns(teacher, get_architecture_of_model(teacher)).items()
+    }
     # A model that has the rest of the teacher and knows which of its modules are FFNs; what they are now is of no matter.
     reference = dict.fromkeys((*get_kernel("half-yat").parameters, "scale"), 1.0)
     layers = {
-        path: layer_config(teacher, stock_ffn(teacher, path), KernelFFNConfig("half-yat"), w.up.shape[1], 1, reference)
+        path: make_layer_config(
+            teacher, find_stock_ffn(teacher, path), KernelFFNConfig("half-yat"), w.up.shape[1], 1, reference
+        )
         for path, w in weights.items()
     }
-    student = student_from_entry(teacher, config_entry(teacher, layers))
+    student = make_student_from_entry(teacher, make_config_entry(teacher, layers))
     for path, w in weights.items():
         student.base_model.set_submodule(path, make(path, w).to(w.up.device))
     return student

@@ -9,7 +9,7 @@ import evaluate
 import torch
 from torch import Tensor
 
-from ..text.inputs import Inputs, arguments
+from ..text.inputs import Inputs, make_forward_arguments
 
 
 class Fidelity(evaluate.Metric):
@@ -41,12 +41,12 @@ class Fidelity(evaluate.Metric):
 
 
 def _logits(model: Any, ids: Inputs) -> Tensor:
-    return model(**arguments(model, ids)).logits.float()
+    return model(**make_forward_arguments(model, ids)).logits.float()
 
 
 def _pooled(model: Any, ids: Tensor) -> Tensor:
     base = model.base_model
-    return base(**arguments(base, ids)).last_hidden_state.double().mean(1).cpu()
+    return base(**make_forward_arguments(base, ids)).last_hidden_state.double().mean(1).cpu()
 
 
 def _predictions(teacher_logits: Tensor, student_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
 from ..conversion.ridge import CHUNK
-from ..conversion.sampling import ffn_inputs
-from ..families.lookup import stock_ffn
+from ..conversion.sampling import read_ffn_inputs
+from ..families.lookup import find_stock_ffn
 from ..families.student import check_pair
-from ..families.weights import stock_weights
+from ..families.weights import read_stock_weights
 
 TOP = 20
 """Tokens that stand for a prototype's contexts."""
@@ -94,18 +94,18 @@ def top_tokens(coefficients: Callable[[Tensor], Tensor], inputs: Tensor, top: in
 
 
 def context_purity(coefficients: Callable[[Tensor], Tensor], inputs: Tensor, tokens: Tensor, top: int = TOP) -> dict:
-    """What the tokens that fire a unit most have in common: :func:`purity` of :func:`top_tokens`.
+    """What the tokens that fire a unit most have in common: :func:`score_purity` of :func:`top_tokens`.
 
     ``dead`` counts units that never fire, ``rare`` those that fire on fewer than ``top`` tokens. Both are left out: fewer
     tokens are purer by chance alone. ``tokens`` (tokens,) has the ids at ``inputs`` (tokens, hidden_size). InputError as there.
     """
     values, places = top_tokens(coefficients, inputs, top)
     dead, full = values[:, 0] == 0, values[:, -1] > 0
-    return {**purity(places[full], inputs, tokens), "dead": int(dead.sum()), "rare": int((~dead & ~full).sum())}
+    return {**score_purity(places[full], inputs, tokens), "dead": int(dead.sum()), "rare": int((~dead & ~full).sum())}
 
 
 @torch.no_grad()
-def purity(places: Tensor, inputs: Tensor, tokens: Tensor) -> dict[str, float | None]:
+def score_purity(places: Tensor, inputs: Tensor, tokens: Tensor) -> dict[str, float | None]:
     """Means over the sets ``places`` (sets, top) of places in ``inputs`` and ``tokens``, None if there is no set:
 
     ``token``: share of the set's most common token id; ``cosine``: mean pairwise cosine of its inputs, centred on all of them.
@@ -121,7 +121,7 @@ def purity(places: Tensor, inputs: Tensor, tokens: Tensor) -> dict[str, float | 
 
 
 @torch.no_grad()
-def support_scores(ffn: KernelFFN, inputs: Tensor) -> dict[str, Tensor]:
+def score_support_by_distance(ffn: KernelFFN, inputs: Tensor) -> dict[str, Tensor]:
     """How well prototypes cover ``inputs`` (tokens, hidden_size), (tokens,) each: ``mass`` log Σκ, −inf where nothing fires,
     and ``nearest`` −min ‖x − w_i‖² unless the kernel knows no distance."""
     parts = []
@@ -145,10 +145,10 @@ def auc(higher: Tensor, lower: Tensor) -> float:
 def support_auc(ffn: KernelFFN, text: Tensor, other: Tensor) -> dict[str, float | None]:
     """AUC of inputs (tokens, hidden_size) at ordinary ``text`` against those at some ``other``, each token a score.
 
-    ``nearest`` (None without distance) and ``mass`` of :func:`support_scores`. Two controls need no FFN: ``control``, minus the
+    ``nearest`` (None without distance) and ``mass`` of :func:`score_support_by_distance`. Two controls need no FFN: ``control``, minus the
     distance to the mean input at ``text``, and ``length``, minus ‖x‖: what ``nearest`` comes to when prototypes are short.
     """
-    own, theirs, mean = support_scores(ffn, text), support_scores(ffn, other), text.float().mean(0)
+    own, theirs, mean = score_support_by_distance(ffn, text), score_support_by_distance(ffn, other), text.float().mean(0)
     for scores, x in ((own, text.float()), (theirs, other.float())):
         scores |= {"control": -(x - mean).norm(dim=-1), "length": -x.norm(dim=-1)}
     return {"nearest": None, **{name: auc(own[name], theirs[name]) for name in own}}
@@ -179,12 +179,12 @@ def locality_report(student: Any, teacher: Any, ids: Tensor, seed: int = 0, *, t
     tokens, layers, paths = ids[:, SKIP:].flatten().to(next(teacher.parameters()).device), [], list(kernels)
     sets = torch.stack([torch.randperm(len(tokens), generator=generator)[:top] for _ in range(CHANCE_SETS)])
     for path in paths:  # one at a time: the inputs of one layer at the three texts are in memory together
-        read = [torch.cat(list(ffn_inputs(teacher, path, some))) for some in (ids, shuffled, uniform)]
+        read = [torch.cat(list(read_ffn_inputs(teacher, path, some))) for some in (ids, shuffled, uniform)]
         x, *others = (inputs.unflatten(0, tuple(ids.shape))[:, SKIP:].flatten(0, 1) for inputs in read)
-        stock = stock_weights(teacher, stock_ffn(teacher, path))
+        stock = read_stock_weights(teacher, find_stock_ffn(teacher, path))
         units = {"student": kernels[path].coefficients, "teacher": stock.coefficients}
         contexts = {who: context_purity(some, x, tokens, top) for who, some in units.items()}
-        contexts["chance"] = purity(sets.to(x.device), x, tokens)
+        contexts["chance"] = score_purity(sets.to(x.device), x, tokens)
         support = {name: support_auc(kernels[path], x, other) for name, other in zip(("shuffled", "random"), others)}
         layers.append({"denominator": denominator_variation(kernels[path], x), "contexts": contexts, "support": support})
     return {"tokens": len(tokens), **_means(layers), "layers": [{"path": p, **entry} for p, entry in zip(paths, layers)]}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.record import Readout
-from ..families.weights import FFNWeights, teacher_readout
+from ..families.weights import FFNWeights, read_teacher_readout
 from .fidelity import _mean
 
 
@@ -68,7 +68,7 @@ def readability(readout: Readout, mean_write: Tensor) -> dict[str, Tensor]:
 def _records(ffn: KernelFFN, weights: FFNWeights, x: Tensor) -> dict[str, Readout]:
     """Student's and teacher's records at the teacher's inputs."""
     x = x.flatten(0, -2)
-    return {"student": ffn.readout(x), "teacher": teacher_readout(weights, x)}
+    return {"student": ffn.readout(x), "teacher": read_teacher_readout(weights, x)}
 
 
 def _readable(own: dict[str, list[Tensor]], teacher: dict[str, list[Tensor]]) -> dict[str, float]:

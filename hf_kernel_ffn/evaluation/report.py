@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
-from ..families.hooks import collected, recorded, replaced
-from ..families.lookup import stock_ffn
+from ..families.hooks import capture_ffn_inputs_and_outputs, capture_inputs_and_outputs, replace_ffn_outputs
+from ..families.lookup import find_stock_ffn
 from ..families.student import check_pair
-from ..families.weights import stock_weights
-from ..text.inputs import arguments, take
-from ..text.prediction import answered, predicts_masked, question
+from ..families.weights import read_stock_weights
+from ..text.inputs import make_forward_arguments, select_rows
+from ..text.prediction import logits_with_answers, make_inputs_for_prediction, predicts_masked
 from .fidelity import Fidelity, _logits, _mean, _nll, _pooled, _predictions
 from .readability import _readable, _records, readability
 
@@ -54,18 +54,18 @@ def evaluate_student(
     check_pair(student, teacher)
     student.eval(), teacher.eval()
     kernels = student.kernel_ffns()
-    stock = {path: stock_ffn(teacher, path) for path in kernels}
-    weights = {path: stock_weights(teacher, ffn) for path, ffn in stock.items()}
-    asked, size = question(teacher, tokenizer, ids), max(1, batch_tokens // ids.shape[1])
-    batches = [take(asked, slice(first, first + size)) for first in range(0, len(ids), size)]
+    stock = {path: find_stock_ffn(teacher, path) for path in kernels}
+    weights = {path: read_stock_weights(teacher, ffn) for path, ffn in stock.items()}
+    asked, size = make_inputs_for_prediction(teacher, tokenizer, ids), max(1, batch_tokens // ids.shape[1])
+    batches = [select_rows(asked, slice(first, first + size)) for first in range(0, len(ids), size)]
     sums: dict[str, dict[str, Tensor]] = {path: defaultdict(lambda: torch.zeros((), dtype=torch.float64)) for path in kernels}
 
     fidelity: dict[str, list[Tensor]] = defaultdict(list)
     for batch in _progress(batches, "fidelity", progress):
-        with collected(teacher.base_model, stock) as seen:
-            teacher_logits, answers = answered(_logits(teacher, batch), batch)
-        with recorded(kernels) as seen_by_student:
-            student_logits, _ = answered(_logits(student, batch), batch)
+        with capture_ffn_inputs_and_outputs(teacher.base_model, stock) as seen:
+            teacher_logits, answers = logits_with_answers(_logits(teacher, batch), batch)
+        with capture_inputs_and_outputs(kernels) as seen_by_student:
+            student_logits, _ = logits_with_answers(_logits(student, batch), batch)
         for name, values in _predictions(teacher_logits, student_logits, answers).items():
             fidelity[name].append(values.cpu())
         for path, ffn in kernels.items():
@@ -85,10 +85,10 @@ def evaluate_student(
 
     figures: dict[tuple[str, str], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for batch in _progress(batches, "readability", progress):
-        with collected(teacher.base_model, stock) as seen:
-            teacher.base_model(**arguments(teacher.base_model, batch))
-        with replaced(teacher.base_model, stock, mean_output):
-            fidelity["ablated_nll"].append(_nll(*answered(_logits(teacher, batch), batch)).cpu())
+        with capture_ffn_inputs_and_outputs(teacher.base_model, stock) as seen:
+            teacher.base_model(**make_forward_arguments(teacher.base_model, batch))
+        with replace_ffn_outputs(teacher.base_model, stock, mean_output):
+            fidelity["ablated_nll"].append(_nll(*logits_with_answers(_logits(teacher, batch), batch)).cpu())
         for path, ffn in kernels.items():
             for who, record in _records(ffn, weights[path], seen[path][0]).items() if path in seen else ():
                 mean_write = sums[path][f"{who} c"] / sums[path]["count"] @ record.dictionary.double()

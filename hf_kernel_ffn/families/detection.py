@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint_code.errors import InputError
-from .lookup import StockFFN, stock_ffns
-from .registry import architecture_of, get_architecture
-from .weights import stock_weights
+from .lookup import StockFFN, find_stock_ffns
+from .registry import get_architecture, get_architecture_of_model
+from .weights import read_stock_weights
 
 ATTENTION = re.compile(r"att(entio)?n|mixer|conv|pool|embed|head|router|rel_pos", re.IGNORECASE)
 """Names of modules whose projections are no FFN's."""
@@ -94,15 +94,15 @@ def _common(one: str, other: str) -> int:
     return count
 
 
-def undescribed(base: nn.Module, ffns: dict[str, StockFFN]) -> list[Candidate]:
+def find_undescribed_ffns(base: nn.Module, ffns: dict[str, StockFFN]) -> list[Candidate]:
     """The candidates that none of ``ffns`` covers."""
     covered = {f"{ffn.host_path}.{ffn.shape.down}".lstrip(".") for ffn in ffns.values()}
     return [found for found in candidates(base) if found.down not in covered]
 
 
-def refuse_undescribed(model: Any, ffns: dict[str, StockFFN]) -> None:
+def refuse_undescribed_ffns(model: Any, ffns: dict[str, StockFFN]) -> None:
     """InputError if ``model`` has something like an FFN that is none of ``ffns``."""
-    others = undescribed(model.base_model, ffns)
+    others = find_undescribed_ffns(model.base_model, ffns)
     if others:
         raise InputError(
             f"found {len(others)} FFNs that the entry for {model.config.model_type!r} does not describe, the first {others[0].path}, "
@@ -110,7 +110,7 @@ def refuse_undescribed(model: Any, ffns: dict[str, StockFFN]) -> None:
         )
 
 
-def explain(model: Any) -> list[dict[str, str]]:
+def explain_ffns(model: Any) -> list[dict[str, str]]:
     """One row for each FFN of a stock ``model`` (its weights may be on the meta device): ``path``, ``sizes``, ``activation``, and
     ``entry``, the table's entry and the names by which it matches, or what no entry describes.
 
@@ -120,11 +120,11 @@ def explain(model: Any) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     try:
         get_architecture(model.config.model_type)
-        ffns, failed = stock_ffns(model, architecture_of(model)), ""
+        ffns, failed = find_stock_ffns(model, get_architecture_of_model(model)), ""
     except InputError as error:
         ffns, failed = {}, str(error)
     for path, ffn in ffns.items():
-        shape, weights = ffn.shape, stock_weights(model, ffn)
+        shape, weights = ffn.shape, read_stock_weights(model, ffn)
         roles = {"W_in": shape.up, "gate": shape.gate or (f"half {shape.gate_half}" if shape.gate_half is not None else None)}
         described = ", ".join(f"{role} {name}" for role, name in {**roles, "W_out": shape.down}.items() if name)
         rows.append(
@@ -136,7 +136,7 @@ def explain(model: Any) -> list[dict[str, str]]:
             }
         )
     groups: dict[str, list[Candidate]] = defaultdict(list)
-    for candidate in undescribed(model.base_model, ffns):
+    for candidate in find_undescribed_ffns(model.base_model, ffns):
         groups[candidate.path].append(candidate)
     for path, some in groups.items():
         outer, inner = some[0].sizes

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def capture_inputs_and_outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Input and output of each module at its next call, by its name."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -27,18 +27,20 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, 
         yield seen
 
 
-def on_input(base: nn.Module, path: str, see: Callable[[Tensor], None]) -> Any:
+def watch_ffn_input(base: nn.Module, path: str, see: Callable[[Tensor], None]) -> Any:
     """Call ``see`` with the input (tokens, hidden_size) of the FFN at ``path`` under ``base`` whenever it runs; returns the hook.
     The FFN may be a stock mixture's expert: then it is the tokens routed to that one."""
     parent, _, name = path.rpartition(".")
     if name not in dict(base.get_submodule(parent).named_children()):  # experts stacked in tensors
         number = int(name)
-        return base.get_submodule(parent).register_forward_pre_hook(lambda module, args: see(_routed(args, number)))
+        return base.get_submodule(parent).register_forward_pre_hook(
+            lambda module, args: see(_select_routed_tokens(args, number))
+        )
     return base.get_submodule(path).register_forward_pre_hook(lambda module, args: see(args[0].flatten(0, -2)))
 
 
 @contextmanager
-def recorded_ffns(base: nn.Module, ffns: Mapping[str, StockFFN], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def watch_ffns(base: nn.Module, ffns: Mapping[str, StockFFN], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Call ``see`` with path, input and output (tokens, hidden_size) of every FFN of ``ffns`` whenever it runs in the stock model
     ``base``, while the context is open."""
     hooks, waiting = [], {}
@@ -51,7 +53,7 @@ def recorded_ffns(base: nn.Module, ffns: Mapping[str, StockFFN], see: Callable[[
 
     def expert(path: str, ffn: StockFFN) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            x = _routed(args, int(ffn.expert or 0))
+            x = _select_routed_tokens(args, int(ffn.expert or 0))
             if len(x):
                 see(path, x, ffn(x))
 
@@ -70,14 +72,14 @@ def recorded_ffns(base: nn.Module, ffns: Mapping[str, StockFFN], see: Callable[[
             hook.remove()
 
 
-def _routed(args: tuple, expert: int) -> Tensor:
+def _select_routed_tokens(args: tuple, expert: int) -> Tensor:
     """Of the arguments of a mixture's experts, the tokens that go to one of them."""
     hidden_states, chosen = args[:2]
     return hidden_states[(chosen == expert).any(-1)]
 
 
 @contextmanager
-def collected(base: nn.Module, ffns: Mapping[str, StockFFN]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def capture_ffn_inputs_and_outputs(base: nn.Module, ffns: Mapping[str, StockFFN]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Input and output (tokens, hidden_size) of every FFN of ``ffns`` while the context is open, by path; a path is missing if its FFN
     was given nothing."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -86,12 +88,12 @@ def collected(base: nn.Module, ffns: Mapping[str, StockFFN]) -> Iterator[dict[st
         before = seen.get(path)  # a copy, since some blocks add to what their FFN returned, in place
         seen[path] = (x, y.clone()) if before is None else (torch.cat([before[0], x]), torch.cat([before[1], y]))
 
-    with recorded_ffns(base, ffns, see):
+    with watch_ffns(base, ffns, see):
         yield seen
 
 
 @contextmanager
-def replaced(base: nn.Module, ffns: Mapping[str, StockFFN], outputs: dict[str, Tensor]) -> Iterator[None]:
+def replace_ffn_outputs(base: nn.Module, ffns: Mapping[str, StockFFN], outputs: dict[str, Tensor]) -> Iterator[None]:
     """The output of every FFN of ``ffns`` in the stock model ``base`` replaced by one constant (hidden_size,) for every token."""
     hooks = []
 

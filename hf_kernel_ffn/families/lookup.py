@@ -39,19 +39,19 @@ class StockFFN:
         if not self.shape.split:
             return ()
         return tuple(
-            join(self.host_path, name) for name in (self.shape.act, self.shape.down, self.shape.hidden_dropout) if name
+            join_path(self.host_path, name) for name in (self.shape.act, self.shape.down, self.shape.hidden_dropout) if name
         )
 
     @property
     def output_path(self) -> str:
         """Path of the module whose output is the FFN's."""
-        return join(self.host_path, self.shape.down) if self.shape.split else self.host_path
+        return join_path(self.host_path, self.shape.down) if self.shape.split else self.host_path
 
     def norm(self, base: nn.Module) -> nn.Module | None:
         """Under the base model ``base``, the norm whose output is its input; None if the entry does not describe it."""
         if self.shape.ffn_norm is None:
             return None
-        return base.get_submodule(join(self.host_path.removesuffix(self.shape.ffn).rstrip("."), self.shape.ffn_norm))
+        return base.get_submodule(join_path(self.host_path.removesuffix(self.shape.ffn).rstrip("."), self.shape.ffn_norm))
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.expert is not None:  # forward(): a hook on the host may be what calls this
@@ -60,11 +60,11 @@ class StockFFN:
             return self.host.forward(flat, chosen, torch.ones_like(chosen, dtype=x.dtype)).view(x.shape)
         if not self.shape.split:
             return self.host(x)
-        up, act, down = (attribute(self.host, str(name)) for name in (self.shape.up, self.shape.act, self.shape.down))
+        up, act, down = (get_attribute_at(self.host, str(name)) for name in (self.shape.up, self.shape.act, self.shape.down))
         return down(act(up(x)))
 
 
-def stock_ffns(model: Any, architecture: Architecture) -> dict[str, StockFFN]:
+def find_stock_ffns(model: Any, architecture: Architecture) -> dict[str, StockFFN]:
     """Every FFN of a stock ``model`` that the entry describes, by path under the base model, in layer order.
 
     Raises:
@@ -76,7 +76,7 @@ def stock_ffns(model: Any, architecture: Architecture) -> dict[str, StockFFN]:
         for shape in architecture.shapes():
             missing.append(_missing(block, shape))
             if missing[-1] is None:
-                host, host_path = attribute(block, shape.ffn), join(path, shape.ffn)
+                host, host_path = get_attribute_at(block, shape.ffn), join_path(path, shape.ffn)
                 found.update((ffn.path, ffn) for ffn in _ffns(shape, host, host_path, number))
                 break
         else:
@@ -87,36 +87,36 @@ def stock_ffns(model: Any, architecture: Architecture) -> dict[str, StockFFN]:
     return found
 
 
-def stock_ffn(model: Any, path: str) -> StockFFN:
+def find_stock_ffn(model: Any, path: str) -> StockFFN:
     """The FFN at ``path`` of a stock ``model``, or one that a converted model has left as it was."""
-    architecture = get_architecture(family_name(model))
+    architecture = get_architecture(get_family_name(model))
     for number, (block_path, block) in enumerate(_blocks(model.base_model, architecture)):
         for shape in architecture.shapes():
-            host_path = join(block_path, shape.ffn)
+            host_path = join_path(block_path, shape.ffn)
             if path.startswith(host_path) and _missing(block, shape) is None:
-                for ffn in _ffns(shape, attribute(block, shape.ffn), host_path, number):
+                for ffn in _ffns(shape, get_attribute_at(block, shape.ffn), host_path, number):
                     if ffn.path == path:
                         return ffn
     raise InputError(f"found no FFN of a {architecture.model_type!r} at {path!r}: see hf-kernel-ffn families --explain")
 
 
-def family_name(model: Any) -> str:
+def get_family_name(model: Any) -> str:
     """The stock model_type of a stock or converted ``model``."""
     entry = getattr(model.config, "kernel_ffn", None)
     return model.config.model_type if entry is None else entry["family"]
 
 
-def ffn_paths(model: Any, architecture: Architecture) -> list[str]:
+def find_ffn_paths(model: Any, architecture: Architecture) -> list[str]:
     """Path of every FFN under the base model of a stock or converted ``model``, in layer order."""
     converted = getattr(model.config, "kernel_ffn", None)
     if converted is None:
-        return list(stock_ffns(model, architecture))
+        return list(find_stock_ffns(model, architecture))
     paths: list[str] = []
     for path, block in _blocks(model.base_model, architecture):
         here = [name for name in model.config.kernel_ffn_layers() if name.startswith(f"{path}.")]
         for shape in () if here else architecture.shapes():
             if _missing(block, shape) is None:
-                here = [ffn.path for ffn in _ffns(shape, attribute(block, shape.ffn), join(path, shape.ffn), 0)]
+                here = [ffn.path for ffn in _ffns(shape, get_attribute_at(block, shape.ffn), join_path(path, shape.ffn), 0)]
                 break
         paths += here
     return paths
@@ -124,16 +124,16 @@ def ffn_paths(model: Any, architecture: Architecture) -> list[str]:
 
 def _ffns(shape: Architecture, host: Any, host_path: str, number: int) -> Iterator[StockFFN]:
     if shape.experts:
-        for expert in range(len(attribute(host, shape.down))):
+        for expert in range(len(get_attribute_at(host, shape.down))):
             yield StockFFN(f"{host_path}.{expert}", shape, host, host_path, number, expert)
     else:
-        yield StockFFN(join(host_path, shape.up) if shape.split else host_path, shape, host, host_path, number)
+        yield StockFFN(join_path(host_path, shape.up) if shape.split else host_path, shape, host, host_path, number)
 
 
 def _blocks(base: nn.Module, architecture: Architecture) -> Iterator[tuple[str, nn.Module]]:
     """The blocks of every stack that is there, by path."""
     count = 0
-    for path in stacks(base, architecture):
+    for path in find_stacks(base, architecture):
         for name, block in base.get_submodule(path).named_children():
             count += 1
             yield f"{path}.{name}", block
@@ -144,7 +144,7 @@ def _blocks(base: nn.Module, architecture: Architecture) -> Iterator[tuple[str, 
         )
 
 
-def stacks(base: nn.Module, architecture: Architecture) -> list[str]:
+def find_stacks(base: nn.Module, architecture: Architecture) -> list[str]:
     """Paths of the lists of blocks that ``base`` has."""
     return [path for stack in architecture.stacks for path in _expand(base, stack)]
 
@@ -156,16 +156,16 @@ def _expand(base: nn.Module, path: str) -> list[str]:
         step: list[str] = []
         for above in paths:
             children = [child for child, _ in base.get_submodule(above).named_children()]
-            step += [join(above, child) for child in children if name in ("*", child)]
+            step += [join_path(above, child) for child in children if name in ("*", child)]
         paths = step
     return paths
 
 
 def _missing(block: nn.Module, shape: Architecture) -> str | None:
     """The first part of ``shape`` that ``block`` lacks."""
-    for name in (shape.ffn, *(join(shape.ffn, part) for part in (shape.up, shape.gate, shape.down, shape.act) if part)):
+    for name in (shape.ffn, *(join_path(shape.ffn, part) for part in (shape.up, shape.gate, shape.down, shape.act) if part)):
         try:
-            part = attribute(block, name)
+            part = get_attribute_at(block, name)
         except AttributeError:
             return name
         if isinstance(part, KernelExperts):
@@ -173,12 +173,12 @@ def _missing(block: nn.Module, shape: Architecture) -> str | None:
     return None
 
 
-def join(*names: str) -> str:
+def join_path(*names: str) -> str:
     """Attribute names, or empty ones, as one path."""
     return ".".join(name for name in names if name)
 
 
-def attribute(owner: Any, path: str) -> Any:
+def get_attribute_at(owner: Any, path: str) -> Any:
     """The attribute of ``owner`` at a dotted ``path``; AttributeError if there is none."""
     return reduce(getattr, path.split("."), owner) if path else owner
 

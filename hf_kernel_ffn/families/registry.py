@@ -41,7 +41,7 @@ def get_architecture(model_type: Any) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-def architecture_of(model: PreTrainedModel) -> Architecture:
+def get_architecture_of_model(model: PreTrainedModel) -> Architecture:
     """The table's entry for ``model``; InputError if it is converted already, quantised or of no known family."""
     model_type = model.config.model_type
     if getattr(model.config, "kernel_ffn", None) is not None:

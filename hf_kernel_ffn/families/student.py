@@ -12,43 +12,43 @@ from transformers import PreTrainedModel
 from .. import __version__
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.settings import FORMAT, LayerConfig
-from .lookup import attribute
-from .registry import architecture_of
-from .task_classes import task_classes
+from .lookup import get_attribute_at
+from .registry import get_architecture_of_model
+from .task_classes import get_task_classes
 
 
-def config_entry(teacher, layers: dict[str, LayerConfig]) -> dict:
+def make_config_entry(teacher, layers: dict[str, LayerConfig]) -> dict:
     """What config.json says of a student of ``teacher`` with these FFNs."""
-    architecture = architecture_of(teacher)
+    architecture = get_architecture_of_model(teacher)
     return {
         "format": FORMAT,
         "package_version": __version__,
         "family": architecture.model_type,
         "teacher_class": type(teacher).__name__,
-        "activation": {name: attribute(teacher.config, name) for name in architecture.guards},
+        "activation": {name: get_attribute_at(teacher.config, name) for name in architecture.guards},
         "layers": {path: layer.to_dict() for path, layer in layers.items()},
     }
 
 
-def student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False) -> Any:
+def make_student_from_entry(teacher: PreTrainedModel, entry: dict, copy: bool = False) -> Any:
     """A model of the family's own class with the FFNs that ``entry`` (of config.json) describes, zero until they are loaded,
     around the teacher's other parameters."""
-    student = meta_student(teacher, entry)
+    student = make_meta_student(teacher, entry)
     weight = next(teacher.parameters())
     for path in entry["layers"]:
         ffn = student.base_model.get_submodule(path).to(weight.dtype).to_empty(device=weight.device)
         for tensor in ffn.state_dict().values():
             tensor.zero_()
-    _share(teacher, student, inside(student, entry), copy)
+    _share_parameters(teacher, student, parameter_prefixes_of_converted_ffns(student, entry), copy)
     student.tie_weights()
     if teacher.can_generate():
         student.generation_config = copying.deepcopy(teacher.generation_config)
     return student.eval()
 
 
-def meta_student(teacher: PreTrainedModel, entry: dict) -> Any:
+def make_meta_student(teacher: PreTrainedModel, entry: dict) -> Any:
     """The same without any weights, on the meta device."""
-    student_class = _student_class(teacher, entry["family"])
+    student_class = _get_student_class(teacher, entry["family"])
     settings = {
         k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "auto_map", "transformers_version")
     }
@@ -59,30 +59,30 @@ def meta_student(teacher: PreTrainedModel, entry: dict) -> Any:
         return student_class(config)
 
 
-def share_equal(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def share_equal_parameters(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Let ``student`` use the teacher's memory for every parameter outside its FFNs that is equal to the teacher's."""
     theirs = dict(teacher.named_parameters())
-    within = inside(student, student.config.kernel_ffn)
+    within = parameter_prefixes_of_converted_ffns(student, student.config.kernel_ffn)
     for name, parameter in student.named_parameters():
         other = theirs.get(name)
         if not name.startswith(within) and other is not None and torch.equal(parameter, other):
             parameter.data = other.data
 
 
-def inside(student: PreTrainedModel, entry: dict) -> tuple[str, ...]:
+def parameter_prefixes_of_converted_ffns(student: PreTrainedModel, entry: dict) -> tuple[str, ...]:
     """What the names of all parameters of converted FFNs start with."""
     paths = [path for layer in entry["layers"] for path in (layer, *entry["layers"][layer].get("absorbed", ()))]
     paths += [path.rpartition(".")[0] for path, layer in entry["layers"].items() if layer.get("experts")]
-    return tuple(f"{name_prefix(student)}{path}." for path in paths)
+    return tuple(f"{get_name_prefix(student)}{path}." for path in paths)
 
 
-def name_prefix(model: PreTrainedModel) -> str:
+def get_name_prefix(model: PreTrainedModel) -> str:
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
-def _student_class(teacher, family: str) -> Any:
+def _get_student_class(teacher, family: str) -> Any:
     name = f"Kernel{type(teacher).__name__}"
-    module = task_classes(family, teacher)
+    module = get_task_classes(family, teacher)
     if not hasattr(module, name):
         heads = ", ".join(
             n.removeprefix("Kernel") for n in vars(module) if n.startswith("Kernel") and "Mixin" not in n and "Config" not in n
@@ -91,7 +91,7 @@ def _student_class(teacher, family: str) -> Any:
     return getattr(module, name)
 
 
-def _share(source: nn.Module, target: nn.Module, skip: tuple[str, ...], copy: bool) -> None:
+def _share_parameters(source: nn.Module, target: nn.Module, skip: tuple[str, ...], copy: bool) -> None:
     """Give ``target`` the parameters and buffers of ``source``, ties kept, without those whose name starts with one of ``skip``."""
     made: dict[int, Tensor] = {}
     for kind, named in (("_parameters", source.named_parameters), ("_buffers", source.named_buffers)):
@@ -118,7 +118,7 @@ def restore(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedMod
         raise InputError(
             f"found a teacher of type {teacher.config.model_type!r}, expected {entry['family']!r}: give the student's own"
         )
-    within = inside(student, entry)
+    within = parameter_prefixes_of_converted_ffns(student, entry)
     mine = {n: p.shape for n, p in student.named_parameters() if not n.startswith(within)}
     other = {n: p.shape for n, p in teacher.named_parameters() if not n.startswith(within)}
     if mine != other:
@@ -127,8 +127,8 @@ def restore(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedMod
         )
     with torch.device("meta"):
         stock = type(teacher)(teacher.config)
-    _share(teacher, stock, (), copy=False)
-    _share(student, stock, within, copy=False)
+    _share_parameters(teacher, stock, (), copy=False)
+    _share_parameters(student, stock, within, copy=False)
     stock.tie_weights()
     if teacher.can_generate():
         stock.generation_config = copying.deepcopy(student.generation_config)

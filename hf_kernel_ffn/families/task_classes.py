@@ -51,7 +51,7 @@ class Kernel{name}(KernelModelMixin, {name}):
 """
 
 
-def modeling_source(model_type: str, heads: dict[str, str], stock: dict[str, str], package: str = "") -> str:
+def write_modeling_source(model_type: str, heads: dict[str, str], stock: dict[str, str], package: str = "") -> str:
     """The text of ``modeling_kernel_<model_type>.py``.
 
     Args:
@@ -73,7 +73,7 @@ def modeling_source(model_type: str, heads: dict[str, str], stock: dict[str, str
 
 
 @cache
-def stock_heads(model_type: str) -> dict[str, str]:
+def get_stock_heads(model_type: str) -> dict[str, str]:
     """Stock class by Auto class name of every head that the installed transformers has for ``model_type``, config first; empty
     if it has none."""
     if model_type not in CONFIG_MAPPING:
@@ -90,7 +90,7 @@ def stock_heads(model_type: str) -> dict[str, str]:
     return heads
 
 
-def task_classes(model_type: str, teacher: Any = None) -> ModuleType:
+def get_task_classes(model_type: str, teacher: Any = None) -> ModuleType:
     """The module with a family's converted classes, ``Kernel`` + the stock class's name.
 
     Args:
@@ -99,9 +99,9 @@ def task_classes(model_type: str, teacher: Any = None) -> ModuleType:
     Raises:
         InputError: the family's code is neither in transformers nor beside the ``teacher``, or its files cannot travel.
     """
-    heads = stock_heads(model_type)
+    heads = get_stock_heads(model_type)
     if heads:
-        return _made(
+        return _make_module(
             f"{CHECKPOINT_CODE}.modeling_kernel_{model_type}",
             model_type,
             heads,
@@ -133,17 +133,21 @@ def task_classes(model_type: str, teacher: Any = None) -> ModuleType:
     taken = sorted({*sources} & {*carried_file_names()})
     if taken:
         raise InputError(f"found {taken[0]} among the code of {model_type!r}, which a checkpoint has a file of: rename it")
-    return _made(f"{package}.modeling_kernel_{model_type}", model_type, heads, {n: f".{f}" for n, f in files.items()}, sources)
+    return _make_module(
+        f"{package}.modeling_kernel_{model_type}", model_type, heads, {n: f".{f}" for n, f in files.items()}, sources
+    )
 
 
-def _made(name: str, model_type: str, heads: dict[str, str], stock: dict[str, str], sources: dict[str, str]) -> ModuleType:
+def _make_module(
+    name: str, model_type: str, heads: dict[str, str], stock: dict[str, str], sources: dict[str, str]
+) -> ModuleType:
     """The module called ``name``, made once; ``sources`` are other files that a checkpoint needs."""
     if name not in sys.modules:
-        loader = _Text(modeling_source(model_type, heads, stock, CHECKPOINT_CODE))
+        loader = _Text(write_modeling_source(model_type, heads, stock, CHECKPOINT_CODE))
         spec = spec_from_loader(name, loader)
         assert spec is not None
         module = module_from_spec(spec)
-        files = {f"{name.rpartition('.')[2]}.py": modeling_source(model_type, heads, stock), **sources}
+        files = {f"{name.rpartition('.')[2]}.py": write_modeling_source(model_type, heads, stock), **sources}
         vars(module)["CODE_FILES"] = files
         sys.modules[name] = module
         try:

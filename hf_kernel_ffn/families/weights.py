@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.record import Readout
-from .lookup import StockFFN, attribute
+from .lookup import StockFFN, get_attribute_at
 from .table import Architecture
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,12 +42,12 @@ class FFNWeights(NamedTuple):
         return self.activation(up) if gate is None else self.activation(gate) * up
 
 
-def stock_weights(model: Any, ffn: StockFFN) -> FFNWeights:
-    """The weights of ``ffn``, an FFN of ``model``; InputError as :func:`ffn_weights`."""
-    return ffn_weights(ffn.host, ffn.shape, model.config, ffn.host_path, ffn.expert)
+def read_stock_weights(model: Any, ffn: StockFFN) -> FFNWeights:
+    """The weights of ``ffn``, an FFN of ``model``; InputError as :func:`read_ffn_weights`."""
+    return read_ffn_weights(ffn.host, ffn.shape, model.config, ffn.host_path, ffn.expert)
 
 
-def ffn_weights(ffn: Any, architecture: Architecture, config, path: str, expert: int | None = None) -> FFNWeights:
+def read_ffn_weights(ffn: Any, architecture: Architecture, config, path: str, expert: int | None = None) -> FFNWeights:
     """The weights of the stock FFN whose parts are in the module ``ffn`` at ``path``.
 
     Raises:
@@ -62,11 +62,15 @@ def ffn_weights(ffn: Any, architecture: Architecture, config, path: str, expert:
         halves, biases = up.chunk(2), (None, None) if up_bias is None else up_bias.chunk(2)
         gate, gate_bias = halves[architecture.gate_half], biases[architecture.gate_half]
         up, up_bias = halves[1 - architecture.gate_half], biases[1 - architecture.gate_half]
-    act = attribute(ffn, architecture.act) if architecture.act else ACT2FN[attribute(config, str(architecture.activation))]
+    act = (
+        get_attribute_at(ffn, architecture.act)
+        if architecture.act
+        else ACT2FN[get_attribute_at(config, str(architecture.activation))]
+    )
     return FFNWeights(up, up_bias, gate, gate_bias, down.T, down_bias, act)
 
 
-def finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether all its numbers are finite; without a mask of its size, which takes many times as long."""
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
@@ -74,7 +78,7 @@ def finite(tensor: Tensor) -> bool:
 def _projection(ffn: Any, name: str, path: str, expert: int | None) -> tuple[Tensor, Tensor | None]:
     """Weight (out, in) and bias."""
     try:
-        module = attribute(ffn, name)
+        module = get_attribute_at(ffn, name)
     except AttributeError:
         module = None
     if expert is None:
@@ -88,7 +92,7 @@ def _projection(ffn: Any, name: str, path: str, expert: int | None) -> tuple[Ten
             f"found {kind} at {path}.{name}, expected a floating-point Linear or Conv1D: load the model unquantised"
         )
     for part, tensor in tensors.items():
-        if tensor is not None and not tensor.is_meta and not finite(tensor):
+        if tensor is not None and not tensor.is_meta and not is_finite(tensor):
             raise InputError(
                 f"found NaN or infinite values in {path}.{name}.{part}, expected finite weights: repair the teacher"
             )
@@ -98,7 +102,7 @@ def _projection(ffn: Any, name: str, path: str, expert: int | None) -> tuple[Ten
     return weight.T if isinstance(module, Conv1D) else weight, None if bias is None else bias.detach()
 
 
-def teacher_readout(weights: FFNWeights, hidden_states: Tensor) -> Readout:
+def read_teacher_readout(weights: FFNWeights, hidden_states: Tensor) -> Readout:
     """The record of an untouched FFN: signed coefficients over the columns of W_out, no shares, no intensity."""
     return Readout(
         coefficients=weights.coefficients(hidden_states),

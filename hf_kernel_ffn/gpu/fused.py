@@ -274,16 +274,16 @@ class Fused:
         """
         if not (self.required or hidden_states.is_cuda):
             return None
-        reason = against_readout(ffn, hidden_states)
+        reason = reason_against_fused_readout(ffn, hidden_states)
         if reason is None:
             return fused_readout(ffn, hidden_states)
-        if self.required and against_gather(ffn, hidden_states):
+        if self.required and reason_against_fused_gather(ffn, hidden_states):
             raise InputError(f"found {reason}: call it so, or fuse without required, which steps aside")
         return None
 
     def mixture(self, ffn: KernelFFN, coefficients: Tensor) -> Tensor | None:
         """Σ c_i v_i + b_out (..., d) of few tokens by the active output prototypes alone, or None: by the plain form."""
-        if not (self.required or coefficients.is_cuda) or against_gather(ffn, coefficients):
+        if not (self.required or coefficients.is_cuda) or reason_against_fused_gather(ffn, coefficients):
             return None
         linear = ffn.output_prototypes
         if not (torch.compiler.is_compiling() or linear.weight.T.is_contiguous() or ffn.training):
@@ -323,7 +323,7 @@ def gathered(ffn, coefficients):
     return written.unflatten(0, coefficients.shape[:-1])
 
 
-def against_readout(ffn, x) -> str | None:
+def reason_against_fused_readout(ffn, x) -> str | None:
     """Why ``ffn`` cannot be fused at ``x``: what was found and what is expected; None if it can."""
     settings = ffn.config.settings
     if settings.simplex != "softmax":
@@ -338,7 +338,7 @@ def against_readout(ffn, x) -> str | None:
     return _against(x, linears)
 
 
-def against_gather(ffn, x) -> str | None:
+def reason_against_fused_gather(ffn, x) -> str | None:
     if ffn.config.settings.simplex == "softmax" or torch.is_grad_enabled() or not 0 < _tokens(x) <= FEW:
         return "another call"
     if torch.is_autocast_enabled(x.device.type):

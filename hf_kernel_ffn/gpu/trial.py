@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint_code.ffn import KernelFFN
-from .fused import Fused, against_gather, against_readout, fuse
+from .fused import Fused, fuse, reason_against_fused_gather, reason_against_fused_readout
 from .measuring import interleaved
 
 TOKENS = 1024
@@ -20,7 +20,7 @@ MARGIN, FLOOR = 4.0, 1e-5
 """The worst relative error of any output or gradient may be this many times the plain form's, and this much more."""
 
 
-def choose(model: Any, how: str, autocast: torch.dtype | None = None) -> dict[str, str]:
+def choose_kernels(model: Any, how: str, autocast: torch.dtype | None = None) -> dict[str, str]:
     """Whether the kernel readouts of ``model`` run by Triton kernels: ``never``; ``always``, InputError from a call that they cannot
     serve; or ``auto``: on a GPU, where a trial of a few seconds finds them as exact as the plain form and no slower.
 
@@ -46,7 +46,7 @@ def fuse_where_it_pays(model: Any, autocast: torch.dtype | None = None, tokens: 
         weight = ffn.input_prototypes.weight
         kind = (str(ffn.config.settings), tuple(weight.shape), weight.dtype, weight.device, weight.requires_grad)
         if kind not in tried:
-            tried[kind] = against(ffn, autocast, tokens)
+            tried[kind] = reason_against_kernels(ffn, autocast, tokens)
         reason = tried[kind]
         ffn.fused = Fused() if reason is None else None
         if reason is not None:
@@ -54,7 +54,7 @@ def fuse_where_it_pays(model: Any, autocast: torch.dtype | None = None, tokens: 
     return refused
 
 
-def against(ffn: KernelFFN, autocast: torch.dtype | None = None, tokens: int = TOKENS) -> str | None:
+def reason_against_kernels(ffn: KernelFFN, autocast: torch.dtype | None = None, tokens: int = TOKENS) -> str | None:
     """Why the Triton kernels are not to serve ``ffn``, or None. Its weights and gradients are left as they are."""
     sparse, weight = ffn.config.settings.sparse, ffn.input_prototypes.weight
     parameters = [] if sparse else [p for p in ffn.parameters() if p.requires_grad]
@@ -80,7 +80,7 @@ def against(ffn: KernelFFN, autocast: torch.dtype | None = None, tokens: int = T
     try:
         ffn.eval()
         with context, torch.set_grad_enabled(bool(parameters)):
-            reason = (against_gather if sparse else against_readout)(ffn, x)
+            reason = (reason_against_fused_gather if sparse else reason_against_fused_readout)(ffn, x)
             if reason is not None:
                 return reason
             exact = copy.deepcopy(ffn).double()

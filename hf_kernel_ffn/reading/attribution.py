@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..checkpoint_code.errors import InputError
 from .rows import Rows
-from .tracing import Trace, attention_of, described, layer_of, unembedding
+from .tracing import Trace, described, get_attention, get_layer_number, unembedding
 
 
 class Part(NamedTuple):
@@ -77,17 +77,17 @@ def logit_split(trace: Trace, token: int | None = None, against: int | None = No
         for head in range(len(weights)):
             wrote = trace.head(layer, head, trace.positions[place]).output()[0].double()
             parts.append(Part("head", layer, f"head {head}", (direction @ wrote).item()))
-        bias = getattr(attention_of(model, layer), described(model, "attention_out")).bias
+        bias = getattr(get_attention(model, layer), described(model, "attention_out")).bias
         if bias is not None:
             parts.append(Part("bias", layer, "attention", (direction @ bias.double()).item()))
     for path in trace.ffn_inputs:
         record = trace.ffn(path)
         amounts = record.coefficients[place].double() * (record.dictionary.double() @ direction)
         fired = amounts.nonzero()[:, 0].tolist()
-        parts += [Part("prototype", layer_of(path), record.names[i], amounts[i].item()) for i in fired]
+        parts += [Part("prototype", get_layer_number(path), record.names[i], amounts[i].item()) for i in fired]
         if record.bias is not None:
             bias = record.bias if record.bias.ndim == 1 else record.bias[place]
-            parts.append(Part("bias", layer_of(path), "FFN", (direction @ bias.double()).item()))
+            parts.append(Part("bias", get_layer_number(path), "FFN", (direction @ bias.double()).item()))
     parts.sort(key=lambda part: -abs(part.amount))
     return LogitSplit(trace.positions[place], token, against, value, parts, value - sum(p.amount for p in parts))
 

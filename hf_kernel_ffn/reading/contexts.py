@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoint_code.errors import InputError
-from ..families.hooks import recorded
-from ..families.lookup import ffn_paths
-from ..storage.files import replacing
+from ..families.hooks import capture_inputs_and_outputs
+from ..families.lookup import find_ffn_paths
+from ..storage.files import replace_file
 from .naming import nearest_tokens, written
 from .rows import Rows
-from .tracing import family_of, ffn_readout, layer_of
+from .tracing import family_of, ffn_readout, get_layer_number
 
 BEFORE, AFTER = 8, 2
 """Tokens of a context on either side of the one that fires."""
@@ -77,7 +77,7 @@ def contexts(
     Raises:
         InputError: the rows are too short.
     """
-    paths = ffn_paths(model.eval(), family_of(model)) if paths is None else paths
+    paths = find_ffn_paths(model.eval(), family_of(model)) if paths is None else paths
     modules = {path: model.base_model.get_submodule(path) for path in paths}
     device = model.get_input_embeddings().weight.device
     found: dict[str, Contexts] = {}
@@ -87,7 +87,7 @@ def contexts(
                 f"found ids of shape {tuple(batch.shape)}, expected rows longer than {SKIP} tokens: join short ones"
             )
         ids = batch.to(device)
-        with recorded(modules) as seen:
+        with capture_inputs_and_outputs(modules) as seen:
             model.base_model(input_ids=ids, use_cache=False)
         for path in paths:
             record = ffn_readout(model, path, seen[path][0])
@@ -152,7 +152,7 @@ def rules(model: Any, tokenizer: Any, path: str, found: Contexts, prototypes: It
     nearest, usage, purity = nearest_tokens(model, tokenizer, path), found.usage(), found.purity().tolist()
     return Rows(
         Rule(
-            layer_of(path), record.names[i], " ".join(repr(token) for token, _ in nearest[i]),
+            get_layer_number(path), record.names[i], " ".join(repr(token) for token, _ in nearest[i]),
             _text(tokenizer, found.windows[i, 0]) if found.values[i, 0] > 0 else "", " ".join(repr(t) for t, _ in write.promoted),
             " ".join(repr(t) for t, _ in write.suppressed), usage[i], None if purity[i] != purity[i] else purity[i],
         )
@@ -170,7 +170,7 @@ def export_contexts(model: Any, tokenizer: Any, found: dict[str, Contexts], file
     share of tokens on which it fires, and its contexts as token strings with one activation each. Dead ones are left out;
     returns how many lines."""
     lines = 0
-    with replacing(file) as beside, beside.open("w", encoding="utf-8") as out:
+    with replace_file(file) as beside, beside.open("w", encoding="utf-8") as out:
         for path, entry in found.items():
             size = model.get_input_embeddings().weight
             record = ffn_readout(model, path, size.new_zeros(1, size.shape[1]))
@@ -183,7 +183,7 @@ def export_contexts(model: Any, tokenizer: Any, found: dict[str, Contexts], file
                     if value > 0:
                         examples.append({"tokens": [t for t, _ in inside], "activations": [a for _, a in inside]})
                 line = {
-                    "layer": layer_of(path), "path": path, "prototype": record.names[i],
+                    "layer": get_layer_number(path), "path": path, "prototype": record.names[i],
                     "promoted": [t for t, _ in write.promoted], "suppressed": [t for t, _ in write.suppressed],
                     "fires_on": entry.fired[i].item() / entry.tokens, "contexts": examples,
                 }  # fmt: skip

@@ -17,7 +17,7 @@ from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.kernels import KERNELS, Kernel, get_kernel
 from ..checkpoint_code.record import Readout
-from ..conversion.initialization import _parameters
+from ..conversion.initialization import initial_kernel_parameters
 from .geometry import prototypes_of, scores
 from .regimes import shares
 from .rows import Rows
@@ -152,7 +152,7 @@ def far_field(
         kernel = get_kernel(name)
         if not kernel.nonnegative:
             raise InputError(f"found kernel {name!r}, which can be negative, expected a nonnegative one: it makes no mixture")
-        own = ffn.kernel_parameters() if name == ffn.kernel.name else _parameters(kernel, rows, bias, ones, x)
+        own = ffn.kernel_parameters() if name == ffn.kernel.name else initial_kernel_parameters(kernel, rows, bias, ones, x)
         parameters = {key: torch.as_tensor(value, dtype=x.dtype, device=x.device) for key, value in own.items()}
         heights = ones if kernel.uses_bias else 0 * ones
         here = None

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.kernels import Kernel
-from ..checkpoint_code.linears import effective
+from ..checkpoint_code.linears import get_effective_weight
 from ..checkpoint_code.record import Readout
 
 
 def prototypes_of(ffn: KernelFFN) -> tuple[Tensor, Tensor]:
     """(P, d) rows w_i and (P,) b_i (zero for a kernel without) in float64, adapters included."""
-    weight, bias = effective(ffn.input_prototypes, _like(ffn))
+    weight, bias = get_effective_weight(ffn.input_prototypes, _like(ffn))
     rows = weight.detach().double()
     return rows, rows.new_zeros(len(rows)) if bias is None else bias.detach().double()
 
@@ -125,7 +125,7 @@ def _square(gram: Tensor, written: Tensor) -> float:
 
 def _written(ffn: KernelFFN) -> Tensor:
     """(P, d): output prototypes, the layer's scale inside."""
-    return effective(ffn.output_prototypes, _like(ffn))[0].T.double() * ffn.positive("scale").double()
+    return get_effective_weight(ffn.output_prototypes, _like(ffn))[0].T.double() * ffn.positive("scale").double()
 
 
 def _require_positive_definite(kernel: Kernel, what: str) -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint_code.errors import InputError
-from ..families.hooks import recorded
-from ..storage.files import replacing
+from ..families.hooks import capture_inputs_and_outputs
+from ..storage.files import replace_file
 from .attribution import final_norm
 from .tracing import family_of
 
@@ -44,7 +44,7 @@ class TunedLens:
     def save(self, file: Path | str) -> None:
         """As safetensors."""
         tensors = {"maps": self.maps.contiguous(), "biases": self.biases.contiguous()}
-        with replacing(file) as beside:
+        with replace_file(file) as beside:
             save_file(tensors, beside)
 
     @classmethod
@@ -118,7 +118,7 @@ def _states(model: Any, ids: Tensor, batch_rows: int) -> Iterator[list[Tensor]]:
     blocks = dict(model.base_model.get_submodule(family_of(model).layers).named_children())
     device = model.get_input_embeddings().weight.device
     for batch in ids.split(batch_rows):
-        with recorded(blocks) as seen:
+        with capture_inputs_and_outputs(blocks) as seen:
             model.base_model(input_ids=batch.to(device), use_cache=False)
         outputs = [seen[name][1] for name in blocks]
         yield [(out[0] if isinstance(out, tuple) else out).flatten(0, 1).double().cpu() for out in outputs]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .attribution import final_norm
 from .lens import TunedLens
 from .rows import Rows
-from .tracing import attention_of, described, family_of, ffn_readout, layer_of, projection, unembedding
+from .tracing import described, family_of, ffn_readout, get_attention, get_layer_number, projection, unembedding
 
 CHUNK = 1024
 """Token embeddings that go through an FFN together."""
@@ -98,7 +98,7 @@ def feeds(model: Any, layer: int, directions: Tensor, names: tuple, top: int = 3
         block = model.base_model.get_submodule(f"{family.layers}.{later}")
         norm: Any = next(module for name, module in block.named_children() if "norm" in name or name.startswith("ln"))
         through = nn.functional.normalize(directions.float() * norm.weight.detach().float(), dim=-1)
-        attention = attention_of(model, later)
+        attention = get_attention(model, later)
         weights = [projection(getattr(attention, name)) for name in described(model, "qkv")]
         for role, weight in zip(("query", "key", "value"), weights if len(weights) == 3 else weights[0].chunk(3)):
             for head, part in enumerate(weight.float().chunk(heads if role == "query" else groups)):
@@ -119,7 +119,7 @@ def nearest_tokens(model: Any, tokenizer: Any, path: str, top: int = 5) -> list[
     the largest |coefficient|, with the coefficient: nearest in the layer's own kernel. What attention adds is left out, so
     this tells more of early layers than of late ones."""
     family = family_of(model)
-    norm = model.base_model.get_submodule(f"{family.layers}.{layer_of(path)}.{described(model, 'ffn_norm')}")
+    norm = model.base_model.get_submodule(f"{family.layers}.{get_layer_number(path)}.{described(model, 'ffn_norm')}")
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for start, some in enumerate(model.get_input_embeddings().weight.detach().split(CHUNK)):
         c = ffn_readout(model, path, norm(some)).coefficients.float().T

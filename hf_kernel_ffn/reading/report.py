@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.linears import effective
+from ..checkpoint_code.linears import get_effective_weight
 from ..checkpoint_code.record import Readout
 from ..storage.files import write_text
 from .decompositions import alternatives as alternative_shares
 from .naming import written
 from .regimes import mixtures, regime
-from .tracing import Trace, layer_of
+from .tracing import Trace, get_layer_number
 
 Namer = Callable[[str, list[int], Tensor], list[list[str]]]
 """(path of the FFN, N rows of its dictionary by number, those rows (N, hidden_size)) -> the tokens that each row promotes."""
@@ -138,7 +138,7 @@ def _side(trace: Trace, top: int, namer: Namer, vocabulary: dict[str, int], shar
         promoted = namer(path, used, v[used]) if used else []
         layers.append(
             {
-                "layer": layer_of(path), "path": path, "regime": what.name, "shares": what.has_shares, "size": len(v), "cells": cells,
+                "layer": get_layer_number(path), "path": path, "regime": what.name, "shares": what.has_shares, "size": len(v), "cells": cells,
                 "prototypes": {
                     i: [record.names[i], [vocabulary.setdefault(token, len(vocabulary)) for token in tokens]]
                     for i, tokens in zip(used, promoted)
@@ -185,7 +185,7 @@ def _support(ffn: Any, inputs: Tensor) -> list[list[float] | None]:
         return [None] * len(inputs)
     score, distance2 = ffn.scores(inputs)
     log_mass = ffn.kernel.log(score, distance2, **ffn.kernel_parameters()).double().logsumexp(-1)
-    rows = effective(ffn.input_prototypes, inputs)[0].double()
+    rows = get_effective_weight(ffn.input_prototypes, inputs)[0].double()
     nearest = -torch.cdist(inputs.double(), rows).min(-1).values
     return [
         [_short(a) if math.isfinite(a) else -1e9, _short(b)] for a, b in zip(log_mass.tolist(), nearest.tolist())
@@ -206,7 +206,7 @@ def _picture(ffn: Any, inputs: Tensor, record: Readout, room: int) -> dict:
         return {"reason": f"The page cannot evaluate the simplex map {settings.simplex!r}."}
     if len(record.dictionary) > room:
         return {"reason": "Left out to keep the file small: the layers before it have many prototypes."}
-    weight, bias = effective(ffn.input_prototypes, inputs)
+    weight, bias = get_effective_weight(ffn.input_prototypes, inputs)
     x, w, c, v = inputs.double(), weight.double(), record.coefficients.double(), record.dictionary.double()
     mean, axes, explained = _plane(x)
     outputs = _plane(c @ v)[1]
@@ -231,7 +231,7 @@ def _picture(ffn: Any, inputs: Tensor, record: Readout, room: int) -> dict:
         "points": _base64((c / total.where(total > 0, 1.0)) @ v @ outputs.T),
     }
     if settings.intensity == "gate":
-        gate, shift = effective(ffn.gate, inputs)
+        gate, shift = get_effective_weight(ffn.gate, inputs)
         along = gate.double()[0] @ torch.stack([mean, *axes], 1)
         picture["gate"] = [float(along[0] + (0.0 if shift is None else shift.double()[0])), float(along[1]), float(along[2])]
     return picture

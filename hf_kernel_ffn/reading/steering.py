@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint_code.errors import InputError
-from ..conversion.sampling import ffn_inputs
+from ..conversion.sampling import read_ffn_inputs
 from .attribution import final_norm, frozen_norm
 from .contexts import Contexts
 from .editing import Addition, Edit, Effect, edited, effect, predictions
@@ -49,7 +49,7 @@ def addition(trace: Trace, path: str, write: Tensor, ids: Tensor, position: int 
 
     if not ffn.kernel.uses_bias:
         return Addition(path, x, 0.0, write / loudness(x, 0.0)[0])
-    inputs = torch.cat(list(ffn_inputs(model, path, ids))).float()
+    inputs = torch.cat(list(read_ffn_inputs(model, path, ids))).float()
     row = nn.functional.normalize(x - inputs.mean(0), dim=0) * ffn.input_prototypes.weight.float().norm(dim=-1).median()
     for share in RARELY:
         bias, best = -(inputs @ row).quantile(share).item(), (0.0, 0.0)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint_code.ffn import KernelFFN
-from ..checkpoint_code.linears import effective
+from ..checkpoint_code.linears import get_effective_weight
 from ..evaluation.locality import auc
-from ..families.hooks import recorded
-from ..families.lookup import ffn_paths, stock_ffn
-from ..families.weights import stock_weights
+from ..families.hooks import capture_inputs_and_outputs
+from ..families.lookup import find_ffn_paths, find_stock_ffn
+from ..families.weights import read_stock_weights
 from .contexts import SKIP
 from .rows import Rows
 from .tracing import Trace, family_of
@@ -32,10 +32,10 @@ def support_scores(model: Any, path: str, inputs: Tensor) -> dict[str, Tensor]:
     """
     ffn = model.base_model.get_submodule(path)
     if isinstance(ffn, KernelFFN) or hasattr(ffn, "input_prototypes"):
-        rows = effective(ffn.input_prototypes, inputs)[0]
+        rows = get_effective_weight(ffn.input_prototypes, inputs)[0]
         mass = ffn.kernel.log(*ffn.scores(inputs), **ffn.kernel_parameters()).logsumexp(-1)
     else:
-        weights = stock_weights(model, stock_ffn(model, path))
+        weights = read_stock_weights(model, find_stock_ffn(model, path))
         rows = weights.up if weights.gate is None else weights.gate
         mass = (weights.coefficients(inputs).abs() * weights.down.norm(dim=-1)).sum(-1).log()
     return {"nearest": -torch.cdist(inputs.float(), rows.float()).amin(-1).square(), "mass": mass.float()}
@@ -44,11 +44,11 @@ def support_scores(model: Any, path: str, inputs: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def text_scores(model: Any, ids: Tensor, batch_rows: int = 8) -> dict[str, dict[str, Tensor]]:
     """:func:`support_scores` by path over text ``ids`` (rows, length), past the first 8 positions of each row."""
-    paths = ffn_paths(model.eval(), family_of(model))
+    paths = find_ffn_paths(model.eval(), family_of(model))
     modules = {path: model.base_model.get_submodule(path) for path in paths}
     parts: dict[str, list[dict[str, Tensor]]] = {path: [] for path in paths}
     for batch in ids.split(batch_rows):
-        with recorded(modules) as seen:
+        with capture_inputs_and_outputs(modules) as seen:
             model.base_model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
         for path in paths:
             parts[path].append(support_scores(model, path, seen[path][0][:, SKIP:].flatten(0, 1)))

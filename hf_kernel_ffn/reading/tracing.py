@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.record import Readout
-from ..families.lookup import ffn_paths, stock_ffn
-from ..families.registry import architecture_of, get_architecture
+from ..families.lookup import find_ffn_paths, find_stock_ffn
+from ..families.registry import get_architecture, get_architecture_of_model
 from ..families.table import Architecture
-from ..families.weights import stock_weights, teacher_readout
+from ..families.weights import read_stock_weights, read_teacher_readout
 
 POSITIONS = 64
 """Of a longer prompt, the last so many positions are read unless others are asked for."""
@@ -74,7 +74,7 @@ class Trace(NamedTuple):
 def family_of(model: Any) -> Architecture:
     """The table's entry for a stock or converted ``model``; InputError if it is of no known family."""
     entry = getattr(model.config, "kernel_ffn", None)
-    return architecture_of(model) if entry is None else get_architecture(entry["family"])
+    return get_architecture_of_model(model) if entry is None else get_architecture(entry["family"])
 
 
 def described(model: Any, part: str) -> Any:
@@ -95,10 +95,10 @@ def ffn_readout(model: Any, path: str, inputs: Tensor) -> Readout:
     ffn = model.base_model.get_submodule(path)
     if hasattr(ffn, "readout"):
         return ffn.readout(inputs)
-    return teacher_readout(stock_weights(model, stock_ffn(model, path)), inputs)
+    return read_teacher_readout(read_stock_weights(model, find_stock_ffn(model, path)), inputs)
 
 
-def layer_of(path: str) -> int:
+def get_layer_number(path: str) -> int:
     """The number in an FFN's path."""
     return next(int(part) for part in path.split(".") if part.isdigit())
 
@@ -114,14 +114,14 @@ def projection(linear: nn.Module) -> Tensor:
     return weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
 
 
-def attention_of(model: Any, layer: int) -> nn.Module:
+def get_attention(model: Any, layer: int) -> nn.Module:
     """The attention module of block ``layer``."""
     return model.base_model.get_submodule(f"{family_of(model).layers}.{layer}.{described(model, 'attention')}")
 
 
 def output_projection(model: Any, layer: int) -> Tensor:
     """(hidden_size, heads · head_dim): how the heads of block ``layer`` write, side by side."""
-    return projection(getattr(attention_of(model, layer), described(model, "attention_out")))
+    return projection(getattr(get_attention(model, layer), described(model, "attention_out")))
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def trace(model: Any, tokenizer: Any, text: str | Tensor, positions: list[int] |
                     parts[-1] = parts[-1][inside]
     whole = {key: torch.cat(parts, 1 if key[0] in ("attention", "values") else 0) for key, parts in pieces.items()}
     family = family_of(model)
-    paths = ffn_paths(model, family)
+    paths = find_ffn_paths(model, family)
     layers = range(len(paths))
     heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
     return Trace(
@@ -194,7 +194,7 @@ def _hooks(model: Any, pieces: dict[tuple[str, Any], list[Tensor]]) -> Iterator[
     def on_output(module: nn.Module, what: str, which: Any, take) -> None:
         hooks.append(module.register_forward_hook(lambda module, args, output: pieces[what, which].append(take(output))))
 
-    for layer, path in enumerate(ffn_paths(model, family)):
+    for layer, path in enumerate(find_ffn_paths(model, family)):
         block = model.base_model.get_submodule(f"{family.layers}.{layer}")
         attention = getattr(block, described(model, "attention"))
         if layer == 0:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_text
-from .loading import load_tokenizer, stored_dtype
-from .publishing import model_card
+from .loading import load_tokenizer, read_stored_dtype
+from .publishing import write_model_card
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt",
@@ -20,7 +20,7 @@ TOKENIZER_FILES = (
 def save_converted(student: Any, source: str, out: Path, **reports: dict) -> None:
     """Save ``student`` in ``out``, in the dtype in which its teacher at ``source`` is stored, with that one's tokenizer and, as
     JSON, whatever reports are given by name."""
-    student.to(dtype=stored_dtype(source)).save_pretrained(out)
+    student.to(dtype=read_stored_dtype(source)).save_pretrained(out)
     save_companions(source, out, **reports)
 
 
@@ -32,6 +32,6 @@ def save_companions(source: str, out: Path, **reports: dict) -> None:
                 shutil.copyfile(file, out / file.name)
     else:
         load_tokenizer(source).save_pretrained(out)
-    write_text(out / "README.md", model_card(out, source))
+    write_text(out / "README.md", write_model_card(out, source))
     for name, report in reports.items():
         (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 
 from ..checkpoint_code.carried_code import get_custom_kernel_file
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.integrity import header
+from ..checkpoint_code.integrity import read_header
 from ..families.registry import ARCHITECTURES
-from ..families.student import inside, student_from_entry
-from .files import replacing
+from ..families.student import make_student_from_entry, parameter_prefixes_of_converted_ffns
+from .files import replace_file
 
 
-def export(student: Any, file: str | Path) -> None:
+def export_surgery(student: Any, file: str | Path) -> None:
     """Write the converted FFNs of ``student`` to a safetensors ``file``, with what they belong to.
 
     Raises:
@@ -33,12 +33,12 @@ def export(student: Any, file: str | Path) -> None:
         for name, tensor in ffn.state_dict().items()
     }
     entry = student.config.kernel_ffn
-    about = {"kernel_ffn": json.dumps(entry), "fingerprint": fingerprint(student, entry)}
-    with replacing(file) as beside:
+    about = {"kernel_ffn": json.dumps(entry), "fingerprint": fingerprint_model(student, entry)}
+    with replace_file(file) as beside:
         save_file(tensors, beside, metadata=about)
 
 
-def apply(file: str | Path, teacher: Any) -> Any:
+def apply_surgery(file: str | Path, teacher: Any) -> Any:
     """The student that ``file`` makes of ``teacher``, sharing the memory of everything but the FFNs.
 
     Raises:
@@ -47,7 +47,7 @@ def apply(file: str | Path, teacher: Any) -> Any:
     file = Path(file)
     if not file.is_file():
         raise InputError(f"found no file {file}, expected one made by hf-kernel-ffn export: check the path")
-    shapes = header(file)
+    shapes = read_header(file)
     try:
         with safe_open(file, "pt") as opened:
             about = opened.metadata() or {}
@@ -71,11 +71,11 @@ def apply(file: str | Path, teacher: Any) -> Any:
             raise InputError(
                 f"found input_prototypes.weight of {found} at {path!r} in {file}, expected another shape: it is damaged"
             )
-    if fingerprint(teacher, entry) != expected:
+    if fingerprint_model(teacher, entry) != expected:
         raise InputError(
             f"found another base model than {file} was exported from, expected that one: give the original teacher"
         )
-    student = student_from_entry(teacher, entry)
+    student = make_student_from_entry(teacher, entry)
     with safe_open(file, "pt") as opened:
         for path, ffn in student.kernel_ffns().items():
             for name, tensor in ffn.state_dict().items():
@@ -86,10 +86,10 @@ def apply(file: str | Path, teacher: Any) -> Any:
 
 
 @torch.no_grad()
-def fingerprint(model: Any, entry: dict) -> str:
+def fingerprint_model(model: Any, entry: dict) -> str:
     """SHA-256 of every parameter of ``model`` outside the FFNs that ``entry`` converts, by name, shape and value in float32."""
     found = hashlib.sha256()
-    skipped = inside(model, entry)
+    skipped = parameter_prefixes_of_converted_ffns(model, entry)
     for name, parameter in sorted(model.named_parameters()):
         if not name.startswith(skipped):
             found.update(f"{name} {tuple(parameter.shape)}".encode())

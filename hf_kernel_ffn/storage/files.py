@@ -14,15 +14,15 @@ from ..checkpoint_code.errors import InputError
 
 
 @contextmanager
-def replacing(file: Path | str) -> Iterator[Path]:
+def replace_file(file: Path | str) -> Iterator[Path]:
     """A path beside ``file``, whose folders are made, to write to; it takes the name of ``file`` once the context ends well."""
     target = Path(file)
     beside = target.with_name(f".{target.name}.{os.getpid()}")
-    with writing(target):
+    with explain_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield beside
-            sync(beside)
+            sync_to_disk(beside)
             os.replace(beside, target)
         finally:
             beside.unlink(missing_ok=True)
@@ -30,12 +30,12 @@ def replacing(file: Path | str) -> Iterator[Path]:
 
 def write_text(file: Path | str, text: str) -> None:
     """Write ``text`` as UTF-8."""
-    with replacing(file) as beside:
+    with replace_file(file) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def writing(target: Path | str) -> Iterator[None]:
+def explain_write_errors(target: Path | str) -> Iterator[None]:
     """Whatever the system says while ``target`` is written (no room, no right, a full quota) becomes one InputError."""
     try:
         yield
@@ -45,7 +45,7 @@ def writing(target: Path | str) -> Iterator[None]:
         ) from error
 
 
-def sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Return once ``path``, a file or a folder of files, is on the disk."""
     for part in (*(path.iterdir() if path.is_dir() else ()), path):
         handle = os.open(part, os.O_RDONLY)
@@ -64,13 +64,13 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     """
     out = Path(out)
     require_empty(out)
-    with writing(out):
+    with explain_write_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
             made = Path(scratch, "made")
             made.mkdir()
             yield made
-            sync(made)
+            sync_to_disk(made)
             if out.is_dir():
                 out.rmdir()
             os.replace(made, out)

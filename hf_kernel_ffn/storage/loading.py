@@ -18,12 +18,12 @@ from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.integrity import read_json
 from ..checkpoint_code.modeling import KernelModelMixin
 from ..families.registry import get_architecture
-from ..families.task_classes import stock_heads, task_classes
+from ..families.task_classes import get_stock_heads, get_task_classes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def torch_dtype(name: str) -> torch.dtype:
+def get_torch_dtype(name: str) -> torch.dtype:
     """The dtype called ``name``; InputError if it is none of float32, bfloat16, float16."""
     if name not in DTYPES:
         raise InputError(f"found dtype {name!r}, expected one of {', '.join(DTYPES)}")
@@ -34,11 +34,11 @@ def load_teacher(name: str, dtype: str = "float32", device: str | torch.device =
     """The stock model at ``name``, with the head it is stored with, or as a causal language model if it has none; in eval mode. Its
     config remembers the dtype it is stored in. A family that transformers does not have needs ``trust_remote_code``."""
     entry = _stock_config(name)
-    model, info = loaded(
+    model, info = load_pretrained(
         _teacher_class(entry, name, trust_remote_code),
         name,
         trust_remote_code=trust_remote_code,
-        dtype=torch_dtype(dtype),
+        dtype=get_torch_dtype(dtype),
         output_loading_info=True,
         use_safetensors=True,
     )
@@ -48,15 +48,15 @@ def load_teacher(name: str, dtype: str = "float32", device: str | torch.device =
             f"found {len(lost)} tensors missing at {name}, the first {lost[0]!r}, expected a whole model: "
             "they would be random; copy it again"
         )
-    return _placed(model, device)
+    return _move_to_device(model, device)
 
 
 def load_stock_on_meta(name: str, dtype: str = "float32") -> Any:
     """The same model without its weights, on the meta device; of a family that transformers has."""
-    kind, config = _teacher_class(_stock_config(name), name, False), loaded(AutoConfig, name)
+    kind, config = _teacher_class(_stock_config(name), name, False), load_pretrained(AutoConfig, name)
     with torch.device("meta"):
         make = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
-        model = make(config, dtype=torch_dtype(dtype))
+        model = make(config, dtype=get_torch_dtype(dtype))
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(name)
     return model.eval()
@@ -79,7 +79,7 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
     entry = read_config(name)
     if entry.get("kernel_ffn") is None:
         raise InputError(f"found {name} not converted, expected a kernel_ffn entry in its config: run hf-kernel-ffn convert")
-    kind, own = student_class(entry, name)
+    kind, own = get_student_class(entry, name)
     if has_custom_kernel(name):
         own = "custom_kernel.py"
     if own:
@@ -87,10 +87,10 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
             raise InputError(
                 f"found code of its author's own at {name}: read {name}/{own}, then allow it by --trust-remote-code (in a recipe: trust_remote_code)"
             )
-        auto = auto_class(entry, entry["architectures"][0])
-        found = loaded(auto, name, dtype=torch_dtype(dtype), trust_remote_code=True, output_loading_info=True)
+        auto = get_auto_class(entry, entry["architectures"][0])
+        found = load_pretrained(auto, name, dtype=get_torch_dtype(dtype), trust_remote_code=True, output_loading_info=True)
     else:
-        found = loaded(kind, name, dtype=torch_dtype(dtype), output_loading_info=True)
+        found = load_pretrained(kind, name, dtype=get_torch_dtype(dtype), output_loading_info=True)
     model, info = found
     odd = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if odd and entry.get("quantization_config") is None:
@@ -98,10 +98,10 @@ def load_student(name: str, dtype: str = "float32", device: str | torch.device =
             f"found {len(odd)} tensors missing or too many at {name}, the first {odd[0]!r}: the weights are not those of its "
             "config.json; copy or convert it again"
         )
-    return _placed(model, device)
+    return _move_to_device(model, device)
 
 
-def student_class(entry: dict, name: str) -> tuple[Any, str]:
+def get_student_class(entry: dict, name: str) -> tuple[Any, str]:
     """This package's own class for the converted model at ``name`` with config.json ``entry``, and an empty string; of a family whose
     stock classes bring code of their own None, and the file that has it."""
     kernel_ffn = entry.get("kernel_ffn")
@@ -109,29 +109,29 @@ def student_class(entry: dict, name: str) -> tuple[Any, str]:
     get_architecture(family)
     heads = entry.get("architectures")
     head = heads[0] if isinstance(heads, list) and heads and isinstance(heads[0], str) else ""
-    if not stock_heads(str(family)):
+    if not get_stock_heads(str(family)):
         return None, f"modeling_kernel_{family}.py"
-    kind = getattr(task_classes(str(family)), head, None)
+    kind = getattr(get_task_classes(str(family)), head, None)
     if not (isinstance(kind, type) and issubclass(kind, KernelModelMixin) and kind is not KernelModelMixin):
         raise InputError(f"found class {head!r} at {name}, expected one of this package's: the checkpoint is damaged")
     return kind, ""
 
 
-def empty_teacher(name: str, trust_remote_code: bool = False) -> Any:
+def load_empty_teacher(name: str, trust_remote_code: bool = False) -> Any:
     """The stock model at ``name`` without its weights, on the meta device; it need not be of a known family."""
     entry = read_config(name)
     if entry.get("kernel_ffn") is not None:
         raise InputError(f"found {name} converted already, expected a stock model: give its teacher")
-    config = loaded(AutoConfig, name, trust_remote_code=trust_remote_code)
+    config = load_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     head = (entry.get("architectures") or [""])[0]
     with torch.device("meta"):
         if hasattr(transformers, head):
             return getattr(transformers, head)(config)
-        auto = auto_class(entry, head) if entry.get("auto_map") else AutoModel
+        auto = get_auto_class(entry, head) if entry.get("auto_map") else AutoModel
         return auto.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def auto_class(entry: dict, head: str) -> Any:
+def get_auto_class(entry: dict, head: str) -> Any:
     """The Auto class that ``entry`` (of config.json) maps to the class ``head``; that for causal language models if none is."""
     autos = [auto for auto, ref in (entry.get("auto_map") or {}).items() if str(ref).rpartition(".")[2] == head]
     return getattr(transformers, autos[0]) if autos else AutoModelForCausalLM
@@ -139,7 +139,7 @@ def auto_class(entry: dict, head: str) -> Any:
 
 def _teacher_class(entry: dict, name: str, trust_remote_code: bool) -> Any:
     head = (entry.get("architectures") or [""])[0]
-    heads = stock_heads(entry["model_type"])
+    heads = get_stock_heads(entry["model_type"])
     if heads:
         known = {stock for auto, stock in heads.items() if auto not in ("AutoConfig", "AutoModel")}
         return getattr(transformers, head) if head in known or "AutoModelForCausalLM" not in heads else AutoModelForCausalLM
@@ -147,7 +147,7 @@ def _teacher_class(entry: dict, name: str, trust_remote_code: bool) -> Any:
         raise InputError(
             f"found a {entry['model_type']!r} at {name}, which brings its own code: read it, then allow it by --trust-remote-code"
         )
-    return auto_class(entry, head)
+    return get_auto_class(entry, head)
 
 
 def load_model(name: str, dtype: str = "float32", device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:
@@ -159,7 +159,9 @@ def load_model(name: str, dtype: str = "float32", device: str | torch.device = "
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer at ``name``; no code of its author's runs."""
-    return loaded(AutoTokenizer, name, trust_remote_code=False)  # None would ask at the terminal about the model's code
+    return load_pretrained(
+        AutoTokenizer, name, trust_remote_code=False
+    )  # None would ask at the terminal about the model's code
 
 
 def check_vocabularies(student: str, teacher: str) -> None:
@@ -172,9 +174,9 @@ def check_vocabularies(student: str, teacher: str) -> None:
         raise InputError(f"found other tokens at {student} than at {teacher}, expected equal: give the student's own teacher")
 
 
-def stored_dtype(name: str) -> torch.dtype:
+def read_stored_dtype(name: str) -> torch.dtype:
     """The dtype in which the model at ``name`` is stored; float32 if its config does not say."""
-    dtype = loaded(AutoConfig, name).dtype if read_config(name).get("kernel_ffn") is None else None
+    dtype = load_pretrained(AutoConfig, name).dtype if read_config(name).get("kernel_ffn") is None else None
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -223,7 +225,7 @@ def import_kernel(kernel: str) -> str:
     return name
 
 
-def loaded(auto_class, name: str, **kwargs) -> Any:
+def load_pretrained(auto_class, name: str, **kwargs) -> Any:
     """``auto_class.from_pretrained(name, **kwargs)``; whatever goes wrong is an InputError."""
     try:
         return auto_class.from_pretrained(name, **kwargs)
@@ -233,7 +235,7 @@ def loaded(auto_class, name: str, **kwargs) -> Any:
         raise InputError(f"could not load {name} ({_first_line(error)}): check that it is complete") from error
 
 
-def _placed(model: Any, device: str | torch.device) -> Any:
+def _move_to_device(model: Any, device: str | torch.device) -> Any:
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # torch built without that device raises an AssertionError

@@ -11,7 +11,7 @@ from .. import __version__
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.integrity import read_json
 from .files import write_text
-from .loading import auto_class
+from .loading import get_auto_class
 
 FIGURES = ("delta_cross_entropy", "kl", "top1_agreement", "loss_recovered")
 CARD = """---
@@ -46,7 +46,7 @@ The code in this repository is that of hf_kernel_ffn; `hf-kernel-ffn verify FOLD
 """
 
 
-def model_card(folder: str | Path, base_model: str, report: dict | None = None, name: str | None = None) -> str:
+def write_model_card(folder: str | Path, base_model: str, report: dict | None = None, name: str | None = None) -> str:
     """The README.md of the converted checkpoint in ``folder``: what it was made from and with, how to load it, and the
     ``report`` of evaluate_student, if there is one."""
     config = read_json(Path(folder) / "config.json")
@@ -68,7 +68,7 @@ def model_card(folder: str | Path, base_model: str, report: dict | None = None, 
         lines += [f"| {key} | {report[key]:.4f} |" for key in FIGURES]
         evaluation = "\n".join(lines)
     return CARD.format(
-        auto=auto_class(config, (config.get("architectures") or [""])[0]).__name__,
+        auto=get_auto_class(config, (config.get("architectures") or [""])[0]).__name__,
         front=yaml.safe_dump(front, sort_keys=False), name=name or Path(folder).name, base=base_model, count=len(rows),
         link=f"https://huggingface.co/{base_model}" if not Path(base_model).exists() else base_model, version=__version__,
         columns=" | ".join([*keys, "prototypes"]), rules="---|" * len(keys) + "---",
@@ -88,7 +88,7 @@ def base_model_of(folder: str | Path) -> str:
         ) from error
 
 
-def push(
+def push_to_hub(
     folder: str | Path, repo: str, base_model: str | None = None, report: Path | None = None, private: bool = False
 ) -> str:
     """Write the card of the converted checkpoint in ``folder``, with the ``report`` file if there is one, and upload the folder to
@@ -101,7 +101,7 @@ def push(
         raise InputError(
             f"found no evaluation in {report}, expected a file written by hf-kernel-ffn evaluate --json: check the path"
         )
-    write_text(Path(folder) / "README.md", model_card(folder, base_model or base_model_of(folder), figures, repo))
+    write_text(Path(folder) / "README.md", write_model_card(folder, base_model or base_model_of(folder), figures, repo))
     api = HfApi()
     try:
         made = api.create_repo(repo, exist_ok=True, private=private)

@@ -10,9 +10,9 @@ import torch
 
 from .. import __version__
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.integrity import CHECKSUMS, check_folder, check_model, checksums, read_json
+from ..checkpoint_code.integrity import CHECKSUMS, check_folder, check_model, compute_checksums, read_json
 from ..checkpoint_code.settings import FORMAT
-from .loading import has_custom_kernel, loaded, student_class
+from .loading import get_student_class, has_custom_kernel, load_pretrained
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -25,7 +25,7 @@ class Finding(NamedTuple):
     good: bool
 
 
-def verify(folder: str | Path) -> list[Finding]:
+def verify_folder(folder: str | Path) -> list[Finding]:
     """What there is to say about the converted checkpoint in the local ``folder``. Nothing of its code runs.
 
     Raises:
@@ -39,14 +39,14 @@ def verify(folder: str | Path) -> list[Finding]:
         raise InputError(
             f"found no kernel_ffn entry in {folder}/config.json, expected a converted model: run hf-kernel-ffn convert"
         )
-    (kind, brought), entry, own = student_class(config, str(folder)), config["kernel_ffn"], has_custom_kernel(str(folder))
+    (kind, brought), entry, own = get_student_class(config, str(folder)), config["kernel_ffn"], has_custom_kernel(str(folder))
     if kind is None:
         raise InputError(
             f"found a family with code of its own in {folder}, expected one of transformers': read {folder}/{brought}"
         )
     tensors = check_folder(folder)
     if not own:  # its sizes are known without running anything of the checkpoint's
-        settings = loaded(kind.config_class, str(folder))
+        settings = load_pretrained(kind.config_class, str(folder))
         if tensors is not None:
             with torch.device("meta"):
                 check_model(kind(settings), tensors, folder)
@@ -67,7 +67,7 @@ def verify(folder: str | Path) -> list[Finding]:
 def _checksums(folder: Path) -> list[Finding]:
     if not (folder / CHECKSUMS).is_file():
         return [Finding("checksums", "none recorded: save it again to have them", False)]
-    recorded, now = read_json(folder / CHECKSUMS).get("sha256"), checksums(folder)
+    recorded, now = read_json(folder / CHECKSUMS).get("sha256"), compute_checksums(folder)
     if not isinstance(recorded, dict):
         return [Finding("checksums", f"{CHECKSUMS} is damaged", False)]
     odd = sorted(name for name in {*recorded, *now} if recorded.get(name) != now.get(name))

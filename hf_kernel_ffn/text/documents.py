@@ -11,7 +11,7 @@ from ..checkpoint_code.errors import InputError
 LOCAL = (".txt", ".jsonl", ".parquet")
 
 
-def documents(source: str, text_field: str = "text") -> Iterator[tuple[str, bool]]:
+def read_documents(source: str, text_field: str = "text") -> Iterator[tuple[str, bool]]:
     """Pieces of text of one source in order, each with whether a document ends there.
 
     Args:
@@ -33,11 +33,11 @@ def documents(source: str, text_field: str = "text") -> Iterator[tuple[str, bool
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         where = f"{source}, line {number}"
-                        yield _field(_json(line, where), text_field, where), True
+                        yield _read_field(_parse_json(line, where), text_field, where), True
         else:
-            rows = _parquet(path) if path.suffix == ".parquet" else _dataset(source)
+            rows = _read_parquet(path) if path.suffix == ".parquet" else _load_dataset(source)
             for number, row in enumerate(rows, 1):
-                yield _field(row, text_field, f"{source}, row {number}"), True
+                yield _read_field(row, text_field, f"{source}, row {number}"), True
     except InputError:
         raise
     except (OSError, ValueError) as error:  # not UTF-8, and whatever is wrong with a parquet file, are ValueErrors
@@ -45,14 +45,14 @@ def documents(source: str, text_field: str = "text") -> Iterator[tuple[str, bool
         raise InputError(f"found {source} unreadable as text ({reason}), expected UTF-8 {', '.join(LOCAL)}") from error
 
 
-def _json(line: str, where: str):
+def _parse_json(line: str, where: str):
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"found no JSON in {where} ({error.msg} at column {error.colno}): repair it") from error
 
 
-def _parquet(path: Path) -> Iterator[dict]:
+def _read_parquet(path: Path) -> Iterator[dict]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
@@ -62,7 +62,7 @@ def _parquet(path: Path) -> Iterator[dict]:
             yield from batch.to_pylist()
 
 
-def _dataset(source: str) -> Iterable[dict]:
+def _load_dataset(source: str) -> Iterable[dict]:
     path = Path(source)
     if path.exists():
         raise InputError(f"found {source}, expected a {', '.join(LOCAL)} file or the name of a dataset: convert the text")
@@ -81,7 +81,7 @@ def _dataset(source: str) -> Iterable[dict]:
         ) from error
 
 
-def _field(row, text_field: str, where: str) -> str:
+def _read_field(row, text_field: str, where: str) -> str:
     text = row.get(text_field) if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise InputError(f"found no text field {text_field!r} in {where}: name the right one as text_field")

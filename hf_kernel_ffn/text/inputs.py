@@ -15,44 +15,44 @@ OTHER_TOKENS = 256
 """A row that is not token ids (an image, a sound) counts for so many tokens."""
 
 
-def rows(inputs: Inputs) -> int:
+def count_rows(inputs: Inputs) -> int:
     """How many rows there are."""
     return len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values())))
 
 
-def take(inputs: Inputs, which: Any) -> Inputs:
+def select_rows(inputs: Inputs, which: Any) -> Inputs:
     """The rows ``which``, a slice or an index."""
     return inputs[which] if isinstance(inputs, Tensor) else {name: tensor[which] for name, tensor in inputs.items()}
 
 
-def row_tokens(inputs: Inputs) -> int:
+def tokens_per_row(inputs: Inputs) -> int:
     """How many tokens a row counts for."""
     if not isinstance(inputs, Tensor):
-        return max(row_tokens(tensor) for tensor in inputs.values())
+        return max(tokens_per_row(tensor) for tensor in inputs.values())
     return inputs.shape[1] if inputs.ndim == 2 else OTHER_TOKENS
 
 
-def arguments(model: Any, inputs: Inputs, device: Any = None) -> dict[str, Any]:
+def make_forward_arguments(model: Any, inputs: Inputs, device: Any = None) -> dict[str, Any]:
     """Arguments for a forward pass of ``model`` over ``inputs``, on ``device`` (None: the model's own; one that
     device_map has spread moves them by itself); a decoder without ids of its own reads those of the encoder, or its start token."""
     named = {model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
     named.pop("labels", None)
-    if model.config.is_encoder_decoder and "decoder_input_ids" not in named and reads(model, "decoder_input_ids"):
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in named and accepts_argument(model, "decoder_input_ids"):
         ids = named.get("input_ids")
         start = getattr(model.config, "decoder_start_token_id", None) or 0
-        named["decoder_input_ids"] = torch.full((rows(inputs), 1), start) if ids is None else ids
+        named["decoder_input_ids"] = torch.full((count_rows(inputs), 1), start) if ids is None else ids
     device = device or next(model.parameters()).device
     if device.type != "meta" and not hasattr(model, "hf_device_map"):
         named = {name: tensor.to(device) for name, tensor in named.items()}
-    return named | ({"use_cache": False} if reads(model, "use_cache") else {})
+    return named | ({"use_cache": False} if accepts_argument(model, "use_cache") else {})
 
 
-def reads(model: Any, argument: str) -> bool:
+def accepts_argument(model: Any, argument: str) -> bool:
     """Whether the forward pass of ``model`` takes ``argument``."""
     return argument in signature(model.forward).parameters
 
 
-def own_inputs(model: Any, tokens: int, seed: int) -> Inputs:
+def make_random_inputs(model: Any, tokens: int, seed: int) -> Inputs:
     """Random inputs for a model that cannot write any: uniform token ids, normally distributed images and sounds."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
@@ -76,6 +76,6 @@ def own_inputs(model: Any, tokens: int, seed: int) -> Inputs:
         made["pixel_values"] = torch.randn(count, vision.num_channels, *size, generator=generator)
     if "input_features" in names:
         made["input_features"] = torch.randn(count, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
-    if config.is_encoder_decoder and reads(model, "decoder_input_ids"):
+    if config.is_encoder_decoder and accepts_argument(model, "decoder_input_ids"):
         made["decoder_input_ids"] = torch.randint(config.vocab_size, (count, min(length, 128)), generator=generator)
     return made

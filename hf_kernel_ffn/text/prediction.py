@@ -23,7 +23,9 @@ def predicts_masked(model: Any) -> bool:
     return type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not model.config.is_encoder_decoder
 
 
-def question(model: Any, tokenizer: PreTrainedTokenizerBase | None, ids: Tensor, seed: int | str = 0) -> Inputs:
+def make_inputs_for_prediction(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, ids: Tensor, seed: int | str = 0
+) -> Inputs:
     """What the stock ``model`` reads to predict tokens of a text.
 
     Args:
@@ -31,7 +33,7 @@ def question(model: Any, tokenizer: PreTrainedTokenizerBase | None, ids: Tensor,
         seed: of the masks.
 
     Returns:
-        ``ids``, or from a masked language model :func:`masked` ones.
+        ``ids``, or from a masked language model :func:`mask_tokens` ones.
 
     Raises:
         InputError: masks are needed, and the tokenizer is None or has no mask token.
@@ -43,10 +45,10 @@ def question(model: Any, tokenizer: PreTrainedTokenizerBase | None, ids: Tensor,
         raise InputError(
             f"found a {type(model).__name__} and no mask token, expected the tokenizer of a masked language model: give its own"
         )
-    return masked(ids, mask, seed if isinstance(seed, int) else random.Random(seed).getrandbits(63))
+    return mask_tokens(ids, mask, seed if isinstance(seed, int) else random.Random(seed).getrandbits(63))
 
 
-def masked(ids: Tensor, mask_token_id: int, seed: int = 0, share: float = MASKED_SHARE) -> dict[str, Tensor]:
+def mask_tokens(ids: Tensor, mask_token_id: int, seed: int = 0, share: float = MASKED_SHARE) -> dict[str, Tensor]:
     """``input_ids`` and ``labels`` (rows, length): ``ids`` with a ``share`` of every row, at least one token, masked, and what is
     under the masks, elsewhere -100."""
     count = max(1, round(share * ids.shape[1]))
@@ -55,17 +57,17 @@ def masked(ids: Tensor, mask_token_id: int, seed: int = 0, share: float = MASKED
     return {"input_ids": ids.masked_fill(under, mask_token_id), "labels": ids.masked_fill(~under, -100)}
 
 
-def predictions(logits: Tensor, asked: Inputs) -> Tensor:
+def select_predicting_logits(logits: Tensor, asked: Inputs) -> Tensor:
     """Of ``logits`` (rows, length, vocabulary) all that predict something in ``asked``: every one, or where there are labels
     (predicted tokens, vocabulary)."""
     labels = asked.get("labels") if isinstance(asked, Mapping) else None
     return logits if labels is None else logits[labels.to(logits.device) != -100]
 
 
-def answered(logits: Tensor, asked: Inputs) -> tuple[Tensor, Tensor]:
+def logits_with_answers(logits: Tensor, asked: Inputs) -> tuple[Tensor, Tensor]:
     """Of ``logits`` (rows, length, vocabulary) those of which the answer is known, (…, vocabulary), and the answers (…)."""
     if isinstance(asked, Mapping) and "labels" in asked:
         labels = asked["labels"].to(logits.device)
-        return predictions(logits, asked), labels[labels != -100]
+        return select_predicting_logits(logits, asked), labels[labels != -100]
     ids = asked if isinstance(asked, Tensor) else asked["input_ids"]
     return logits[:, :-1], ids[:, 1:].to(logits.device)

@@ -18,16 +18,16 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_kernel_ffn.checkpoint_code.errors import InputError
 from hf_kernel_ffn.checkpoint_code.ffn import KernelFFN
-from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, LayerConfig, one_of
+from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, LayerConfig, require_one_of
 from hf_kernel_ffn.cli.app import Device, Dtype, Trust, quieten, run_app
 from hf_kernel_ffn.cli.tables import print_table
-from hf_kernel_ffn.families.lookup import StockFFN, family_name, ffn_paths, stock_ffn
+from hf_kernel_ffn.families.lookup import StockFFN, find_ffn_paths, find_stock_ffn, get_family_name
 from hf_kernel_ffn.families.registry import get_architecture
-from hf_kernel_ffn.families.weights import stock_weights
-from hf_kernel_ffn.gpu.fused import Fused, against_gather, against_readout
+from hf_kernel_ffn.families.weights import read_stock_weights
+from hf_kernel_ffn.gpu.fused import Fused, reason_against_fused_gather, reason_against_fused_readout
 from hf_kernel_ffn.gpu.measuring import bytes_moved, copy_bandwidth, interleaved, memory_for_backward, peak_memory, ratio
 from hf_kernel_ffn.storage.files import require_place, write_text
-from hf_kernel_ffn.storage.loading import load_model, torch_dtype
+from hf_kernel_ffn.storage.loading import get_torch_dtype, load_model
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _fused(found: dict[str, Variant], device: torch.device, dtype: torch.dtype) 
         if isinstance(v.module, KernelFFN):
             with torch.no_grad():
                 x = torch.randn(1, 1, v.module.config.hidden_size, device=device, dtype=dtype)
-                reasons[n] = (against_gather if v.sparse else against_readout)(v.module, x)
+                reasons[n] = (reason_against_fused_gather if v.sparse else reason_against_fused_readout)(v.module, x)
     served = {n for n, reason in reasons.items() if reason is None}
     if not served:
         raise InputError(f"found {next(iter(reasons.values()))}: leave the mode out")
@@ -361,19 +361,19 @@ class Stock(nn.Module):
 
 def checkpoint_ffns(model: Any, name: str) -> tuple[Shape, dict[str, nn.Module]]:
     """The shape of a model's FFNs, and the first FFN of each kind by what to call it."""
-    architecture = get_architecture(family_name(model))
+    architecture = get_architecture(get_family_name(model))
     shapes: list[Shape] = []
     own: dict[str, nn.Module] = {}
     seen = set()
     converted = model.config.kernel_ffn_layers() if getattr(model.config, "kernel_ffn", None) else {}
-    for path in ffn_paths(model, architecture):
+    for path in find_ffn_paths(model, architecture):
         if path in converted:
             ffn = model.base_model.get_submodule(path)
             width, kind = int(ffn.units.abs().max()), (str(ffn.config.settings), ffn.config.prototypes)
             shapes.append(Shape(ffn.config.hidden_size, width, architecture.gated))
         else:
-            stock = stock_ffn(model, path)
-            ffn, weights = Stock(stock), stock_weights(model, stock)
+            stock = find_stock_ffn(model, path)
+            ffn, weights = Stock(stock), read_stock_weights(model, stock)
             kind = ("stock", len(weights.up))
             shapes.append(Shape(weights.up.shape[1], len(weights.up), weights.gate is not None))
         if kind not in seen:
@@ -428,19 +428,19 @@ def main(
         ("clock", clock, ("wall", "cpu")),
     ):
         for part in text.split(","):
-            one_of(name, part, choices)
+            require_one_of(name, part, choices)
     own = None
     if model is not None:
         shape, own = checkpoint_ffns(load_model(model, dtype, device, trust_remote_code), model)
         chosen = {model: shape}
     else:
         for part in shapes.split(","):
-            one_of("shape", part, SHAPES)
+            require_one_of("shape", part, SHAPES)
         chosen = {part: SHAPES[part] for part in shapes.split(",")}
     torch.set_num_threads(threads)
     found = benchmark(
         chosen, tokens=tokens, repeats=repeats, active=active, modes=tuple(modes.split(",")), phases=tuple(phases.split(",")),
-        dtype=torch_dtype(dtype), device=device, clock=clock, own=own, only=only, progress=lambda line: typer.echo(line, err=True),
+        dtype=get_torch_dtype(dtype), device=device, clock=clock, own=own, only=only, progress=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
     if json_file is not None:
         write_text(json_file, json.dumps(found, indent=1) + "\n")

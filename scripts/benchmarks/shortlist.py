@@ -97,10 +97,10 @@ def main(
 ) -> None:
     """Write the figures to OUT and print them."""
     from hf_kernel_ffn import KernelFFNConfig, convert
-    from hf_kernel_ffn.conversion.sampling import ffn_inputs
+    from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
     from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
-    from hf_kernel_ffn.text.packing import token_ids
+    from hf_kernel_ffn.text.packing import read_token_ids
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -109,11 +109,11 @@ def main(
     for entry, ratio in zip(random, times(rows, x, repeats, seed)):
         entry["time_over_scoring_all"] = ratio
     model, tokenizer = load_teacher(teacher), load_tokenizer(teacher)
-    train, test = (token_ids(tokenizer, [f"recipes/text/books-{name}.txt"], 128, 4096) for name in ("distil", "test"))
+    train, test = (read_token_ids(tokenizer, [f"recipes/text/books-{name}.txt"], 128, 4096) for name in ("distil", "test"))
     student, _ = convert(model, KernelFFNConfig(expansion=8), calibration_ids=train, calibration_tokens=4096)
     trained = []
     for path, ffn in student.kernel_ffns().items():
-        inputs = torch.cat(list(ffn_inputs(model, path, test)))
+        inputs = torch.cat(list(read_ffn_inputs(model, path, test)))
         trained.append(recall(ffn.input_prototypes.weight, ffn.input_prototypes.bias, inputs, kept, seed))
     means = [{key: sum(layer[i][key] for layer in trained) / len(trained) for key in trained[0][i]} for i in range(len(PROBED))]
     report = {

@@ -38,7 +38,7 @@ def main(
     from hf_kernel_ffn.gpu.measuring import interleaved, ratio
     from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
-    from hf_kernel_ffn.text.packing import token_ids
+    from hf_kernel_ffn.text.packing import read_token_ids
 
     torch.set_num_threads(1)
     found: dict = {"tokens": tokens, "text": text, "clock": clock, "torch": torch.__version__, "records": {}, "recipes": {}}
@@ -49,7 +49,7 @@ def main(
         [stage], data, length = recipe.stages, recipe.data, recipe.data.sequence_length
         teacher, tokenizer = load_teacher(recipe.teacher), load_tokenizer(recipe.teacher)
         start = student_of(recipe, teacher, tokenizer)
-        held_out = token_ids(tokenizer, [text], length, 16_384)
+        held_out = read_token_ids(tokenizer, [text], length, 16_384)
         report = {"KL": {"converted": evaluate_student(start, teacher, held_out)["kl"]}}
         batch = torch.stack(list(islice(PackedText(tokenizer, data, recipe.seed), stage.batch_size)))
 

@@ -116,10 +116,10 @@ def make_student(row: Row, recipe, teacher, tokenizer):
     """The student as it is before training."""
     from hf_kernel_ffn.conversion.convert import convert
     from hf_kernel_ffn.evaluation.baselines import teacher_as_student, transcoder_student
-    from hf_kernel_ffn.text.packing import token_ids
+    from hf_kernel_ffn.text.packing import read_token_ids
 
     data = recipe.data
-    ids = token_ids(tokenizer, data.sources, data.sequence_length, recipe.calibration_tokens, spread=True)
+    ids = read_token_ids(tokenizer, data.sources, data.sequence_length, recipe.calibration_tokens, spread=True)
     if row.kind == "teacher":
         return teacher_as_student(teacher, ids=ids, **row.settings)
     if row.kind == "transcoder":
@@ -203,16 +203,16 @@ def run(
 ) -> None:
     """Run the rows that OUT does not hold yet."""
     from hf_kernel_ffn.evaluation.probes import load_questions, multiple_choice
-    from hf_kernel_ffn.families.lookup import stock_ffns
-    from hf_kernel_ffn.families.registry import architecture_of
-    from hf_kernel_ffn.families.weights import stock_weights
+    from hf_kernel_ffn.families.lookup import find_stock_ffns
+    from hf_kernel_ffn.families.registry import get_architecture_of_model
+    from hf_kernel_ffn.families.weights import read_stock_weights
     from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
-    from hf_kernel_ffn.text.packing import token_ids
+    from hf_kernel_ffn.text.packing import read_token_ids
 
     model, tokenizer = load_teacher(teacher, device=device), load_tokenizer(teacher)
-    weights = stock_weights(model, next(iter(stock_ffns(model, architecture_of(model)).values())))
-    ids = token_ids(tokenizer, [test], 256, test_tokens)
+    weights = read_stock_weights(model, next(iter(find_stock_ffns(model, get_architecture_of_model(model)).values())))
+    ids = read_token_ids(tokenizer, [test], 256, test_tokens)
     questions = load_questions(cloze)[:QUESTIONS] if cloze else []
     teacher_cloze = multiple_choice(model, tokenizer, questions)["accuracy"] if questions else None
     out.mkdir(parents=True, exist_ok=True)
@@ -258,13 +258,13 @@ def show(out: Annotated[Path, typer.Argument(help="folder of reports that run ha
     """Write table.csv, table.md and frontier.png into OUT; print the Markdown."""
     import csv
 
-    from hf_kernel_ffn.storage.files import replacing, write_text
+    from hf_kernel_ffn.storage.files import replace_file, write_text
 
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
     if not found:
         sys.exit(f"error: found no reports in {out}, expected those of 'frontier.py run': run it first")
     found.sort(key=lambda row: (group(row), row["kl"]))
-    with replacing(out / "table.csv") as beside, beside.open("w", encoding="utf-8", newline="") as file:
+    with replace_file(out / "table.csv") as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)

@@ -47,11 +47,11 @@ def main(
     from hf_kernel_ffn.evaluation.locality import locality_report
     from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
-    from hf_kernel_ffn.text.packing import token_ids
+    from hf_kernel_ffn.text.packing import read_token_ids
 
     model, tokenizer = load_teacher(teacher), load_tokenizer(teacher)
-    calibration = token_ids(tokenizer, [train], 256, tokens, spread=True)
-    text = token_ids(tokenizer, [test], 128, tokens)
+    calibration = read_token_ids(tokenizer, [train], 256, tokens, spread=True)
+    text = read_token_ids(tokenizer, [test], 128, tokens)
     even = standardised(model, calibration)
     reports = {}
     for name, settings in SETTINGS.items():
@@ -75,11 +75,11 @@ def standardised(teacher, ids):
 
     import torch
 
-    from hf_kernel_ffn.conversion.sampling import ffn_inputs
-    from hf_kernel_ffn.families.hooks import on_input
-    from hf_kernel_ffn.families.lookup import stock_ffns
-    from hf_kernel_ffn.families.registry import architecture_of
-    from hf_kernel_ffn.families.weights import stock_weights
+    from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
+    from hf_kernel_ffn.families.hooks import watch_ffn_input
+    from hf_kernel_ffn.families.lookup import find_stock_ffns
+    from hf_kernel_ffn.families.registry import get_architecture_of_model
+    from hf_kernel_ffn.families.weights import read_stock_weights
 
     model, made = copy.deepcopy(teacher), {}
     before, after = {}, []
@@ -88,16 +88,18 @@ def standardised(teacher, ids):
         for module in model.modules()
         if "Norm" in type(module).__name__
     ]
-    ffns = stock_ffns(model, architecture_of(model))
+    ffns = find_stock_ffns(model, get_architecture_of_model(model))
     for path in ffns:
-        hooks.append(on_input(model.base_model, path, lambda x, path=path: before.__setitem__(path, made[x.data_ptr()][0])))
+        hooks.append(
+            watch_ffn_input(model.base_model, path, lambda x, path=path: before.__setitem__(path, made[x.data_ptr()][0]))
+        )
     with torch.no_grad():
         after.append(model(ids[:1]).logits)
         for hook in hooks:
             hook.remove()
         for path, ffn in ffns.items():
-            norm, weights = before[path], stock_weights(model, ffn)
-            x = torch.cat(list(ffn_inputs(model, path, ids))).float()
+            norm, weights = before[path], read_stock_weights(model, ffn)
+            x = torch.cat(list(read_ffn_inputs(model, path, ids))).float()
             scale, centre = x.std(0), x.mean(0)
             for rows, bias in ((weights.up, weights.up_bias), (weights.gate, weights.gate_bias)):
                 if rows is None:
@@ -119,14 +121,14 @@ def at_clusters(student, teacher, ids, seed: int) -> list[float]:
     import torch
     from scipy.cluster.vq import kmeans2
 
-    from hf_kernel_ffn.conversion.ridge import calibrate
-    from hf_kernel_ffn.conversion.sampling import ffn_inputs, fit_sample, fitted_and_held
-    from hf_kernel_ffn.families.lookup import stock_ffn
+    from hf_kernel_ffn.conversion.ridge import calibrate_ffn
+    from hf_kernel_ffn.conversion.sampling import read_ffn_inputs, read_fit_sample, split_fitted_and_held
+    from hf_kernel_ffn.families.lookup import find_stock_ffn
 
     fvus = []
     for path, ffn in student.kernel_ffns().items():
-        stock = stock_ffn(teacher, path)
-        fitted, held = (torch.cat(list(ffn_inputs(teacher, path, some))).float() for some in fitted_and_held(ids))
+        stock = find_stock_ffn(teacher, path)
+        fitted, held = (torch.cat(list(read_ffn_inputs(teacher, path, some))).float() for some in split_fitted_and_held(ids))
         rows, nearest = kmeans2(fitted.numpy(), ffn.config.prototypes, minit="points", rng=seed)
         with torch.no_grad():
             rows, member = (
@@ -139,8 +141,8 @@ def at_clusters(student, teacher, ids, seed: int) -> list[float]:
                 ffn.input_prototypes.bias.copy_(-(rows @ fitted.mean(0)))
             ffn.output_prototypes.weight.copy_((outputs - outputs.mean(0)).T @ member / member.sum(0).clamp_min(1))
             ffn.output_prototypes.bias.copy_(outputs.mean(0))
-            sample = fit_sample(teacher, path, ids)
-            fvus.append(calibrate(ffn, stock, sample, [fitted], [held], ffn.config.settings.temperature)["fvu"])
+            sample = read_fit_sample(teacher, path, ids)
+            fvus.append(calibrate_ffn(ffn, stock, sample, [fitted], [held], ffn.config.settings.temperature)["fvu"])
     return fvus
 
 

@@ -40,11 +40,11 @@ def main(
     from hf_kernel_ffn.reading.support import scrambled, separations
     from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.storage.loading import load_student, load_teacher, load_tokenizer
-    from hf_kernel_ffn.text.packing import token_ids
+    from hf_kernel_ffn.text.packing import read_token_ids
 
     tokenizer, stock, converted = load_tokenizer(teacher), load_teacher(teacher), load_student(student)
-    ordinary = token_ids(tokenizer, [train], 256, 32_768, spread=True)
-    ids = token_ids(tokenizer, [test], 256, 16_384)
+    ordinary = read_token_ids(tokenizer, [train], 256, 32_768, spread=True)
+    ids = read_token_ids(tokenizer, [test], 256, 16_384)
     other = torch.tensor(tokenizer(code.read_text(encoding="utf-8"))["input_ids"])
     other = other[: len(other) // 256 * 256].view(-1, 256)
     top_k = next(iter(converted.kernel_ffns().values())).config.settings.top_k

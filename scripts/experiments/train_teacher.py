@@ -32,8 +32,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from hf_kernel_ffn.text.inputs import arguments
-from hf_kernel_ffn.text.prediction import answered, masked
+from hf_kernel_ffn.text.inputs import make_forward_arguments
+from hf_kernel_ffn.text.prediction import logits_with_answers, mask_tokens
 
 VOCAB_SIZE = 4096
 SEQUENCE_LENGTH = 256
@@ -175,9 +175,11 @@ def main(
         if family == "bert" and step in (0, round(CAUSAL_SHARE * steps)):
             look_back_only(model, step == 0)
         looks_both_ways = family == "bert" and not model.config.is_decoder
-        asked: Any = masked(batch, tok.mask_token_id, seed + step, MASKED_SHARE) if looks_both_ways else batch
+        asked: Any = mask_tokens(batch, tok.mask_token_id, seed + step, MASKED_SHARE) if looks_both_ways else batch
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden, answers = answered(body(**arguments(model.base_model, asked)).last_hidden_state, asked)
+            hidden, answers = logits_with_answers(
+                body(**make_forward_arguments(model.base_model, asked)).last_hidden_state, asked
+            )
             logits = head(hidden)
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), answers.flatten())
         loss.backward()

@@ -45,7 +45,7 @@ def main(
     from hf_kernel_ffn.evaluation.report import evaluate_student
     from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
-    from hf_kernel_ffn.text.packing import token_ids
+    from hf_kernel_ffn.text.packing import read_token_ids
 
     lines = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
     for name in recipes:
@@ -57,7 +57,7 @@ def main(
             if not file.exists():
                 typer.echo(f"{name}: {make.__name__}", err=True)
                 teacher, tokenizer = load_teacher(recipe.teacher), load_tokenizer(recipe.teacher)
-                ids = token_ids(tokenizer, [text], recipe.data.sequence_length, max_tokens)
+                ids = read_token_ids(tokenizer, [text], recipe.data.sequence_length, max_tokens)
                 student = make(recipe, teacher, tokenizer)
                 ffns = student.kernel_ffns().values()
                 about = {

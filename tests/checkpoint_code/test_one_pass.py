@@ -15,7 +15,7 @@ from hf_kernel_ffn import KernelFFNConfig, convert
 from hf_kernel_ffn.checkpoint_code import ffn as ffn_module
 from hf_kernel_ffn.checkpoint_code import one_pass
 from hf_kernel_ffn.checkpoint_code.one_pass import yat_mixture
-from hf_kernel_ffn.storage.exporting import apply, export
+from hf_kernel_ffn.storage.exporting import apply_surgery, export_surgery
 
 dense = pytest.mark.parametrize(
     "settings",
@@ -187,9 +187,9 @@ def test_a_model_that_has_decoded_is_saved_as_before(llama, ids, tmp_path):
     student.generate(ids[:1, :4], max_new_tokens=4, do_sample=False)
     assert all(ffn.output_prototypes.weight.T.is_contiguous() for ffn in student.kernel_ffns().values())
     student.save_pretrained(tmp_path / "after")
-    export(student, tmp_path / "after.safetensors")
+    export_surgery(student, tmp_path / "after.safetensors")
     assert (tmp_path / "before" / "model.safetensors").read_bytes() == (tmp_path / "after" / "model.safetensors").read_bytes()
-    again = apply(tmp_path / "after.safetensors", llama)
+    again = apply_surgery(tmp_path / "after.safetensors", llama)
     assert all(torch.equal(p, student.state_dict()[name]) for name, p in again.state_dict().items())
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_kernel_ffn.checkpoint_code.simplex import SIMPLEX_MAPS, shares
+from hf_kernel_ffn.checkpoint_code.simplex import SIMPLEX_MAPS, compute_shares
 
 MAPS = ("softmax", "sparsemax", "entmax-1.5", "top-k", "threshold")
 K = 3
@@ -19,7 +19,7 @@ K = 3
 def run(name, log_kernel, temperature=1.0, top_k=K):
     """Shares as a float64 numpy array."""
     log_kernel = torch.as_tensor(np.array(log_kernel), dtype=torch.float64)
-    return shares(name, log_kernel, temperature, top_k if name == "top-k" else None).numpy()
+    return compute_shares(name, log_kernel, temperature, top_k if name == "top-k" else None).numpy()
 
 
 # Multiples of 1/8: differences are exact and no two scores are nearly equal. None: a unit that does not fire.
@@ -40,7 +40,7 @@ def test_every_map_is_tested():
 def test_agrees_with_the_entmax_package(name, theirs, spread):
     z = spread * torch.randn(40, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mine, other = z.clone().requires_grad_(), z.clone().requires_grad_()
-    pi, expected = shares(name, mine, 0.7), theirs(other / 0.7, -1)
+    pi, expected = compute_shares(name, mine, 0.7), theirs(other / 0.7, -1)
     torch.testing.assert_close(pi, expected, rtol=0, atol=1e-12)
     direction = torch.randn(40, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (pi * direction).sum().backward()
@@ -61,7 +61,7 @@ def test_agrees_with_bisection(name, log_kernel, temperature):
 @pytest.mark.parametrize("size", [700, 5000])
 def test_float32_rows_as_wide_as_an_ffn(name, size):
     log_kernel = torch.randn(4, size, generator=torch.Generator().manual_seed(0))
-    pi = shares(name, log_kernel, 0.2, K if name == "top-k" else None)
+    pi = compute_shares(name, log_kernel, 0.2, K if name == "top-k" else None)
     assert pi.dtype == torch.float32
     np.testing.assert_allclose(pi.numpy(), [reference.shares_of_logs(name, r.tolist(), 0.2, K) for r in log_kernel], atol=1e-5)
 
@@ -75,7 +75,7 @@ def test_gradients(name, temperature):
     tau = torch.tensor([temperature], dtype=torch.float64, requires_grad=True)
 
     def function(z, tau):
-        return shares(name, z.masked_fill(silent, -math.inf), tau, K if name == "top-k" else None)
+        return compute_shares(name, z.masked_fill(silent, -math.inf), tau, K if name == "top-k" else None)
 
     assert torch.autograd.gradcheck(function, (z, tau))
 
@@ -135,7 +135,7 @@ def test_nothing_fires(name, dtype, size):
     log_kernel[1, 0] = 2.0  # a neighbour that fires must not hide it
     log_kernel.requires_grad_()
     tau = torch.ones(1, dtype=dtype, requires_grad=True)
-    pi = shares(name, log_kernel, tau, K if name == "top-k" else None)
+    pi = compute_shares(name, log_kernel, tau, K if name == "top-k" else None)
     assert (pi[0] == 0).all()
     assert pi[1, 0] == 1
     (pi * torch.linspace(1, 2, size, dtype=dtype)).sum().backward()

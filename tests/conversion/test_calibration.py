@@ -11,9 +11,9 @@ from hf_kernel_ffn import KernelFFNConfig, convert
 from hf_kernel_ffn.conversion import convert as surgery
 from hf_kernel_ffn.conversion import ridge as calibration
 from hf_kernel_ffn.conversion.ridge import Moments
-from hf_kernel_ffn.conversion.sampling import ffn_inputs, fit_sample, fitted_and_held
-from hf_kernel_ffn.families.lookup import ffn_paths
-from hf_kernel_ffn.families.registry import architecture_of
+from hf_kernel_ffn.conversion.sampling import read_ffn_inputs, read_fit_sample, split_fitted_and_held
+from hf_kernel_ffn.families.lookup import find_ffn_paths
+from hf_kernel_ffn.families.registry import get_architecture_of_model
 
 LOUD_AND_WRONG = KernelFFNConfig(kernel="imq", simplex="top-k", top_k=1, intensity="none")
 
@@ -25,7 +25,7 @@ def text(ids):
 
 
 def read(model, path, ids):
-    return torch.cat(list(ffn_inputs(model, path, ids)))
+    return torch.cat(list(read_ffn_inputs(model, path, ids)))
 
 
 def unexplained(ffn, teacher, inputs):
@@ -35,7 +35,7 @@ def unexplained(ffn, teacher, inputs):
 
 
 def test_inputs_are_those_of_a_full_forward_pass_and_nothing_beyond_is_computed(teacher, text):
-    path, other = ffn_paths(teacher, architecture_of(teacher))[1:]
+    path, other = find_ffn_paths(teacher, get_architecture_of_model(teacher))[1:]
     expected, beyond = [], []
     ffn = teacher.base_model.get_submodule(path)
     hook = ffn.register_forward_pre_hook(lambda module, args: expected.append(args[0].flatten(0, -2)))
@@ -55,7 +55,7 @@ def test_a_layer_is_calibrated_on_what_the_student_feeds_it(teacher, text):
     student, report = convert(teacher, per_layer, calibration_ids=text)
     _, path = report.layers
     mine, stock = (model.base_model.get_submodule(path) for model in (student, teacher))
-    held = fitted_and_held(text)[1]
+    held = split_fitted_and_held(text)[1]
     seen, seen_by_teacher = read(student, path, held), read(teacher, path, held)
     assert (seen - seen_by_teacher).norm() > 0.1 * seen.norm()
     assert report.layers[path]["fvu"] == pytest.approx(unexplained(mine, stock, seen), rel=1e-3)
@@ -69,7 +69,7 @@ def test_a_conversion_that_fails_leaves_the_teacher_as_it_was(teacher, text, mon
     def calibrate(*args):
         if done:
             raise KeyboardInterrupt
-        done.append(calibration.calibrate(*args))
+        done.append(calibration.calibrate_ffn(*args))
         return done[0]
 
     monkeypatch.setattr(surgery, "calibrate", calibrate)
@@ -110,7 +110,7 @@ def test_batches_make_no_difference(llama, text, monkeypatch):
 @pytest.mark.parametrize("rows, length", [(32, 32), (5, 8), (4, 3), (2, 10), (1, 4096), (1, 4), (1, 2)])
 def test_a_quarter_of_the_text_is_held_out(rows, length):
     ids = torch.arange(rows * length).view(rows, length)
-    fitted, held = fitted_and_held(ids)
+    fitted, held = split_fitted_and_held(ids)
     if ids.numel() >= 4:
         assert not set(fitted.flatten().tolist()) & set(held.flatten().tolist())
         assert len(fitted) >= 0.6 * len(ids) and held.numel() >= 0.2 * ids.numel()
@@ -121,7 +121,7 @@ def test_the_sample_is_spread_over_the_text(llama, text, monkeypatch):
     monkeypatch.setattr(calibration, "FIT_ROWS", 8)
     path = "layers.1.mlp"
     rows = [0, 4, 8, 13, 17, 22, 26, 31]  # odd and even ones, since a teacher's own text begins differently in them
-    torch.testing.assert_close(fit_sample(llama, path, text), read(llama, path, text[rows])[::4])
+    torch.testing.assert_close(read_fit_sample(llama, path, text), read(llama, path, text[rows])[::4])
 
 
 def _sum_of_shares(rank, file, folder):
@@ -129,7 +129,7 @@ def _sum_of_shares(rank, file, folder):
     torch.set_num_threads(1)
     given = torch.load(folder / "given.pt", weights_only=False)
     moments = Moments(3, 2, torch.device("cpu"))
-    for batch in fitted_and_held(given["ids"])[0]:  # by row, each a batch of tokens
+    for batch in split_fitted_and_held(given["ids"])[0]:  # by row, each a batch of tokens
         moments.add(given["coefficients"][batch], given["outputs"][batch])
     moments.all_reduce()
     converted = {
@@ -153,7 +153,7 @@ def test_two_processes_find_what_one_finds(llama, text, tmp_path):
     (sums, found), (sums_again, found_again) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
 
     moments = Moments(3, 2, torch.device("cpu"))
-    fitted = fitted_and_held(rows)[0].flatten()
+    fitted = split_fitted_and_held(rows)[0].flatten()
     moments.add(coefficients[fitted], outputs[fitted])
     for name, value in vars(moments).items():
         torch.testing.assert_close(sums[name], value, rtol=1e-5, atol=1e-5)

@@ -8,9 +8,9 @@ import transformers
 from torch import nn
 
 from hf_kernel_ffn import InputError, KernelFFN, KernelFFNConfig, convert, restore
-from hf_kernel_ffn.families.lookup import ffn_paths
-from hf_kernel_ffn.families.registry import architecture_of
-from hf_kernel_ffn.families.weights import ffn_weights, teacher_readout
+from hf_kernel_ffn.families.lookup import find_ffn_paths
+from hf_kernel_ffn.families.registry import get_architecture_of_model
+from hf_kernel_ffn.families.weights import read_ffn_weights, read_teacher_readout
 
 OWN_TOKENS = {"calibration_tokens": 256}
 
@@ -59,7 +59,7 @@ def test_teacher_stays_as_it_is(teacher, ids):
 def test_every_ffn_is_replaced_and_the_rest_is_the_teachers_own_memory(teacher, run, ids):
     student, report = run(teacher)
     converted = student.kernel_ffns()
-    assert list(converted) == list(report.layers) == ffn_paths(teacher, architecture_of(teacher))
+    assert list(converted) == list(report.layers) == find_ffn_paths(teacher, get_architecture_of_model(teacher))
     assert len(ffns(student)) == 3
     mine = {n: p for n, p in student.named_parameters() if ".mlp." not in n}
     other = {n: p for n, p in teacher.named_parameters() if ".mlp." not in n}
@@ -116,7 +116,7 @@ def test_restore_refuses_what_does_not_belong_together(llama, gpt2, run, make_te
 @pytest.mark.parametrize("layers, chosen", [("1", [1]), ("0,2", [0, 2]), ("1-2", [1, 2]), ([2, 0], [0, 2]), (None, [0, 1, 2])])
 def test_any_subset_of_layers(teacher, run, layers, chosen):
     student, report = run(teacher, layers=layers)
-    paths = ffn_paths(teacher, architecture_of(teacher))
+    paths = find_ffn_paths(teacher, get_architecture_of_model(teacher))
     assert list(student.kernel_ffns()) == list(report.layers) == [paths[i] for i in chosen]
     for i, path in enumerate(paths):
         mine, other = (model.base_model.get_submodule(path) for model in (student, teacher))
@@ -302,12 +302,12 @@ def test_polarised_prototype_counts(llama, run, expansion, prototypes):
 
 def test_a_teachers_own_record_sums_to_its_output(teacher):
     model = copy.deepcopy(teacher).double()
-    architecture = architecture_of(model)
+    architecture = get_architecture_of_model(model)
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for path in ffn_paths(model, architecture):
+    for path in find_ffn_paths(model, architecture):
         ffn = model.base_model.get_submodule(path)
         with torch.no_grad():
-            record = teacher_readout(ffn_weights(ffn, architecture, model.config, path), x)
+            record = read_teacher_readout(read_ffn_weights(ffn, architecture, model.config, path), x)
             torch.testing.assert_close(record.output(), ffn(x), rtol=1e-11, atol=1e-12)
         assert record.coefficients.shape == (2, 5, 48)
         assert record.dictionary.shape == (48, 32)

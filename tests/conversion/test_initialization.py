@@ -8,12 +8,12 @@ from teachers import RECIPES
 
 from hf_kernel_ffn import KernelFFNConfig, convert
 from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
-from hf_kernel_ffn.checkpoint_code.settings import with_defaults
-from hf_kernel_ffn.conversion.initialization import prototypes
-from hf_kernel_ffn.conversion.sampling import ffn_inputs
-from hf_kernel_ffn.families.lookup import ffn_paths
-from hf_kernel_ffn.families.registry import architecture_of
-from hf_kernel_ffn.families.weights import ffn_weights
+from hf_kernel_ffn.checkpoint_code.settings import resolve_defaults
+from hf_kernel_ffn.conversion.initialization import initialise_prototypes
+from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
+from hf_kernel_ffn.families.lookup import find_ffn_paths
+from hf_kernel_ffn.families.registry import get_architecture_of_model
+from hf_kernel_ffn.families.weights import read_ffn_weights
 from hf_kernel_ffn.storage.loading import import_kernel
 
 
@@ -23,18 +23,18 @@ def layer(request, ids):
 
     def get(family):
         teacher = request.getfixturevalue(family)
-        architecture = architecture_of(teacher)
-        path = ffn_paths(teacher, architecture)[1]
-        weights = ffn_weights(teacher.base_model.get_submodule(path), architecture, teacher.config, path)
-        return weights, torch.cat(list(ffn_inputs(teacher, path, ids)))
+        architecture = get_architecture_of_model(teacher)
+        path = find_ffn_paths(teacher, architecture)[1]
+        weights = read_ffn_weights(teacher.base_model.get_submodule(path), architecture, teacher.config, path)
+        return weights, torch.cat(list(read_ffn_inputs(teacher, path, ids)))
 
     return get
 
 
 def start(weights, inputs, **settings):
     """Starting prototypes, and their kernel at the inputs."""
-    settings = with_defaults(KernelFFNConfig(**settings), weights.gate is not None)
-    found, kernel = prototypes(weights, settings, inputs), get_kernel(settings.kernel)
+    settings = resolve_defaults(KernelFFNConfig(**settings), weights.gate is not None)
+    found, kernel = initialise_prototypes(weights, settings, inputs), get_kernel(settings.kernel)
     parameters = {name: torch.tensor(value) for name, value in found.parameters.items()}
     return found, kernel.value(inputs @ found.rows.T + found.bias, torch.cdist(inputs, found.rows) ** 2, **parameters)
 

@@ -14,11 +14,11 @@ from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.conversion import streaming
 from hf_kernel_ffn.conversion.streaming import convert_streamed
 from hf_kernel_ffn.conversion.tensor_files import Writer
-from hf_kernel_ffn.families.task_classes import stock_heads
+from hf_kernel_ffn.families.task_classes import get_stock_heads
 from hf_kernel_ffn.storage.checkpoint import save_converted
 from hf_kernel_ffn.storage.files import new_folder
 from hf_kernel_ffn.storage.loading import load_student, load_teacher
-from hf_kernel_ffn.storage.verification import verify
+from hf_kernel_ffn.storage.verification import verify_folder
 
 IDS = torch.randint(3, 300, (12, 32), generator=torch.Generator().manual_seed(0))
 FAMILIES = {
@@ -83,14 +83,14 @@ def test_the_same_bytes_as_in_memory(stored, family, settings, layers, calibrate
     options = dict(calibration_ids=IDS, calibration_tokens=384) if calibrated else dict(calibration_tokens=0)
     expected, found = both(source, tmp_path, KernelFFNConfig(**settings), layers, **options)
     check_equal(expected, found)
-    assert all(finding.good for finding in verify(tmp_path / "streamed"))
+    assert all(finding.good for finding in verify_folder(tmp_path / "streamed"))
     assert {"checksums.json", "README.md", "tokenizer.json", "conversion.json", f"modeling_kernel_{family}.py"} <= found.keys()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted({*tiny_families.FAMILIES} - {*FAMILIES} - {*REFUSED, "clip_vision_model", "whisper"}))
 def test_the_same_bytes_in_every_other_family(stored, family, tmp_path):
-    auto = next(auto for auto in tiny_families.HEADS if auto in stock_heads(family))
+    auto = next(auto for auto in tiny_families.HEADS if auto in get_stock_heads(family))
     check_equal(*both(stored(family, auto), tmp_path, calibration_ids=IDS, calibration_tokens=384))
 
 
@@ -112,7 +112,7 @@ def test_experts_in_the_names_that_they_have_on_the_hub(stored):
     "family, auto", [*REFUSED.items(), ("bart", "AutoModelForSeq2SeqLM"), ("clip_vision_model", "AutoModel")]
 )
 def test_models_that_are_not_one_stack_of_blocks_are_refused(stored, family, auto, tmp_path):
-    assert auto in stock_heads(family)
+    assert auto in get_stock_heads(family)
     with pytest.raises(InputError, match="found a .*, expected one stack of blocks"):
         convert_streamed(str(stored(family, auto)), tmp_path / "out", calibration_tokens=0)
     assert not (tmp_path / "out").exists()
@@ -200,7 +200,7 @@ def test_the_index_of_a_sharded_output_names_every_tensor(stored, tmp_path, monk
     convert_streamed(str(stored("llama")), tmp_path / "out", calibration_tokens=0)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2 and not (tmp_path / "out" / "model.safetensors").exists()
-    assert all(finding.good for finding in verify(tmp_path / "out"))
+    assert all(finding.good for finding in verify_folder(tmp_path / "out"))
     assert load_student(str(tmp_path / "out")) is not None
 
 

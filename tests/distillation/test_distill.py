@@ -32,7 +32,7 @@ from hf_kernel_ffn.distillation import state as state_module
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES, layer_wise, logits
 from hf_kernel_ffn.distillation.recipe import Data, Stage
 from hf_kernel_ffn.distillation.trainer import PackedText
-from hf_kernel_ffn.text.packing import blocks, token_ids
+from hf_kernel_ffn.text.packing import pack_blocks, read_token_ids
 
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.5}
 
@@ -114,7 +114,7 @@ def objectives(monkeypatch):
 
 def test_every_sequence_is_read_once_per_pass_in_another_order(short_text, tokenizer):
     data = Data(train=str(short_text), sequence_length=32, shuffle_buffer=16)
-    text = [tuple(block.tolist()) for block in blocks(tokenizer, [str(short_text)], 32)]
+    text = [tuple(block.tolist()) for block in pack_blocks(tokenizer, [str(short_text)], 32)]
     read = [tuple(block.tolist()) for block in islice(PackedText(tokenizer, data, seed=0), 2 * len(text))]
     first, second = read[: len(text)], read[len(text) :]
     assert Counter(first) == Counter(second) == Counter(text)
@@ -127,7 +127,7 @@ def test_every_sequence_is_read_once_per_pass_in_another_order(short_text, token
 
 def test_a_buffer_of_one_keeps_the_order(short_text, tokenizer):
     data = Data(train=[str(short_text)], sequence_length=32, shuffle_buffer=1)
-    for block, read in zip(blocks(tokenizer, [str(short_text)], 32), PackedText(tokenizer, data, seed=0)):
+    for block, read in zip(pack_blocks(tokenizer, [str(short_text)], 32), PackedText(tokenizer, data, seed=0)):
         assert torch.equal(block, read)
 
 
@@ -240,7 +240,7 @@ def test_a_trained_teacher_is_approached_on_every_layer(tmp_path, tokenizer, ids
     run(Recipe(**common, stages=[layer_wise], student=str(start), output_dir=str(middle)))
     run(Recipe(**common, stages=[logits], student=str(middle), output_dir=str(end)))
     assert {path.name: path.read_bytes() for path in shipped.iterdir()} == before
-    held_out = token_ids(tokenizer, [str(text / "books-test.txt")], 128, 1024)
+    held_out = read_token_ids(tokenizer, [str(text / "books-test.txt")], 128, 1024)
     teacher = AutoModelForCausalLM.from_pretrained(shipped, dtype=torch.float32)
     reports = [evaluate_student(load(folder), teacher, held_out) for folder in (start, middle, end)]
     for earlier, later in zip(reports[0]["layers"], reports[1]["layers"]):
@@ -378,7 +378,7 @@ def test_the_same_recipe_gives_the_same_weights(finished, recipe, tmp_path):
 def test_a_student_goes_on_from_its_folder(recipe, student_folder, teacher_folder, tmp_path, text_file, tokenizer):
     longer = {**LAYER_WISE, "tokens": 2560}
     out = run(recipe(tmp_path / "out", "student", stages=[longer]))
-    text = token_ids(tokenizer, [str(text_file)], 32, 1024)
+    text = read_token_ids(tokenizer, [str(text_file)], 32, 1024)
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder("llama"), dtype=torch.float32)
     before, after = (evaluate_student(load(folder), teacher, text) for folder in (student_folder, out))
     for earlier, later in zip(before["layers"], after["layers"]):

@@ -20,11 +20,11 @@ from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.cli import app as cli
 from hf_kernel_ffn.distillation import Recipe, distill, load_recipe, recording
 from hf_kernel_ffn.distillation import trainer as training
-from hf_kernel_ffn.distillation.objectives import OBJECTIVES, kl, lumped
+from hf_kernel_ffn.distillation.objectives import OBJECTIVES, kl, top_and_rest_log_probs
 from hf_kernel_ffn.distillation.recording import record
 from hf_kernel_ffn.distillation.teacher_signal import Record
 from hf_kernel_ffn.distillation.trainer import train
-from hf_kernel_ffn.text.packing import blocks, token_ids
+from hf_kernel_ffn.text.packing import pack_blocks, read_token_ids
 
 SHIPPED, TEXT = RECIPES / "teachers" / "llama", RECIPES / "text"
 VOCABULARY = 4096
@@ -50,7 +50,7 @@ def stock():
 def student_folder(stock, tokenizer, tmp_path_factory):
     """A conversion that has much to learn, of a gated FFN without its pairs; smooth, so that roundings stay what they are."""
     folder = tmp_path_factory.mktemp("student")
-    ids = token_ids(tokenizer, [str(TEXT / "books-distil.txt")], 128, 512)
+    ids = read_token_ids(tokenizer, [str(TEXT / "books-distil.txt")], 128, 512)
     convert(stock, KernelFFNConfig(init="single"), calibration_ids=ids, calibration_tokens=512)[0].save_pretrained(folder)
     return folder
 
@@ -133,7 +133,7 @@ def full(student, teacher):
 @given(distributions())
 def test_the_lumped_divergence_is_a_lower_bound(drawn):
     student, teacher, top = drawn
-    found, bound = kl(lumped(student, top), lumped(teacher, top)), full(student, teacher)
+    found, bound = kl(top_and_rest_log_probs(student, top), top_and_rest_log_probs(teacher, top)), full(student, teacher)
     assert (found <= bound + 1e-12 * (1 + bound)).all() and (found >= -1e-12).all()
     if top.shape[-1] >= student.shape[-1] - 1:  # nothing is lumped
         torch.testing.assert_close(found, bound, rtol=1e-10, atol=1e-12)
@@ -143,7 +143,7 @@ def test_the_lumped_divergence_is_a_lower_bound(drawn):
 def test_the_lumped_divergence_has_the_gradient_of_its_formula(drawn):
     student, teacher, top = drawn
     k, vocabulary = top.shape[-1], student.shape[-1]
-    [mine] = torch.autograd.grad(kl(lumped(student, top), lumped(teacher, top)).sum(), student)
+    [mine] = torch.autograd.grad(kl(top_and_rest_log_probs(student, top), top_and_rest_log_probs(teacher, top)).sum(), student)
     p, q = (logits.softmax(-1).gather(-1, top) for logits in (teacher, student))
     naive = (p * (p / q).log()).sum(-1)
     if k < vocabulary:
@@ -157,7 +157,7 @@ def test_the_lumped_divergence_has_the_gradient_of_its_formula(drawn):
 def test_what_is_left_of_a_sure_prediction_is_not_rounded_away():
     """Two tokens of a probability below float32's step at 1, of which one is recorded."""
     logits = torch.tensor([[0.0, -30.0, -31.0]], requires_grad=True)
-    found = lumped(logits, torch.tensor([[0, 1]]))
+    found = top_and_rest_log_probs(logits, torch.tensor([[0, 1]]))
     torch.testing.assert_close(found, torch.tensor([[0.0, -30.0, -31.0]]))
     found[0, 2].backward()
     torch.testing.assert_close(logits.grad, torch.tensor([[-1.0, 0.0, 1.0]]))
@@ -227,7 +227,7 @@ def test_the_command_states_the_size(recipe, short_text, tokenizer, capsys, tmp_
     cli.app(["record", str(file), str(tmp_path / "record"), "stages.0.tokens=3200", "--top-k", "3"], standalone_mode=False)
     printed = capsys.readouterr().out
     assert "at most 100 sequences of 32 tokens, 32 bytes per token" in printed and "0.1 MiB in all" in printed
-    count = len(list(blocks(tokenizer, [str(short_text)], 32)))
+    count = len(list(pack_blocks(tokenizer, [str(short_text)], 32)))
     assert (
         "the recorded tokens hold" in printed
         and f"{count} sequences, none twice" in printed
@@ -280,7 +280,7 @@ def test_64_tokens_of_4096_teach_nearly_as_much(recipe, student_folder, stock, t
     data = {"train": str(TEXT / "books-distil.txt"), "sequence_length": 64, "shuffle_buffer": 64}
     stage = {"tokens": 8192, "batch_size": 8, "learning_rate": 0.01}
     quietly(recipe("nowhere", stage, data=data), tmp_path / "record", 64)
-    held_out = token_ids(tokenizer, [str(TEXT / "books-test.txt")], 64, 2048)
+    held_out = read_token_ids(tokenizer, [str(TEXT / "books-test.txt")], 64, 2048)
 
     def divergence(student):
         with torch.no_grad():

@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 
 from hf_kernel_ffn import KernelFFN, KernelFFNConfig, convert, evaluate_student
 from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
-from hf_kernel_ffn.conversion.sampling import ffn_inputs
+from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES
 from hf_kernel_ffn.distillation.recipe import Stage
 from hf_kernel_ffn.distillation.thresholds import Watch
 from hf_kernel_ffn.distillation.trainer import train
-from hf_kernel_ffn.families.registry import architecture_of
-from hf_kernel_ffn.families.weights import ffn_weights
-from hf_kernel_ffn.text.packing import token_ids
+from hf_kernel_ffn.families.registry import get_architecture_of_model
+from hf_kernel_ffn.families.weights import read_ffn_weights
+from hf_kernel_ffn.text.packing import read_token_ids
 
 TOP_K = 6
 SPARSE = {"simplex": "threshold", "top_k": TOP_K}
@@ -65,7 +65,7 @@ def active(ffn, x):
 
 def layers_and_inputs(student, reader, ids):
     """Path, FFN and its inputs (tokens, hidden_size) when ``reader`` reads ``ids``, for each layer of ``student``."""
-    return [(path, ffn, torch.cat(list(ffn_inputs(reader, path, ids)))) for path, ffn in student.kernel_ffns().items()]
+    return [(path, ffn, torch.cat(list(read_ffn_inputs(reader, path, ids)))) for path, ffn in student.kernel_ffns().items()]
 
 
 # thresholds
@@ -258,7 +258,7 @@ def test_nothing_is_charged_where_nothing_is_asked():
 def pair(make_teacher, tokenizer, text_file):
     """A tiny Llama with the shipped vocabulary, and makers of a sparse student and of a recipe in memory for it."""
     teacher = make_teacher("llama", vocab_size=4096)
-    ids = token_ids(tokenizer, [str(text_file)], 32, 1024, spread=True)
+    ids = read_token_ids(tokenizer, [str(text_file)], 32, 1024, spread=True)
 
     def student(**settings):
         settings = KernelFFNConfig(**{**SPARSE, **settings})
@@ -283,7 +283,7 @@ def trained(pair, tokenizer, text_file):
             longer = {**LAYER_WISE, "tokens": 60 * 128, "batch_size": 4, "learning_rate": 0.02}
             longer |= {"write_mass": write_mass}
             train(recipe(longer), tokenizer, teacher, made[write_mass])
-        ids = token_ids(tokenizer, [str(text_file)], 64, 2048)
+        ids = read_token_ids(tokenizer, [str(text_file)], 64, 2048)
         return layers_and_inputs(made[write_mass], teacher, ids)
 
     return get
@@ -401,7 +401,9 @@ def test_dead_prototypes_fire_on_no_token(llama, ids):
     for path, ffn, x in layers_and_inputs(student, teacher, ids):
         never = ~(ffn.coefficients(x) != 0).any(0)
         assert layers[path]["dead_prototypes"] == never.sum()
-        weights = ffn_weights(teacher.base_model.get_submodule(path), architecture_of(teacher), teacher.config, path)
+        weights = read_ffn_weights(
+            teacher.base_model.get_submodule(path), get_architecture_of_model(teacher), teacher.config, path
+        )
         assert layers[path]["teacher"]["dead_prototypes"] == (~(weights.coefficients(x) != 0).any(0)).sum()
     assert layers["layers.1.mlp"]["dead_prototypes"] >= 5
     assert (

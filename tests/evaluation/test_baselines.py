@@ -6,23 +6,23 @@ import pytest
 import torch
 
 from hf_kernel_ffn import InputError, evaluate_student
-from hf_kernel_ffn.conversion.sampling import ffn_inputs
+from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation.trainer import train
 from hf_kernel_ffn.evaluation.baselines import TeacherFFN, Transcoder, teacher_as_student, transcoder_student
-from hf_kernel_ffn.families.lookup import ffn_paths
-from hf_kernel_ffn.families.registry import architecture_of
-from hf_kernel_ffn.families.weights import ffn_weights
+from hf_kernel_ffn.families.lookup import find_ffn_paths
+from hf_kernel_ffn.families.registry import get_architecture_of_model
+from hf_kernel_ffn.families.weights import read_ffn_weights
 
 TOP_K = 7
 
 
 def stock_layer(teacher):
     """The middle FFN of ``teacher``, and its weights."""
-    architecture = architecture_of(teacher)
-    path = ffn_paths(teacher, architecture)[1]
+    architecture = get_architecture_of_model(teacher)
+    path = find_ffn_paths(teacher, architecture)[1]
     ffn = teacher.base_model.get_submodule(path)
-    return ffn, ffn_weights(ffn, architecture, teacher.config, path)
+    return ffn, read_ffn_weights(ffn, architecture, teacher.config, path)
 
 
 def inputs(*shape):
@@ -109,7 +109,7 @@ def test_a_teacher_as_student_has_ffns_of_its_own(teacher, ids):
 def test_thresholds_are_fitted_on_the_text(teacher, ids):
     student = teacher_as_student(teacher, ids, "threshold", TOP_K)
     for path, ffn in student.kernel_ffns().items():
-        x = torch.cat(list(ffn_inputs(teacher, path, ids)))
+        x = torch.cat(list(read_ffn_inputs(teacher, path, ids)))
         active = (ffn.coefficients(x) != 0).sum(-1).float().mean()
         assert active.item() == pytest.approx(TOP_K, abs=2 / len(x))
 

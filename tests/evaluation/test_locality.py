@@ -12,20 +12,20 @@ from teachers import tiny_teacher
 
 from hf_kernel_ffn import InputError, Kernel, KernelFFN, KernelFFNConfig, convert, register_kernel
 from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
-from hf_kernel_ffn.conversion.sampling import ffn_inputs
+from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
 from hf_kernel_ffn.evaluation import locality
 from hf_kernel_ffn.evaluation.locality import (
     auc,
     context_purity,
     denominator_variation,
     locality_report,
-    purity,
+    score_purity,
+    score_support_by_distance,
     support_auc,
-    support_scores,
     top_tokens,
 )
-from hf_kernel_ffn.families.registry import architecture_of
-from hf_kernel_ffn.families.weights import ffn_weights, teacher_readout
+from hf_kernel_ffn.families.registry import get_architecture_of_model
+from hf_kernel_ffn.families.weights import read_ffn_weights, read_teacher_readout
 
 SOFTENING = {"yat": "epsilon", "half-yat": "epsilon", "imq": "offset", "gaussian": None}
 DATA_SCALE = {name: KernelFFNConfig(kernel=name, init="data-scale") for name in SOFTENING}
@@ -59,7 +59,7 @@ def converted(request, llama, ids):
     with torch.no_grad():
         for ratio in ffn.log_ratio.values():
             ratio.add_(0.5)
-    return request.param, ffn, next(ffn_inputs(llama, path, ids))[:40]
+    return request.param, ffn, next(read_ffn_inputs(llama, path, ids))[:40]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_nothing_that_fires():
     ffn = layer("half-yat", torch.eye(3), epsilon=1.0)
     found = denominator_variation(ffn, -torch.ones(4, 3))
     assert found["log_share"] == found["log_share_weighted"] == 0
-    assert support_scores(ffn, -torch.ones(4, 3))["mass"].tolist() == [-math.inf] * 4
+    assert score_support_by_distance(ffn, -torch.ones(4, 3))["mass"].tolist() == [-math.inf] * 4
 
 
 # contexts
@@ -203,7 +203,7 @@ def test_pairwise_cosine_is_its_definition(monkeypatch):
         for b in row
         if a != b
     ]
-    assert purity(places, x, torch.arange(30)) == {"token": 0.25, "cosine": pytest.approx(np.mean(cosines), abs=1e-6)}
+    assert score_purity(places, x, torch.arange(30)) == {"token": 0.25, "cosine": pytest.approx(np.mean(cosines), abs=1e-6)}
 
 
 @pytest.mark.parametrize("top", [1, 11])
@@ -241,7 +241,7 @@ def test_support_against_plain_loops(converted, monkeypatch):
     denominator, log_kernel = plain_logs(name, ffn, x)
     softening = ffn.positive(SOFTENING[name]).item() if SOFTENING[name] else 0.0
     monkeypatch.setattr(locality, "CHUNK", 7)
-    found = support_scores(ffn, x)
+    found = score_support_by_distance(ffn, x)
     np.testing.assert_allclose(found["nearest"], softening - denominator.min(-1), rtol=1e-4)
     np.testing.assert_allclose(found["mass"], np.log(np.nansum(np.exp(log_kernel), -1)), rtol=1e-3, atol=1e-4)
 
@@ -284,12 +284,12 @@ def test_the_report_is_its_parts(pair, llama, ids):
     assert [entry["path"] for entry in report["layers"]] == paths
     tokens = ids[:, 8:].flatten()
     for path, entry in zip(paths, report["layers"]):
-        x = torch.cat(list(ffn_inputs(llama, path, ids))).view(8, 32, 32)[:, 8:].flatten(0, 1)
+        x = torch.cat(list(read_ffn_inputs(llama, path, ids))).view(8, 32, 32)[:, 8:].flatten(0, 1)
         ffn, stock = student.kernel_ffns()[path], llama.base_model.get_submodule(path)
-        weights = ffn_weights(stock, architecture_of(llama), llama.config, path)
+        weights = read_ffn_weights(stock, get_architecture_of_model(llama), llama.config, path)
         assert entry["denominator"] == pytest.approx(denominator_variation(ffn, x))
         student_contexts = context_purity(lambda some, ffn=ffn: ffn.readout(some).coefficients, x, tokens, 5)
-        teacher_contexts = context_purity(lambda some, w=weights: teacher_readout(w, some).coefficients, x, tokens, 5)
+        teacher_contexts = context_purity(lambda some, w=weights: read_teacher_readout(w, some).coefficients, x, tokens, 5)
         assert entry["contexts"]["student"] == pytest.approx(student_contexts)
         assert entry["contexts"]["teacher"] == pytest.approx(teacher_contexts)
         assert teacher_contexts["token"] > entry["contexts"]["chance"]["token"] > 0.2
@@ -307,7 +307,9 @@ def test_means_are_over_layers_that_have_a_figure(pair):
 def test_shuffled_rows_keep_their_tokens_and_random_ids_do_not(pair, llama, ids, monkeypatch):
     student, _ = pair
     read = []
-    monkeypatch.setattr(locality, "ffn_inputs", lambda model, path, some: read.append(some) or ffn_inputs(model, path, some))
+    monkeypatch.setattr(
+        locality, "ffn_inputs", lambda model, path, some: read.append(some) or read_ffn_inputs(model, path, some)
+    )
     locality_report(student, llama, ids, top=5)
     text, shuffled, uniform = read[:3]  # of the first layer
     assert torch.equal(text, ids) and not torch.equal(shuffled, ids)

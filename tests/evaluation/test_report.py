@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from hf_kernel_ffn import InputError, Kernel, KernelFFNConfig, Readout, convert, evaluate_student, register_kernel, restore
 from hf_kernel_ffn.evaluation.fidelity import Fidelity
 from hf_kernel_ffn.evaluation.readability import Readability, readability
-from hf_kernel_ffn.families.registry import architecture_of
-from hf_kernel_ffn.families.weights import ffn_weights, teacher_readout
-from hf_kernel_ffn.text.packing import token_ids
+from hf_kernel_ffn.families.registry import get_architecture_of_model
+from hf_kernel_ffn.families.weights import read_ffn_weights, read_teacher_readout
+from hf_kernel_ffn.text.packing import read_token_ids
 
 FIDELITY = {"tokens", "teacher", "student", "ablated", "delta_cross_entropy", "kl", "top1_agreement", "loss_recovered"}
 LAYER = {
@@ -155,9 +155,9 @@ def test_readability_against_plain_loops(case, ids):
     teacher, student, report = case
     path, layer = list(student.kernel_ffns())[1], report["layers"][1]
     x = inputs_of(teacher, stock_ffns(teacher, student), ids)[path]
-    weights = ffn_weights(teacher.base_model.get_submodule(path), architecture_of(teacher), teacher.config, path)
+    weights = read_ffn_weights(teacher.base_model.get_submodule(path), get_architecture_of_model(teacher), teacher.config, path)
     with torch.no_grad():
-        records = {"student": student.kernel_ffns()[path].readout(x), "teacher": teacher_readout(weights, x)}
+        records = {"student": student.kernel_ffns()[path].readout(x), "teacher": read_teacher_readout(weights, x)}
     masses = {}
     for who, figures in (("student", layer), ("teacher", layer["teacher"])):
         c, v = (tensor.detach().double().numpy() for tensor in records[who][:2])
@@ -428,7 +428,7 @@ def test_metrics_need_no_network_and_no_cache(tmp_path):
 def test_figures_of_a_trained_teacher(tokenizer):
     """The untouched Llama reads as measured: every unit at work, and far from coherent."""
     teacher = AutoModelForCausalLM.from_pretrained(RECIPES / "teachers" / "llama", dtype=torch.float32)
-    text = token_ids(tokenizer, [str(RECIPES / "text" / "books-test.txt")], 128, 1024)
+    text = read_token_ids(tokenizer, [str(RECIPES / "text" / "books-test.txt")], 128, 1024)
     student, _ = convert(teacher, layers="1", calibration_ids=text[:4])
     report = evaluate_student(student, teacher, text[4:])
     assert 3 < report["teacher"]["cross_entropy"] < 5

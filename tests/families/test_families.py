@@ -11,14 +11,14 @@ from tiny_families import COMMON, FAMILIES, HEADS, tiny
 from hf_kernel_ffn import InputError, convert, restore
 from hf_kernel_ffn.checkpoint_code.carried_code import carried_file_names
 from hf_kernel_ffn.distillation.objectives import layer_wise
-from hf_kernel_ffn.families.detection import explain, undescribed
-from hf_kernel_ffn.families.hooks import collected
-from hf_kernel_ffn.families.lookup import attribute, ffn_paths, stock_ffns
-from hf_kernel_ffn.families.registry import ARCHITECTURES, architecture_of
-from hf_kernel_ffn.families.student import student_from_entry
-from hf_kernel_ffn.families.task_classes import stock_heads
-from hf_kernel_ffn.families.weights import stock_weights, teacher_readout
-from hf_kernel_ffn.text.inputs import arguments
+from hf_kernel_ffn.families.detection import explain_ffns, find_undescribed_ffns
+from hf_kernel_ffn.families.hooks import capture_ffn_inputs_and_outputs
+from hf_kernel_ffn.families.lookup import find_ffn_paths, find_stock_ffns, get_attribute_at
+from hf_kernel_ffn.families.registry import ARCHITECTURES, get_architecture_of_model
+from hf_kernel_ffn.families.student import make_student_from_entry
+from hf_kernel_ffn.families.task_classes import get_stock_heads
+from hf_kernel_ffn.families.weights import read_stock_weights, read_teacher_readout
+from hf_kernel_ffn.text.inputs import make_forward_arguments
 
 
 @pytest.fixture(params=FAMILIES)
@@ -55,7 +55,7 @@ class Made:
     """One family's teacher and student, made once."""
 
     def __init__(self, family, folder):
-        self.heads, self.folder = stock_heads(family), folder / family / "student"
+        self.heads, self.folder = get_stock_heads(family), folder / family / "student"
         self.auto = next(auto for auto in HEADS if auto in self.heads)
         self.teacher = tiny(family, self.auto)
         self.inputs = inputs_of(self.teacher)
@@ -83,36 +83,38 @@ def test_the_list_covers_the_table():
 
 
 def test_every_head_is_described_and_read_exactly(family):
-    for name in dict.fromkeys(list(stock_heads(family).values())[1:]):
-        model = tiny(family, next(auto for auto, head in stock_heads(family).items() if head == name)).double()
+    for name in dict.fromkeys(list(get_stock_heads(family).values())[1:]):
+        model = tiny(family, next(auto for auto, head in get_stock_heads(family).items() if head == name)).double()
         model.config._experts_implementation = "eager"  # the others have no float64
-        ffns = stock_ffns(model, architecture_of(model))
-        assert not undescribed(model.base_model, ffns), name
+        ffns = find_stock_ffns(model, get_architecture_of_model(model))
+        assert not find_undescribed_ffns(model.base_model, ffns), name
         for path, ffn in ffns.items():
-            weights = stock_weights(model, ffn)
+            weights = read_stock_weights(model, ffn)
             x = torch.randn(5, weights.up.shape[1], dtype=torch.float64)
             with torch.no_grad():
-                record = teacher_readout(weights, x)
+                record = read_teacher_readout(weights, x)
                 torch.testing.assert_close(record.output(), ffn(x), rtol=1e-9, atol=1e-11, msg=f"{name} {path}")
 
 
 def test_the_record_is_what_the_running_model_writes(family, made):
     teacher = made(family).teacher
-    base, ffns = teacher.base_model, stock_ffns(teacher, architecture_of(teacher))
-    with collected(base, ffns) as seen, torch.no_grad():
-        base(**arguments(base, made(family).inputs))
+    base, ffns = teacher.base_model, find_stock_ffns(teacher, get_architecture_of_model(teacher))
+    with capture_ffn_inputs_and_outputs(base, ffns) as seen, torch.no_grad():
+        base(**make_forward_arguments(base, made(family).inputs))
     assert seen.keys() == ffns.keys()
     for path, (x, y) in seen.items():
-        torch.testing.assert_close(teacher_readout(stock_weights(teacher, ffns[path]), x).output(), y, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            read_teacher_readout(read_stock_weights(teacher, ffns[path]), x).output(), y, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_converts_and_comes_back(family, made):
     it = made(family)
-    assert list(it.student.kernel_ffns()) == list(it.report.layers) == ffn_paths(it.student, ARCHITECTURES[family])
+    assert list(it.student.kernel_ffns()) == list(it.report.layers) == find_ffn_paths(it.student, ARCHITECTURES[family])
     assert torch.isfinite(it.output).all() and not torch.equal(it.output, output(it.teacher, it.inputs))
     for path, ffn in it.student.kernel_ffns().items():
         for absorbed in ffn.config.absorbed:
-            left = attribute(it.student.base_model, absorbed)
+            left = get_attribute_at(it.student.base_model, absorbed)
             assert left == 0.0 or type(left) is torch.nn.Identity, path
     stock = restore(it.student, it.teacher)
     assert type(stock) is type(it.teacher)
@@ -141,17 +143,17 @@ def test_layer_wise_training_lowers_the_loss_of_every_layer(family, made):
 
 
 def test_every_head_runs_converted(family, made):
-    it, heads = made(family), stock_heads(family)
+    it, heads = made(family), get_stock_heads(family)
     for name in dict.fromkeys(list(heads.values())[1:]):
         auto = next(auto for auto, head in heads.items() if head == name)
         teacher = tiny(family, auto)
-        here = stock_ffns(teacher, architecture_of(teacher))
+        here = find_stock_ffns(teacher, get_architecture_of_model(teacher))
         entry = dict(it.student.config.kernel_ffn)
         entry["layers"] = {path: layer for path, layer in entry["layers"].items() if path in here}
         if not entry["layers"]:  # the head has one stack, under a name of its own
             student, _ = convert(teacher, calibration_ids=inputs_of(teacher), calibration_tokens=4096)
         else:
-            student = student_from_entry(teacher, entry)
+            student = make_student_from_entry(teacher, entry)
         assert type(student).__name__ == f"Kernel{name}"
         assert torch.isfinite(output(student, inputs_of(student))).all(), name
 
@@ -227,16 +229,16 @@ def test_a_part_is_converted_by_a_pattern(made):
 def test_explain_says_what_matches_and_what_does_not(llama):
     import copy
 
-    rows = explain(llama)
+    rows = explain_ffns(llama)
     assert [row["path"] for row in rows] == [f"layers.{i}.mlp" for i in range(3)]
     assert rows[0]["sizes"] == "32 → 48" and rows[0]["entry"] == "llama: W_in up_proj, gate gate_proj, W_out down_proj"
     wider = copy.deepcopy(llama)
     wider.model.layers[1].second = copy.deepcopy(wider.model.layers[1].mlp)
-    assert "layers.1.second.down_proj" in explain(wider)[-1]["entry"]
+    assert "layers.1.second.down_proj" in explain_ffns(wider)[-1]["entry"]
     other = transformers.CodeGenForCausalLM(
         transformers.CodeGenConfig(vocab_size=50, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
     )
-    [row] = explain(other)
+    [row] = explain_ffns(other)
     assert row["path"] == "h.0.mlp" and "'codegen'" in row["entry"]
 
 
@@ -251,7 +253,7 @@ def test_the_language_part_of_gemma3_is_converted(made):
     )
     teacher = transformers.Gemma3ForConditionalGeneration(config).eval()
     ids = torch.randint(3, 290, (8, 12))
-    assert len(stock_ffns(teacher, architecture_of(teacher))) == 4
+    assert len(find_stock_ffns(teacher, get_architecture_of_model(teacher))) == 4
     student, report = convert(teacher, layers="language_model.*", calibration_ids=ids)
     assert len(report.layers) == 2 and all(path.startswith("language_model.") for path in report.layers)
     assert torch.isfinite(output(student, {"input_ids": ids})).all()

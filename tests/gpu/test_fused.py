@@ -99,6 +99,6 @@ def test_on_a_cpu_nothing_is_fused_unless_asked_for():
 
     ffns = {"a": make_layer(torch.float32, kernel="yat", simplex="softmax", intensity="mass")}
     model = SimpleNamespace(kernel_ffns=lambda: ffns)
-    assert trial.choose(model, "auto") == {} and ffns["a"].fused is None
-    assert trial.choose(model, "never") == {} and ffns["a"].fused is None
-    assert trial.choose(model, "always") == {} and ffns["a"].fused.required
+    assert trial.choose_kernels(model, "auto") == {} and ffns["a"].fused is None
+    assert trial.choose_kernels(model, "never") == {} and ffns["a"].fused is None
+    assert trial.choose_kernels(model, "always") == {} and ffns["a"].fused.required

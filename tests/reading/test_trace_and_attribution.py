@@ -60,7 +60,7 @@ def test_the_residual_stream_is_the_sum_of_what_was_written(model, ids):
         for position in (0, 9, 31):
             state = found.states[layer - 1][position] + found.ffn(path).output()[position]
             state = state + sum(found.head(layer, head, position).output()[0] for head in range(4))
-            bias = getattr(tracing.attention_of(model, layer), tracing.family_of(model).attention_out).bias
+            bias = getattr(tracing.get_attention(model, layer), tracing.family_of(model).attention_out).bias
             state = state if bias is None else state + bias
             assert torch.allclose(state, found.states[layer][position], atol=1e-9)
             assert regime(found.head(layer, 0, position)).name == "convex"
@@ -189,7 +189,7 @@ def test_alignment_with_a_basis():
 
 
 def test_which_later_heads_listen(model):
-    layer, heads = 2, tracing.attention_of(model, 2)
+    layer, heads = 2, tracing.get_attention(model, 2)
     family = tracing.family_of(model)
     weight = tracing.projection(getattr(heads, family.qkv[0]))[:8]  # the queries of head 0
     block = model.base_model.get_submodule(f"{family.layers}.{layer}")

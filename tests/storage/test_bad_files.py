@@ -20,7 +20,7 @@ from hf_kernel_ffn.checkpoint_code.integrity import CHECKSUMS
 from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.distillation import load_recipe
 from hf_kernel_ffn.storage.loading import load_student
-from hf_kernel_ffn.storage.verification import verify
+from hf_kernel_ffn.storage.verification import verify_folder
 
 SHARDED, PLAIN = "sharded", "plain"
 
@@ -308,7 +308,7 @@ def test_the_command_line_says_it_in_one_line(damaged, name, monkeypatch, capsys
 
 
 def bad(folder):
-    return {finding.what: finding.found for finding in verify(folder) if not finding.good}
+    return {finding.what: finding.found for finding in verify_folder(folder) if not finding.good}
 
 
 @pytest.mark.parametrize("kind", [PLAIN, SHARDED])
@@ -356,7 +356,7 @@ def test_what_does_not_belong_is_found(damaged, change, what, said):
 
 def test_an_authors_own_kernel_is_listed_apart(damaged):
     folder = damaged(PLAIN, raw("custom_kernel.py", CODE.encode()))
-    found = {finding.what: finding for finding in verify(folder)}
+    found = {finding.what: finding for finding in verify_folder(folder)}
     assert found["code"].good and "custom_kernel.py" in found["own kernel"].found
     with pytest.raises(InputError, match="trust-remote-code"):
         load_student(str(folder))

@@ -7,7 +7,7 @@ import torch
 import transformers
 import yaml
 
-from hf_kernel_ffn.families.task_classes import stock_heads
+from hf_kernel_ffn.families.task_classes import get_stock_heads
 
 FAMILIES = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text())
 COMMON = {
@@ -20,7 +20,7 @@ HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq
 
 def tiny(family, auto, **changes):
     """A random model of ``family`` with the head ``auto``, whose biases are not zero."""
-    heads = stock_heads(family)
+    heads = get_stock_heads(family)
     config_class = getattr(transformers, heads["AutoConfig"])
     known = {*inspect.signature(config_class).parameters, *config_class.attribute_map}
     common = {name: value for name, value in COMMON.items() if name in known}

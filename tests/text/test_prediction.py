@@ -26,7 +26,7 @@ from hf_kernel_ffn.distillation import Recipe, distill
 from hf_kernel_ffn.distillation import run as loop_module
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES, logits
 from hf_kernel_ffn.distillation.recipe import Stage
-from hf_kernel_ffn.text.prediction import answered, masked, predictions, question
+from hf_kernel_ffn.text.prediction import logits_with_answers, make_inputs_for_prediction, mask_tokens, select_predicting_logits
 
 MASK = 4096
 SMALL = dict(
@@ -71,7 +71,7 @@ def folder(bert, mask_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def asked(bert, mask_tokenizer, ids):
-    return question(bert, mask_tokenizer, ids)
+    return make_inputs_for_prediction(bert, mask_tokenizer, ids)
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +85,19 @@ def student(bert, asked):
 @pytest.mark.parametrize("length, count", [(2, 1), (7, 1), (32, 5), (256, 38)])
 def test_every_row_has_its_share_of_masks(length, count):
     ids = torch.randint(1, MASK, (9, length), generator=torch.Generator().manual_seed(1))
-    found = masked(ids, MASK, seed=3)
+    found = mask_tokens(ids, MASK, seed=3)
     under = found["labels"] != -100
     assert (under.sum(-1) == count).all()
     assert torch.equal(under, found["input_ids"] == MASK)
     assert torch.equal(torch.where(under, found["labels"], found["input_ids"]), ids)
     assert length == 2 or not torch.equal(under[0], under[1])
-    assert masked(ids[:0], MASK)["input_ids"].shape == (0, length)
+    assert mask_tokens(ids[:0], MASK)["input_ids"].shape == (0, length)
 
 
 def test_the_seed_decides_the_masks(bert, mask_tokenizer, ids):
-    one, same, other = (question(bert, mask_tokenizer, ids, seed)["input_ids"] for seed in ("0 8 0", "0 8 0", "0 10 0"))
+    one, same, other = (
+        make_inputs_for_prediction(bert, mask_tokenizer, ids, seed)["input_ids"] for seed in ("0 8 0", "0 8 0", "0 10 0")
+    )
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
@@ -105,10 +107,10 @@ def test_the_class_decides_what_is_predicted(llama, mask_tokenizer, ids):
                    encoder_attention_heads=1, decoder_attention_heads=1)
     )  # fmt: skip
     for model in (llama, bart, tiny_bert(BertForSequenceClassification)):
-        assert question(model, None, ids) is ids
+        assert make_inputs_for_prediction(model, None, ids) is ids
     for tokenizer in (None, object()):
         with pytest.raises(InputError, match="found a BertForMaskedLM and no mask token"):
-            question(tiny_bert(), tokenizer, ids)
+            make_inputs_for_prediction(tiny_bert(), tokenizer, ids)
 
 
 # the loss
@@ -117,11 +119,11 @@ def test_the_class_decides_what_is_predicted(llama, mask_tokenizer, ids):
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_the_cross_entropy_is_the_models_own(family, request, mask_tokenizer, ids):
     model = request.getfixturevalue(family)
-    asked = question(model, mask_tokenizer, ids)
+    asked = make_inputs_for_prediction(model, mask_tokenizer, ids)
     given = asked if isinstance(asked, dict) else {"input_ids": ids, "labels": ids}
     with torch.no_grad():
         output = model(**given)
-        guesses, answers = answered(output.logits, asked)
+        guesses, answers = logits_with_answers(output.logits, asked)
     found = torch.nn.functional.cross_entropy(guesses.flatten(0, -2), answers.flatten())
     torch.testing.assert_close(found, output.loss)
 
@@ -134,7 +136,7 @@ def test_the_loss_is_taken_at_masked_tokens(bert, student, asked, weight):
         p, q = (model(asked["input_ids"]).logits[at].double().log_softmax(-1) for model in (bert, student))
         own = student(**asked).loss.item()
     assert found.item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item() + weight * own, rel=1e-4)
-    assert predictions(torch.zeros(8, 32, 3), asked).shape == (8 * 5, 3)
+    assert select_predicting_logits(torch.zeros(8, 32, 3), asked).shape == (8 * 5, 3)
 
 
 def test_a_teacher_has_no_loss_against_itself(bert, asked):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_kernel_ffn import InputError
-from hf_kernel_ffn.text.documents import documents
-from hf_kernel_ffn.text.packing import SPREAD, blocks, token_ids, token_stream
+from hf_kernel_ffn.text.documents import read_documents
+from hf_kernel_ffn.text.packing import SPREAD, pack_blocks, read_token_ids, stream_tokens
 
 ROWS = ["A whale\nof a tale.", "Once – upon a time,\n\n", "the end"]
 
@@ -41,11 +41,11 @@ def ids_of(tokenizer, text):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize("field", ["text", "body"])
 def test_a_row_is_a_document(write, kind, field):
-    assert list(documents(write(kind, field=field), field)) == [(row, True) for row in ROWS]
+    assert list(read_documents(write(kind, field=field), field)) == [(row, True) for row in ROWS]
 
 
 def test_a_txt_file_is_one_document(write):
-    pieces = list(documents(write("txt")))
+    pieces = list(read_documents(write("txt")))
     assert "".join(text for text, _ in pieces) == "".join(ROWS)
     assert not any(ends for _, ends in pieces)
 
@@ -53,24 +53,24 @@ def test_a_txt_file_is_one_document(write):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_the_end_token_stands_after_every_row(write, tokenizer, kind):
     expected = [i for row in ROWS for i in [*ids_of(tokenizer, row), tokenizer.eos_token_id]]
-    assert list(token_stream(tokenizer, [write(kind)])) == expected
+    assert list(stream_tokens(tokenizer, [write(kind)])) == expected
 
 
 def test_no_end_token_where_the_tokenizer_has_none(write, tokenizer):
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
-    assert list(token_stream(endless, [write("jsonl")])) == [i for row in ROWS for i in ids_of(tokenizer, row)]
+    assert list(stream_tokens(endless, [write("jsonl")])) == [i for row in ROWS for i in ids_of(tokenizer, row)]
 
 
 def test_sources_follow_one_another(write, tokenizer):
     sources = [write("parquet"), write("txt"), write("jsonl")]
-    expected = [i for source in sources for i in token_stream(tokenizer, [source])]
-    assert list(token_stream(tokenizer, sources)) == expected
-    assert torch.equal(torch.cat(list(blocks(tokenizer, sources, 5))), torch.tensor(expected[: len(expected) // 5 * 5]))
+    expected = [i for source in sources for i in stream_tokens(tokenizer, [source])]
+    assert list(stream_tokens(tokenizer, sources)) == expected
+    assert torch.equal(torch.cat(list(pack_blocks(tokenizer, sources, 5))), torch.tensor(expected[: len(expected) // 5 * 5]))
 
 
 def test_blocks_are_consecutive_tokens_of_the_text(text_file, tokenizer):
-    packed, text = list(blocks(tokenizer, [str(text_file)], 32)), text_file.read_text(encoding="utf-8")
+    packed, text = list(pack_blocks(tokenizer, [str(text_file)], 32)), text_file.read_text(encoding="utf-8")
     assert {(block.dtype, block.shape) for block in packed} == {(torch.int64, (32,))}
     read = tokenizer.decode(torch.cat(packed))
     assert text.startswith(read)
@@ -80,27 +80,27 @@ def test_blocks_are_consecutive_tokens_of_the_text(text_file, tokenizer):
 def test_only_as_much_is_read_as_is_used(tmp_path, tokenizer):
     file = tmp_path / "long.txt"
     file.write_bytes(b"All work and no play.\n" * 20_000 + b"\xff")
-    assert len(list(islice(blocks(tokenizer, [str(file)], 32), 10))) == 10  # the broken end is far away
+    assert len(list(islice(pack_blocks(tokenizer, [str(file)], 32), 10))) == 10  # the broken end is far away
     with pytest.raises(InputError, match="UTF-8"):
-        list(blocks(tokenizer, [str(file)], 32))
+        list(pack_blocks(tokenizer, [str(file)], 32))
 
 
 @pytest.mark.parametrize("max_tokens, rows", [(1, 1), (31, 1), (32, 1), (100, 3), (160, 5)])
 def test_the_first_blocks_within_the_budget(text_file, tokenizer, max_tokens, rows):
-    found = token_ids(tokenizer, [str(text_file)], 32, max_tokens)
-    assert torch.equal(found, torch.stack(list(islice(blocks(tokenizer, [str(text_file)], 32), rows))))
+    found = read_token_ids(tokenizer, [str(text_file)], 32, max_tokens)
+    assert torch.equal(found, torch.stack(list(islice(pack_blocks(tokenizer, [str(text_file)], 32), rows))))
 
 
 def test_a_short_text_is_read_once(text_file, tokenizer):
-    every = torch.stack(list(blocks(tokenizer, [str(text_file)], 32)))
+    every = torch.stack(list(pack_blocks(tokenizer, [str(text_file)], 32)))
     for spread in (False, True):
-        assert torch.equal(token_ids(tokenizer, [str(text_file)], 32, 10**6, spread=spread), every)
+        assert torch.equal(read_token_ids(tokenizer, [str(text_file)], 32, 10**6, spread=spread), every)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_a_spread_sample_covers_the_text_evenly(text_file, tokenizer, rows):
-    every = list(blocks(tokenizer, [str(text_file)], 32))[: rows * SPREAD]
-    sample = token_ids(tokenizer, [str(text_file)], 32, rows * 32, spread=True)
+    every = list(pack_blocks(tokenizer, [str(text_file)], 32))[: rows * SPREAD]
+    sample = read_token_ids(tokenizer, [str(text_file)], 32, rows * 32, spread=True)
     assert sample.shape == (rows, 32)
     where = [next(i for i, block in enumerate(every) if torch.equal(block, row)) for row in sample]
     steps = [after - before for before, after in zip(where, [*where[1:], len(every)])]
@@ -109,7 +109,7 @@ def test_a_spread_sample_covers_the_text_evenly(text_file, tokenizer, rows):
 
 def refusal(source, tokenizer, text_field="text"):
     with pytest.raises(InputError) as caught:
-        list(blocks(tokenizer, [str(source)], 8, text_field))
+        list(pack_blocks(tokenizer, [str(source)], 8, text_field))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
