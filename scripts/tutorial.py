@@ -17,7 +17,12 @@ BLOCK = re.compile(r"```(bash|python)\n(.*?)```\n(?:\n```text\n.*?```\n)?", re.D
 
 
 def main(
-    tutorial: Annotated[Path, typer.Argument(help="Markdown with bash and python blocks; all python blocks are one session")],
+    tutorial: Annotated[
+        Path,
+        typer.Argument(
+            help="Markdown with bash and python blocks; all python blocks are one session"
+        ),
+    ],
 ):
     """Run TUTORIAL from the project's root, and rewrite its outputs. Bash blocks print nothing into it."""
     session: dict = {}

@@ -81,7 +81,9 @@ def tokenizer():
 def text_file(tmp_path_factory):
     """20 kB of English, about 6,000 tokens."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text((RECIPES / "text" / "books-test.txt").read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    file.write_text(
+        (RECIPES / "text" / "books-test.txt").read_text(encoding="utf-8")[:20_000], encoding="utf-8"
+    )
     return file
 
 
@@ -94,7 +96,12 @@ def teacher_folder(tmp_path_factory, tokenizer):
         key = (family, *sorted(changes.items()))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("teachers") / family
-            vocabulary = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+            vocabulary = {
+                "vocab_size": 4096,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+                "pad_token_id": None,
+            }
             tiny_teacher(family, **{**vocabulary, **changes}).save_pretrained(made[key])
             tokenizer.save_pretrained(made[key])
         return made[key]
@@ -105,11 +112,23 @@ def teacher_folder(tmp_path_factory, tokenizer):
 def _run_elsewhere(jobs, ids, scratch):
     """Outputs and errors by job name, from an interpreter without the package."""
     save_file({"ids": ids.contiguous()}, scratch / "ids.safetensors")
-    (scratch / "jobs.json").write_text(json.dumps({"ids": str(scratch / "ids.safetensors"), "jobs": jobs}))
-    script, results = Path(__file__).parent / "support" / "other_interpreter.py", scratch / "results"
+    (scratch / "jobs.json").write_text(
+        json.dumps({"ids": str(scratch / "ids.safetensors"), "jobs": jobs})
+    )
+    script, results = (
+        Path(__file__).parent / "support" / "other_interpreter.py",
+        scratch / "results",
+    )
     environment = dict(os.environ, HF_MODULES_CACHE=str(scratch / "modules"))
     command = [sys.executable, "-I", script, scratch / "jobs.json", results]
-    done = subprocess.run(command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=scratch,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return load_file(results), json.loads(Path(f"{results}.errors.json").read_text())
 

@@ -15,7 +15,9 @@ from .kernels import get_kernel
 
 def carried_file_names() -> list[str]:
     """Names of the files that every checkpoint carries beside its family's own: all that lie here, in the package."""
-    return sorted(file.name for file in Path(__file__).parent.glob("*.py") if file.name != "__init__.py")
+    return sorted(
+        file.name for file in Path(__file__).parent.glob("*.py") if file.name != "__init__.py"
+    )
 
 
 def code_files(config_class) -> dict[str, str]:
@@ -74,13 +76,22 @@ def get_custom_kernel_file(config) -> str | None:
     source = Path(files.pop()).read_text(encoding="utf-8")
     # Absolute imports of the package do not exist where the checkpoint is loaded without it.
     source = re.sub(
-        r"^from hf_kernel_ffn(\.checkpoint_code\.kernels)? import", "from .kernels import", source, flags=re.MULTILINE
+        r"^from hf_kernel_ffn(\.checkpoint_code\.kernels)? import",
+        "from .kernels import",
+        source,
+        flags=re.MULTILINE,
     )
     for node in ast.walk(ast.parse(source)):
         wanted = []
         if isinstance(node, ast.Import):
-            wanted = [alias.name for alias in node.names if alias.name.split(".")[0] == "hf_kernel_ffn"]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "hf_kernel_ffn":
+            wanted = [
+                alias.name for alias in node.names if alias.name.split(".")[0] == "hf_kernel_ffn"
+            ]
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and node.level == 0
+            and (node.module or "").split(".")[0] == "hf_kernel_ffn"
+        ):
             wanted = [str(node.module)]
         elif isinstance(node, ast.ImportFrom) and node.level == 1 and node.module == "kernels":
             wanted = [

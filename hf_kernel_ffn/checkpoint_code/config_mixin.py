@@ -24,7 +24,11 @@ class KernelConfigMixin:
     kernel_ffn: Any
 
     def __post_init__(self, **kwargs):
-        entry = require_mapping("kernel_ffn entry of config.json", self.kernel_ffn) if self.kernel_ffn is not None else None
+        entry = (
+            require_mapping("kernel_ffn entry of config.json", self.kernel_ffn)
+            if self.kernel_ffn is not None
+            else None
+        )
         if entry is not None:
             if entry.get("format") != FORMAT:
                 raise InputError(
@@ -32,7 +36,9 @@ class KernelConfigMixin:
                     f"version {entry.get('package_version')!r}"
                 )
             reject_unknown_keys(ENTRY, entry, "kernel_ffn entry")
-            for name, value in require_mapping("kernel_ffn activation", entry.get("activation")).items():
+            for name, value in require_mapping(
+                "kernel_ffn activation", entry.get("activation")
+            ).items():
                 if "." not in name and getattr(self, name, kwargs.get(name)) == STOCK_GUARD:
                     setattr(self, name, value)
                     kwargs.pop(name, None)
@@ -44,7 +50,9 @@ class KernelConfigMixin:
         """As the stock method. The guard is taken out first: where it stands for a number, no config would accept it."""
         config_dict = copy.deepcopy(config_dict)
         entry = config_dict.get("kernel_ffn")
-        for name, value in (entry.get("activation") or {} if isinstance(entry, dict) else {}).items():
+        for name, value in (
+            entry.get("activation") or {} if isinstance(entry, dict) else {}
+        ).items():
             _put(config_dict, name, value, only=STOCK_GUARD)
         return super().from_dict(config_dict, **kwargs)
 
@@ -52,7 +60,9 @@ class KernelConfigMixin:
         """LayerConfig of every converted FFN by its path under the base model, in layer order."""
         layers = require_mapping("kernel_ffn layers", (self.kernel_ffn or {}).get("layers"))
         for path in layers:
-            if not re.fullmatch(r"(?!.*__)\w+(\.\w+)*", path):  # it is looked up as attributes of the model
+            if not re.fullmatch(
+                r"(?!.*__)\w+(\.\w+)*", path
+            ):  # it is looked up as attributes of the model
                 raise InputError(
                     f"found {path!r} in the kernel_ffn layers, expected the path of an FFN: config.json is damaged"
                 )
@@ -60,7 +70,9 @@ class KernelConfigMixin:
 
         # By number, not as it stands: config.json is written with its keys in alphabetical order, 10 before 2.
         def place(path):
-            return found[path].number, [(part.isdigit(), int(part) if part.isdigit() else part) for part in path.split(".")]
+            return found[path].number, [
+                (part.isdigit(), int(part) if part.isdigit() else part) for part in path.split(".")
+            ]
 
         return {path: found[path] for path in sorted(found, key=place)}
 

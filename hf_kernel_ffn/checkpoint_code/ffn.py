@@ -82,7 +82,9 @@ class KernelFFN(nn.Module):
         if self._has_one_pass(hidden_states):
             return self.dropout(self._one_pass(hidden_states))
         coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
-        coefficients = nn.functional.dropout(coefficients, self.config.hidden_dropout, self.training)
+        coefficients = nn.functional.dropout(
+            coefficients, self.config.hidden_dropout, self.training
+        )
         return self.dropout(self._mix(coefficients))
 
     def coefficients(self, hidden_states: Tensor) -> Tensor:
@@ -119,25 +121,41 @@ class KernelFFN(nn.Module):
 
     def positive(self, name: str) -> Tensor:
         """A constrained value, ``reference · exp(learned log-ratio)`` > 0, shape (1,), at least float32."""
-        return self.reference[name] * _at_least_float32(self.log_ratio[name]).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+        return (
+            self.reference[name]
+            * _at_least_float32(self.log_ratio[name]).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+        )
 
     def log_positive(self, name: str) -> Tensor:
         """Its logarithm, also where the value itself is too small or too large for float32."""
-        return math.log(self.reference[name]) + _at_least_float32(self.log_ratio[name]).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+        return math.log(self.reference[name]) + _at_least_float32(self.log_ratio[name]).clamp(
+            -LOG_RATIO_BOUND, LOG_RATIO_BOUND
+        )
 
     def scores(self, hidden_states):
         """s = x·w + b and, if the kernel asks for it, ‖x − w‖², in float32 at least."""
         # From the weight in use at every call: a norm kept from earlier would be wrong after a step or an adapter.
         weight, bias = get_effective_weight(self.input_prototypes, hidden_states)
         device = hidden_states.device.type
-        rounded = hidden_states.dtype.itemsize < 4 or weight.dtype.itemsize < 4 or torch.is_autocast_enabled(device)
-        if not rounded and self.kernel.uses_distance and _one_token(hidden_states) and is_plain(self.input_prototypes):
+        rounded = (
+            hidden_states.dtype.itemsize < 4
+            or weight.dtype.itemsize < 4
+            or torch.is_autocast_enabled(device)
+        )
+        if (
+            not rounded
+            and self.kernel.uses_distance
+            and _one_token(hidden_states)
+            and is_plain(self.input_prototypes)
+        ):
             dot, x = nn.functional.linear(hidden_states, weight), hidden_states.flatten()
             distance = torch.add(self._squares(weight), x @ x).sub(dot, alpha=2).clamp_min(0)
             return (dot if bias is None else dot + bias), distance
         with torch.autocast(device, enabled=False):
             x, weight = _at_least_float32(hidden_states), _at_least_float32(weight)
-            if rounded:  # a product rounded to half precision overflows, or leaves noise of a small distance
+            if (
+                rounded
+            ):  # a product rounded to half precision overflows, or leaves noise of a small distance
                 dot = nn.functional.linear(x, weight)
                 score = dot if bias is None else dot + bias
             else:
@@ -145,20 +163,34 @@ class KernelFFN(nn.Module):
                 dot = score if bias is None else score - bias
             if not self.kernel.uses_distance:
                 return score, None
-            return score, (x.square().sum(-1, keepdim=True) + weight.square().sum(-1) - 2 * dot).clamp_min(0)
+            return score, (
+                x.square().sum(-1, keepdim=True) + weight.square().sum(-1) - 2 * dot
+            ).clamp_min(0)
 
     def _squares(self, weight):
         """‖w‖² (prototypes,); with ``keep_norms``, that of an earlier call if the weight is still the same: its memory, its version
         counter and a number of every row, since what merges an adapter into ``weight.data`` leaves the counter as it was."""
         if not self.keep_norms or torch.compiler.is_compiling() or weight.is_inference():
             return torch.linalg.vector_norm(weight, dim=-1).square()
-        version, sample = (weight._version, weight.shape, weight.dtype), weight[:, weight.shape[1] // 2]
+        version, sample = (
+            (weight._version, weight.shape, weight.dtype),
+            weight[:, weight.shape[1] // 2],
+        )
         if self._norms is not None:
             held, same, few, squares = self._norms
-            if held.data_ptr() == weight.data_ptr() and same == version and torch.equal(few, sample):
+            if (
+                held.data_ptr() == weight.data_ptr()
+                and same == version
+                and torch.equal(few, sample)
+            ):
                 return squares
         squares = torch.linalg.vector_norm(weight, dim=-1).square()
-        self._norms = weight.detach(), version, sample.clone(), squares  # held, so that no other weight can come to lie there
+        self._norms = (
+            weight.detach(),
+            version,
+            sample.clone(),
+            squares,
+        )  # held, so that no other weight can come to lie there
         return squares
 
     def __getstate__(self):
@@ -174,10 +206,16 @@ class KernelFFN(nn.Module):
         log_kernel = self.kernel.log(*self.scores(hidden_states), **self.kernel_parameters())
         loudness = self._log_loudness(log_kernel, hidden_states).flatten(0, -2)
         firing = int((loudness > -torch.inf).sum())
-        passing = min((self.top_k or 0) * len(loudness), firing)  # those that do not fire set no limit
+        passing = min(
+            (self.top_k or 0) * len(loudness), firing
+        )  # those that do not fire set no limit
         if passing:
-            last = loudness.flatten().kthvalue(loudness.numel() - passing + 1).values - math.log(self.reference["threshold"])
-            self.threshold_log_ratio.add_(rate * (last.to(self.threshold_log_ratio.dtype) - self.threshold_log_ratio))
+            last = loudness.flatten().kthvalue(loudness.numel() - passing + 1).values - math.log(
+                self.reference["threshold"]
+            )
+            self.threshold_log_ratio.add_(
+                rate * (last.to(self.threshold_log_ratio.dtype) - self.threshold_log_ratio)
+            )
 
     def log_threshold(self) -> Tensor:
         """The log κ from which on a prototype takes part, shape (1,), at least float32."""
@@ -191,7 +229,11 @@ class KernelFFN(nn.Module):
         """Whether the layer at ``hidden_states`` is a dense Yat readout of plain weights. Adapters, quantised weights and hooks are
         seen by the plain form alone; a compiler makes one pass of that by itself on a device; one token has nothing to gain."""
         settings, dtype = self.config.settings, hidden_states.dtype
-        linears = [self.input_prototypes, self.output_prototypes, *([self.value_proj] if settings.values == "gated" else [])]
+        linears = [
+            self.input_prototypes,
+            self.output_prototypes,
+            *([self.value_proj] if settings.values == "gated" else []),
+        ]
         return (
             settings.simplex == "softmax"
             and (settings.coefficients_are_kernel or settings.intensity != "mass")
@@ -202,13 +244,18 @@ class KernelFFN(nn.Module):
             and not _one_token(hidden_states)
             and all(is_plain(linear) and linear.bias is not None for linear in linears)
             and (
-                torch.is_autocast_enabled(hidden_states.device.type) or all(linear.weight.dtype == dtype for linear in linears)
+                torch.is_autocast_enabled(hidden_states.device.type)
+                or all(linear.weight.dtype == dtype for linear in linears)
             )
         )
 
     def _one_pass(self, hidden_states):
         device = hidden_states.device.type
-        mix = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        mix = (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else hidden_states.dtype
+        )
         up = self.value_proj if self.config.settings.values == "gated" else None
         first, second = self.input_prototypes, self.output_prototypes
         convex = not self.config.settings.coefficients_are_kernel
@@ -237,11 +284,19 @@ class KernelFFN(nn.Module):
         """Whether the output prototypes are a plain matrix in the dtype of ``x``, of which some columns may be read alone."""
         linear = self.output_prototypes
         plain = is_plain(linear) and linear.bias is not None
-        return plain and linear.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+        return (
+            plain
+            and linear.weight.dtype == x.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
     def _decode(self, hidden_states):
         ups, first = self._ups(hidden_states), self.input_prototypes
-        if type(self.kernel) in (Yat, HalfYat) and is_plain(first) and first.weight.dtype == hidden_states.dtype in EXACT:
+        if (
+            type(self.kernel) in (Yat, HalfYat)
+            and is_plain(first)
+            and first.weight.dtype == hidden_states.dtype in EXACT
+        ):
             log_scale = self.log_positive("scale")
             kernel = one_token(
                 hidden_states.flatten(), first.weight, first.bias, self._squares(first.weight), self.positive("epsilon").item(),
@@ -272,25 +327,38 @@ class KernelFFN(nn.Module):
         if not (_one_token(coefficients) and self._reads_columns(coefficients)):
             return self.output_prototypes(coefficients)
         flat = coefficients.flatten()
-        active = flat.abs().topk(min(self.top_k, len(flat)), sorted=False).indices if fixed else flat.nonzero()[:, 0]
+        active = (
+            flat.abs().topk(min(self.top_k, len(flat)), sorted=False).indices
+            if fixed
+            else flat.nonzero()[:, 0]
+        )
         return self._written(flat[active], active).view(*coefficients.shape[:-1], -1)
 
     def _written(self, coefficients, active):
         """(hidden_size,) by the output prototypes ``active``, with ``coefficients`` (n,) each."""
         linear = self.output_prototypes
         if 4 * len(active) > linear.in_features:  # then all of them are sooner read
-            return linear(coefficients.new_zeros(linear.in_features).index_copy(0, active, coefficients))
+            return linear(
+                coefficients.new_zeros(linear.in_features).index_copy(0, active, coefficients)
+            )
         if not (_fixed(coefficients) or self.training or linear.weight.T.is_contiguous()):
             lay_out_by_prototypes(linear)
         return torch.addmv(linear.bias, linear.weight.T.index_select(0, active).T, coefficients)
 
     def _gate(self, hidden_states):
         """The learned intensity (..., 1)."""
-        return nn.functional.softplus(_at_least_float32(self.gate(hidden_states))) * self.reference["scale"]
+        return (
+            nn.functional.softplus(_at_least_float32(self.gate(hidden_states)))
+            * self.reference["scale"]
+        )
 
     def _ups(self, hidden_states):
         """u·x (..., prototypes), or None where the output prototypes are fixed."""
-        return _at_least_float32(self.value_proj(hidden_states)) if self.config.settings.values == "gated" else None
+        return (
+            _at_least_float32(self.value_proj(hidden_states))
+            if self.config.settings.values == "gated"
+            else None
+        )
 
     def _scaled_kernel(self, hidden_states, ups):
         """scale · κ over the support."""
@@ -303,17 +371,29 @@ class KernelFFN(nn.Module):
         """scale · κ; what decides which prototypes a sparse map keeps: that, or |scale · κ u·x| with gated values; and the least of it
         that is kept, or None where a number of them is."""
         log_scale = self.log_positive("scale")
-        kernel = self.kernel.scaled(*self.scores(hidden_states), log_scale, **self.kernel_parameters())
-        return kernel, (kernel if ups is None else kernel * ups.abs()).detach(), self._least(log_scale)
+        kernel = self.kernel.scaled(
+            *self.scores(hidden_states), log_scale, **self.kernel_parameters()
+        )
+        return (
+            kernel,
+            (kernel if ups is None else kernel * ups.abs()).detach(),
+            self._least(log_scale),
+        )
 
     def _least(self, log_scale):
-        return (self.log_threshold() + log_scale).exp() if self.config.settings.simplex == "threshold" else None
+        return (
+            (self.log_threshold() + log_scale).exp()
+            if self.config.settings.simplex == "threshold"
+            else None
+        )
 
     def _log_loudness(self, log_kernel, hidden_states, ups=None):
         """log κ, or log |κ u·x| with gated values: a light-tailed kernel is 0 in float32 far from every prototype, and still has a
         nearest one."""
         ups = self._ups(hidden_states) if ups is None else ups
-        return log_kernel.detach() if ups is None else log_kernel.detach() + ups.detach().abs().log()
+        return (
+            log_kernel.detach() if ups is None else log_kernel.detach() + ups.detach().abs().log()
+        )
 
     def _choice(self, hidden_states, ups):
         """Shares π and the intensity g (..., 1), or None where g is one by definition."""
@@ -332,7 +412,9 @@ class KernelFFN(nn.Module):
         if settings.intensity == "gate":
             return pi, self._gate(hidden_states)
         support = pi.detach() > 0
-        finite = log_kernel.where(support, torch.zeros_like(log_kernel)) + self.log_positive("scale")
+        finite = log_kernel.where(support, torch.zeros_like(log_kernel)) + self.log_positive(
+            "scale"
+        )
         return pi, (finite.exp() * support).sum(-1, keepdim=True)
 
 

@@ -30,14 +30,20 @@ def read_json(file) -> dict:
     file = Path(file)
     try:
         if file.stat().st_size > JSON_LIMIT:
-            raise InputError(f"found {file} of {file.stat().st_size:,} bytes, expected a small file: it is damaged")
+            raise InputError(
+                f"found {file} of {file.stat().st_size:,} bytes, expected a small file: it is damaged"
+            )
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"found {file} unreadable ({_line(error)}), expected JSON: copy the checkpoint again") from error
+        raise InputError(
+            f"found {file} unreadable ({_line(error)}), expected JSON: copy the checkpoint again"
+        ) from error
     if not isinstance(content, dict):
-        raise InputError(f"found a {type(content).__name__} in {file}, expected a mapping: the checkpoint is damaged")
+        raise InputError(
+            f"found a {type(content).__name__} in {file}, expected a mapping: the checkpoint is damaged"
+        )
     return content
 
 
@@ -51,16 +57,28 @@ def weight_files(folder) -> list:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         if not (folder / SAFE_WEIGHTS_NAME).is_file():
-            raise InputError(f"found no {SAFE_WEIGHTS_NAME} in {folder}, expected the weights in safetensors: copy it again")
+            raise InputError(
+                f"found no {SAFE_WEIGHTS_NAME} in {folder}, expected the weights in safetensors: copy it again"
+            )
         return [folder / SAFE_WEIGHTS_NAME]
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise InputError(f"found no weight_map in {index}, expected file names by tensor: copy the checkpoint again")
+        raise InputError(
+            f"found no weight_map in {index}, expected file names by tensor: copy the checkpoint again"
+        )
     for name in names.values():
-        if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(".safetensors"):
-            raise InputError(f"found {name!r} in {index}, expected the name of a safetensors file beside it: it is damaged")
+        if (
+            not isinstance(name, str)
+            or name != os.path.basename(name)
+            or not name.endswith(".safetensors")
+        ):
+            raise InputError(
+                f"found {name!r} in {index}, expected the name of a safetensors file beside it: it is damaged"
+            )
         if not (folder / name).is_file():
-            raise InputError(f"found no {name} in {folder}, which its index names: copy the checkpoint again")
+            raise InputError(
+                f"found no {name} in {folder}, which its index names: copy the checkpoint again"
+            )
     return [folder / name for name in sorted(set(names.values()))]
 
 
@@ -95,7 +113,9 @@ def read_header(file) -> dict:
                     raise ValueError(f"shape {shape}")
                 count *= side
             if dtype not in BYTES or start != end or stop - start != count * BYTES[dtype]:
-                raise ValueError(f"{name!r}: dtype {dtype!r}, shape {shape}, bytes {start} to {stop}")
+                raise ValueError(
+                    f"{name!r}: dtype {dtype!r}, shape {shape}, bytes {start} to {stop}"
+                )
             found[name], end = (dtype, tuple(shape)), stop
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(file, _line(error)) from error
@@ -139,15 +159,29 @@ def check_folder(folder, subfolder="") -> dict | None:
         return None  # other tensors than the config's, in other types
     tensors = read_headers(folder)
     for name, (dtype, _) in tensors.items():
-        if (dtype == "I32") != name.endswith(".units") or dtype not in ("F64", "F32", "BF16", "F16", "I32"):
-            raise InputError(f"found {name!r} of type {dtype} in {folder}, expected another type: convert or copy it again")
+        if (dtype == "I32") != name.endswith(".units") or dtype not in (
+            "F64",
+            "F32",
+            "BF16",
+            "F16",
+            "I32",
+        ):
+            raise InputError(
+                f"found {name!r} of type {dtype} in {folder}, expected another type: convert or copy it again"
+            )
     entry = config.get("kernel_ffn")
     layers = entry.get("layers") if isinstance(entry, dict) else None
     for path, layer in layers.items() if isinstance(layers, dict) else ():
-        wanted = (layer.get("prototypes"), layer.get("hidden_size")) if isinstance(layer, dict) else ()
+        wanted = (
+            (layer.get("prototypes"), layer.get("hidden_size")) if isinstance(layer, dict) else ()
+        )
         if not wanted or not all(type(side) is int and side > 0 for side in wanted):
             continue  # the config class says what is wrong
-        shapes = {shape for name, (_, shape) in tensors.items() if f".{name}".endswith(f".{path}.input_prototypes.weight")}
+        shapes = {
+            shape
+            for name, (_, shape) in tensors.items()
+            if f".{name}".endswith(f".{path}.input_prototypes.weight")
+        }
         if wanted not in shapes:
             raise InputError(
                 f"found {path}.input_prototypes.weight of {sorted(shapes) or 'no shape'} in {folder}, expected {wanted} for {path!r} by "
@@ -155,7 +189,9 @@ def check_folder(folder, subfolder="") -> dict | None:
             )
     blocks = config.get("num_hidden_layers", config.get("n_layer"))
     if isinstance(blocks, int) and blocks > len(tensors):
-        raise InputError(f"found {blocks} layers in {folder}/config.json and {len(tensors)} tensors: config.json is damaged")
+        raise InputError(
+            f"found {blocks} layers in {folder}/config.json and {len(tensors)} tensors: config.json is damaged"
+        )
     return tensors
 
 
@@ -166,12 +202,20 @@ def check_model(empty, tensors, folder) -> None:
     room = sum(math.prod(shape) for _, shape in tensors.values())
     for name, parameter in empty.named_parameters():
         short = name.removeprefix(prefix)
-        found = tensors.get(name) or tensors.get(short) or tensors.get(f"{empty.base_model_prefix}.{name}")
+        found = (
+            tensors.get(name)
+            or tensors.get(short)
+            or tensors.get(f"{empty.base_model_prefix}.{name}")
+        )
         if found is None and parameter.numel() > room:
             raise InputError(
                 f"found no {name} in {folder}, expected {tuple(parameter.shape)} by its config.json: one is damaged"
             )
-        if found is not None and found[1] != tuple(parameter.shape) and (name != short or not prefix):
+        if (
+            found is not None
+            and found[1] != tuple(parameter.shape)
+            and (name != short or not prefix)
+        ):
             raise InputError(
                 f"found {name} of shape {found[1]} in {folder}, expected {tuple(parameter.shape)} by its config.json: one of them "
                 "is damaged; copy or convert it again"
@@ -182,7 +226,10 @@ def compute_checksums(folder) -> dict:
     """SHA-256 by name of the files in ``folder`` that make up the model."""
     found = {}
     for file in sorted(Path(folder).iterdir()):
-        if file.name.endswith(".safetensors") or file.name in (SAFE_WEIGHTS_INDEX_NAME, "config.json"):
+        if file.name.endswith(".safetensors") or file.name in (
+            SAFE_WEIGHTS_INDEX_NAME,
+            "config.json",
+        ):
             with file.open("rb") as stream:
                 found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found
@@ -190,7 +237,9 @@ def compute_checksums(folder) -> dict:
 
 def record_checksums(folder) -> None:
     """Write the checksums of the model in ``folder`` beside it."""
-    Path(folder, CHECKSUMS).write_text(json.dumps({"sha256": compute_checksums(folder)}, indent=1) + "\n", encoding="utf-8")
+    Path(folder, CHECKSUMS).write_text(
+        json.dumps({"sha256": compute_checksums(folder)}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def _damaged(file, why) -> InputError:

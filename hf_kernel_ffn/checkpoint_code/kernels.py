@@ -56,7 +56,9 @@ class Kernel:
         fires = value > 0
         return torch.where(fires, value.where(fires, torch.ones_like(value)).log(), -torch.inf)
 
-    def scaled(self, score: Tensor, distance2: Tensor | None, log_scale: Tensor, **parameters: Tensor) -> Tensor:
+    def scaled(
+        self, score: Tensor, distance2: Tensor | None, log_scale: Tensor, **parameters: Tensor
+    ) -> Tensor:
         """κ(x, w) · e^log_scale. Override it where κ may overflow and the product does not."""
         return self.value(score, distance2, **parameters) * log_scale.exp()
 
@@ -69,10 +71,14 @@ def register_kernel(kernel: Kernel) -> Kernel:
         InputError: another kernel already has the name.
     """
     if not isinstance(kernel, Kernel):
-        raise TypeError(f"found {kernel!r}, expected an instance of Kernel: register MyKernel(name=…), not the class")
+        raise TypeError(
+            f"found {kernel!r}, expected an instance of Kernel: register MyKernel(name=…), not the class"
+        )
     known = KERNELS.get(kernel.name)
     if known is not None and _identity(known) != _identity(kernel):
-        raise InputError(f"a kernel named {kernel.name!r} is already registered: choose another name")
+        raise InputError(
+            f"a kernel named {kernel.name!r} is already registered: choose another name"
+        )
     KERNELS[kernel.name] = kernel
     return kernel
 
@@ -84,7 +90,9 @@ def _identity(kernel):
 def get_kernel(name: str) -> Kernel:
     """The kernel called ``name``; InputError, with the names there are, if there is none."""
     if not isinstance(name, str) or name not in KERNELS:
-        raise InputError(f"found kernel {name!r}, expected one of {', '.join(KERNELS)}: register your own by register_kernel")
+        raise InputError(
+            f"found kernel {name!r}, expected one of {', '.join(KERNELS)}: register your own by register_kernel"
+        )
     return KERNELS[name]
 
 
@@ -151,21 +159,39 @@ class ExponentialYat(Kernel):
         return self.scaled(score, distance2, score.new_zeros(1), epsilon, rate)
 
     def scaled(self, score, distance2, log_scale, epsilon, rate):
-        root = score * ((score * rate + log_scale) / 2).exp()  # no factor overflows before the product does
+        root = (
+            score * ((score * rate + log_scale) / 2).exp()
+        )  # no factor overflows before the product does
         return root * (root / (distance2 + epsilon))
 
     def log(self, score, distance2, epsilon, rate):
         fires = score != 0
         safe = score.where(fires, torch.ones_like(score)).abs()
-        return torch.where(fires, 2 * safe.log() + rate * score - (distance2 + epsilon).log(), -torch.inf)
+        return torch.where(
+            fires, 2 * safe.log() + rate * score - (distance2 + epsilon).log(), -torch.inf
+        )
 
 
-register_kernel(Exponential("exponential", nonnegative=True, positive_definite=True, uses_bias=True))
 register_kernel(
-    Gaussian("gaussian", nonnegative=True, positive_definite=True, uses_distance=True, parameters={"bandwidth": "bandwidth"})
+    Exponential("exponential", nonnegative=True, positive_definite=True, uses_bias=True)
 )
 register_kernel(
-    InverseMultiquadric("imq", nonnegative=True, positive_definite=True, uses_distance=True, parameters={"offset": "distance"})
+    Gaussian(
+        "gaussian",
+        nonnegative=True,
+        positive_definite=True,
+        uses_distance=True,
+        parameters={"bandwidth": "bandwidth"},
+    )
+)
+register_kernel(
+    InverseMultiquadric(
+        "imq",
+        nonnegative=True,
+        positive_definite=True,
+        uses_distance=True,
+        parameters={"offset": "distance"},
+    )
 )
 register_kernel(
     Yat("yat", nonnegative=True, positive_definite=True, uses_bias=True, uses_distance=True, degree=2,

@@ -15,7 +15,12 @@ def is_plain(linear) -> bool:
         type(linear) is nn.Linear
         and type(linear.weight) in (nn.Parameter, Tensor)
         and not linear.weight.is_meta
-        and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks)
+        and not (
+            linear._forward_hooks
+            or linear._forward_pre_hooks
+            or linear._backward_hooks
+            or linear._backward_pre_hooks
+        )
         and "forward" not in vars(linear)
     )
 

@@ -44,10 +44,14 @@ class KernelModelMixin:
 
     def kernel_ffns(self) -> dict:
         """The converted FFNs by their path under the base model, in layer order."""
-        return {path: self.base_model.get_submodule(path) for path in self.config.kernel_ffn_layers()}
+        return {
+            path: self.base_model.get_submodule(path) for path in self.config.kernel_ffn_layers()
+        }
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs
+    ):
         """As the stock method; InputError if a tensor of a converted FFN is missing from the checkpoint or has
         another shape, since the stock method would only warn and leave it random."""
         tensors = check_folder(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
@@ -58,7 +62,9 @@ class KernelModelMixin:
             with torch.device("meta"):
                 check_model(cls(config), tensors, pretrained_model_name_or_path)
         kwargs["use_safetensors"] = True  # the other format runs code when it is read
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
         paths = tuple(f"{path}." for path in model.config.kernel_ffn_layers())
         body = () if model.base_model is model else (f"{model.base_model_prefix}.",)
         lost = sorted(
@@ -73,7 +79,9 @@ class KernelModelMixin:
                 f"the first {lost[0]!r}: the checkpoint is incomplete; copy or convert it again"
             )
         extra = sorted(
-            key for key in info["unexpected_keys"] if key.startswith(body) or any(f".{path}" in f".{key}" for path in paths)
+            key
+            for key in info["unexpected_keys"]
+            if key.startswith(body) or any(f".{path}" in f".{key}" for path in paths)
         )
         if extra:
             raise InputError(
@@ -110,7 +118,9 @@ def install_ffn(base, path, ffn) -> list:
             put(parent, lambda before: KernelExperts())
         base.get_submodule(parent).add_module(number, ffn)
     else:
-        base.get_submodule(path)  # AttributeError if that is no module: config.json may name anything
+        base.get_submodule(
+            path
+        )  # AttributeError if that is no module: config.json may name anything
         put(path, lambda before: ffn)
     for other in ffn.config.absorbed:
         put(other, lambda before: nn.Identity() if isinstance(before, nn.Module) else 0.0)
@@ -122,7 +132,9 @@ def recorded_readouts(model):
     """Collect the record of every converted FFN, in the order in which they run, while the context is open."""
     records = []
     hooks = [
-        ffn.register_forward_hook(lambda module, args, output: records.append(module.readout(args[0])))
+        ffn.register_forward_hook(
+            lambda module, args, output: records.append(module.readout(args[0]))
+        )
         for ffn in model.kernel_ffns().values()
     ]
     try:

@@ -8,7 +8,15 @@ checkpoints: it imports nothing but torch.
 import torch
 from torch import Tensor, library
 
-from .operators import ARGUMENTS, TENSORS, chunks, differentiate, empty_gradients, namespace, score_dtype
+from .operators import (
+    ARGUMENTS,
+    TENSORS,
+    chunks,
+    differentiate,
+    empty_gradients,
+    namespace,
+    score_dtype,
+)
 
 BLOCK = 2**16
 """Elements of a score matrix that elementwise work goes over at once on a CPU: what stays in its cache."""
@@ -17,13 +25,18 @@ FAR = 2.0**40
 """A scale and its inverse up to this may divide squared distances without leaving float32."""
 
 
-def yat_mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex):
+def yat_mixture(
+    x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex
+):
     """The function :func:`hf_kernel_ffn.checkpoint_code.operators.plain`, arguments as there, in chunks of tokens; differentiable. x·w (and u·x) are
     kept for the backward pass if they take no more than ``limit`` bytes, and computed again there otherwise."""
     keep = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, rows, bias, dictionary, epsilon, factor, up, up_bias)
+        t is not None and t.requires_grad
+        for t in (x, rows, bias, dictionary, epsilon, factor, up, up_bias)
     )
-    return _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex, keep)[0]
+    return _mixture(
+        x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex, keep
+    )[0]
 
 
 @library.custom_op(
@@ -31,7 +44,9 @@ def yat_mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sid
     mutates_args=(),
     schema=f"({ARGUMENTS}, bool keep) -> (Tensor written, Tensor log_mass, Tensor dots, Tensor ups)",
 )
-def _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex, keep):
+def _mixture(
+    x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex, keep
+):
     """The mixture; what _Convex needs in the backward pass (N, 1); and the products (N, P), if they are kept."""
     terms = (_Convex if convex else _Conic)(x, rows, bias, epsilon, factor, up, up_bias, one_sided)
     keep = keep and _may_be_kept(x, rows, up, limit)
@@ -39,9 +54,13 @@ def _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided,
     mixed = dictionary.to(mix)
     dots = ups = None
     with torch.autocast(x.device.type, enabled=False):
-        for part in [slice(0, len(x))] if keep else chunks(len(x), limit, 2 * terms.bytes_per_token):
+        for part in (
+            [slice(0, len(x))] if keep else chunks(len(x), limit, 2 * terms.bytes_per_token)
+        ):
             dots, ups = terms.products(x[part])
-            coefficients = terms.coefficients(part, dots, ups, torch.empty_like(dots) if keep else dots)
+            coefficients = terms.coefficients(
+                part, dots, ups, torch.empty_like(dots) if keep else dots
+            )
             torch.mm(coefficients.to(mix), mixed.T, out=written[part])
         terms.finish(written)
     kept = (terms.log_mass, *((dots, ups) if keep else (None, None)))
@@ -49,7 +68,10 @@ def _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided,
 
 
 def _may_be_kept(x, rows, up, limit):
-    return x.shape[0] * rows.shape[0] * score_dtype(x, rows).itemsize * (1 if up is None else 2) <= limit
+    return (
+        x.shape[0] * rows.shape[0] * score_dtype(x, rows).itemsize * (1 if up is None else 2)
+        <= limit
+    )
 
 
 @_mixture.register_fake
@@ -77,20 +99,35 @@ def _mixture_backward(gradient, written, log_mass, kept_dots, kept_ups, wanted, 
     dtype, keep = terms.dtype, keep and _may_be_kept(x, rows, up, limit)
     with torch.autocast(x.device.type, enabled=False):
         gradient, mixed = gradient.to(mix), dictionary.to(mix)
-        sums = _Sums(terms, (gradient.to(dtype) * written.to(dtype)).sum(-1, keepdim=True), log_mass)
-        new = torch.empty_like if len(x) else torch.zeros_like  # the first chunk writes, the others add
+        sums = _Sums(
+            terms, (gradient.to(dtype) * written.to(dtype)).sum(-1, keepdim=True), log_mass
+        )
+        new = (
+            torch.empty_like if len(x) else torch.zeros_like
+        )  # the first chunk writes, the others add
         d_dictionary = new(mixed) if wanted[3] else None
         d_x = new(x, dtype=dtype) if wanted[0] else None
         d_rows = new(rows, dtype=dtype) if wanted[1] else None
         d_up = new(up, dtype=dtype) if up is not None and wanted[6] else None
-        x_cast, rows_cast, up_cast = x.to(dtype), rows.to(dtype), None if up is None else up.to(dtype)
+        x_cast, rows_cast, up_cast = (
+            x.to(dtype),
+            rows.to(dtype),
+            None if up is None else up.to(dtype),
+        )
         for part in chunks(len(x), limit, 4 * terms.bytes_per_token):
-            dots, ups = (kept_dots[part], None if up is None else kept_ups[part]) if keep else terms.products(x[part])
+            dots, ups = (
+                (kept_dots[part], None if up is None else kept_ups[part])
+                if keep
+                else terms.products(x[part])
+            )
             d_coefficient = (gradient[part] @ mixed).to(dtype)
             coefficient = torch.empty_like(d_coefficient)
             d_ups = None if up is None else torch.empty_like(d_coefficient)
             terms.backward(part, dots, ups, d_coefficient, coefficient, d_ups, sums)
-            half, added = d_coefficient, int(part.start > 0)  # overwritten by half the gradient of x·w
+            half, added = (
+                d_coefficient,
+                int(part.start > 0),
+            )  # overwritten by half the gradient of x·w
             if d_dictionary is not None:
                 d_dictionary.addmm_(gradient[part].T, coefficient.to(mix), beta=added)
             if d_rows is not None:
@@ -119,7 +156,8 @@ def _mixture_backward(gradient, written, log_mass, kept_dots, kept_ups, wanted, 
         )
     like = (x, rows, bias, dictionary, epsilon, factor, up, up_bias)
     return tuple(
-        x.new_empty(0) if t is None or not asked else g.to(t.dtype) for g, t, asked in zip(found, like, wanted, strict=True)
+        x.new_empty(0) if t is None or not asked else g.to(t.dtype)
+        for g, t, asked in zip(found, like, wanted, strict=True)
     )
 
 
@@ -135,7 +173,9 @@ def one_token(x, rows, bias, squares, epsilon, scale, one_sided):
     """scale · κ (P,) at one token x (d,) in as few operations as it takes, each of which costs more than its arithmetic; ``rows``
     (P, d), ``bias`` and ``squares`` = ‖w‖² (P,) in the dtype of x, at least float32; ``epsilon`` and ``scale`` plain numbers."""
     score = torch.mv(rows, x)
-    denominator = torch.add(squares, score, alpha=-2).add_(torch.dot(x, x)).clamp_min_(0).add_(epsilon)
+    denominator = (
+        torch.add(squares, score, alpha=-2).add_(torch.dot(x, x)).clamp_min_(0).add_(epsilon)
+    )
     score = score.add_(bias)
     score = score.relu_() if one_sided else score
     return torch.div(score, denominator).mul_(score).mul_(scale)
@@ -147,10 +187,21 @@ class _Sums:
     def __init__(self, terms, mean, log_mass):
         count, prototypes = len(terms.square_x), len(terms.square_rows)
         new = terms.square_x.new_zeros
-        self.mean, self.log_mass = mean, log_mass  # Σ gradient · output (N, 1), and what _Convex says
-        self.per_token, self.per_row = new(count, 1), new(prototypes)  # of −∂/∂‖x−w‖², times `inside`
-        self.touching = new(())  # the same where rounding left no distance, of which ε alone has a gradient
-        self.scores, self.ups = new(prototypes), new(prototypes)  # half the gradient of scores, and that of u·x
+        self.mean, self.log_mass = (
+            mean,
+            log_mass,
+        )  # Σ gradient · output (N, 1), and what _Convex says
+        self.per_token, self.per_row = (
+            new(count, 1),
+            new(prototypes),
+        )  # of −∂/∂‖x−w‖², times `inside`
+        self.touching = new(
+            ()
+        )  # the same where rounding left no distance, of which ε alone has a gradient
+        self.scores, self.ups = (
+            new(prototypes),
+            new(prototypes),
+        )  # half the gradient of scores, and that of u·x
         self.entropy = new(())  # Σ (gradient of log π) · log π
 
 
@@ -171,12 +222,18 @@ class _Terms:
         self.rows, self.up = rows if self.native else rows.to(self.dtype), up
         if up is not None and not self.native:
             self.up = up.to(self.dtype)
-        self.bias, self.up_bias = bias.to(self.dtype), None if up_bias is None else up_bias.to(self.dtype)
+        self.bias, self.up_bias = (
+            bias.to(self.dtype),
+            None if up_bias is None else up_bias.to(self.dtype),
+        )
         self.inside, epsilon = 1.0, epsilon.to(self.dtype)
         self.at_hand = numbers_at_hand(x)
         self.take(factor)
         self.least = epsilon.item() / self.inside if self.at_hand else epsilon
-        self.square_x = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.dtype).square() / self.inside
+        self.square_x = (
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.dtype).square()
+            / self.inside
+        )
         # From the weight in use at every call: a norm kept from earlier would be wrong after a step or an adapter.
         square_rows = torch.linalg.vector_norm(rows, dim=-1, dtype=self.dtype).square()
         self.square_rows = (square_rows + epsilon) / self.inside
@@ -185,7 +242,9 @@ class _Terms:
 
     def products(self, x):
         """x·w, without b, of which a small distance would keep the rounding; and u·x if values are gated: (n, P) each, new memory."""
-        return self._product(x, self.rows, None), None if self.up is None else self._product(x, self.up, self.up_bias)
+        return self._product(x, self.rows, None), None if self.up is None else self._product(
+            x, self.up, self.up_bias
+        )
 
     def _product(self, x, weight, bias):
         if self.native:
@@ -196,9 +255,9 @@ class _Terms:
     def denominator_and_score(self, part, dots):
         """D, less than ``least`` where rounding left it so, and x·w + b, or what is positive of it."""
         score = dots + self.bias
-        return torch.add(self.square_x[part], self.square_rows).add_(dots, alpha=-2 / self.inside), (
-            score.clamp_min_(0) if self.one_sided else score
-        )
+        return torch.add(self.square_x[part], self.square_rows).add_(
+            dots, alpha=-2 / self.inside
+        ), (score.clamp_min_(0) if self.one_sided else score)
 
     def collect(self, gradient, far, apart, here, sums):
         """Half the gradient of x·w in place of half that of scores; ``far``: −∂/∂D, overwritten."""
@@ -212,7 +271,9 @@ class _Terms:
 
     def cut(self, denominator):
         """``denominator`` is no less than ``least`` any more; where it was so before, or None: everywhere."""
-        apart = None if self.at_hand and denominator.amin() >= self.least else denominator >= self.least
+        apart = (
+            None if self.at_hand and denominator.amin() >= self.least else denominator >= self.least
+        )
         denominator.clamp_min_(self.least)
         return apart
 
@@ -282,7 +343,12 @@ class _Convex(_Terms):
         for here, rows in _blocks(dots, part):
             denominator, score = self.denominator_and_score(here, dots[rows])
             denominator.clamp_min_(self.least)
-            target = torch.mul(score, score, out=out[rows]).div_(denominator).log_().div_(self.temperature)
+            target = (
+                torch.mul(score, score, out=out[rows])
+                .div_(denominator)
+                .log_()
+                .div_(self.temperature)
+            )
             best = target.amax(-1, keepdim=True)
             best = best.where(best != -torch.inf, torch.zeros_like(best))
             mass = target.sub_(best).exp_().sum(-1, keepdim=True)
@@ -302,7 +368,13 @@ class _Convex(_Terms):
             gradient = d_coefficient[rows]
             denominator, score = self.denominator_and_score(here, dots[rows])
             apart = self.cut(denominator)
-            log_pi = torch.mul(score, score).div_(denominator).log_().div_(self.temperature).sub_(sums.log_mass[here])
+            log_pi = (
+                torch.mul(score, score)
+                .div_(denominator)
+                .log_()
+                .div_(self.temperature)
+                .sub_(sums.log_mass[here])
+            )
             pi = torch.exp(log_pi, out=coefficient[rows])
             if ups is not None:
                 torch.mul(gradient, pi, out=d_ups[rows])

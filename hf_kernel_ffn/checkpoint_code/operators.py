@@ -38,7 +38,9 @@ def plain(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mi
     else:
         choice = kernel.scaled(score, distance, factor.log(), epsilon=epsilon)
     if up is not None:
-        choice = choice * torch.nn.functional.linear(x, up.to(dtype), None if up_bias is None else up_bias.to(dtype))
+        choice = choice * torch.nn.functional.linear(
+            x, up.to(dtype), None if up_bias is None else up_bias.to(dtype)
+        )
     return choice.to(mix) @ dictionary.to(mix).T
 
 
@@ -71,7 +73,11 @@ def differentiate(mixture, backward):
         if torch.is_grad_enabled():  # a graph of the gradient itself is asked for
             with torch.autocast(gradient.device.type, enabled=False):
                 given = [t for t, asked in zip(tensors, wanted) if asked]
-                found = iter(torch.autograd.grad(plain(*tensors, *settings[:4]), given, gradient, create_graph=True))
+                found = iter(
+                    torch.autograd.grad(
+                        plain(*tensors, *settings[:4]), given, gradient, create_graph=True
+                    )
+                )
             return tuple(next(found) if asked else None for asked in wanted) + nothing
         found = backward(gradient, *outputs, wanted, *tensors, *settings)
         return tuple(g if asked else None for g, asked in zip(found, wanted)) + nothing
@@ -81,7 +87,10 @@ def differentiate(mixture, backward):
 
 def empty_gradients(x, like, wanted):
     """What a derivative's outputs look like: those of ``like`` (eight tensors or None), empty where not wanted."""
-    return tuple(x.new_empty(0) if t is None or not asked else torch.empty_like(t) for t, asked in zip(like, wanted))
+    return tuple(
+        x.new_empty(0) if t is None or not asked else torch.empty_like(t)
+        for t, asked in zip(like, wanted)
+    )
 
 
 def chunks(count, limit, bytes_per_token):

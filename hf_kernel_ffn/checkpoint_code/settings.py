@@ -60,10 +60,16 @@ class KernelFFNConfig:
         if self.init is not None:
             require_one_of("init", self.init, INITIALISERS)
         if not get_kernel(self.kernel).nonnegative:
-            raise InputError(f"kernel {self.kernel!r} can be negative: its readout is no mixture; choose a nonnegative kernel")
-        _require_number("temperature", self.temperature, lambda t: 0 < t < float("inf"), "a positive number")
+            raise InputError(
+                f"kernel {self.kernel!r} can be negative: its readout is no mixture; choose a nonnegative kernel"
+            )
+        _require_number(
+            "temperature", self.temperature, lambda t: 0 < t < float("inf"), "a positive number"
+        )
         _require_number("expansion", self.expansion, lambda e: 1 <= e <= 8, "a number from 1 to 8")
-        if self.sparse and (not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1):
+        if self.sparse and (
+            not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1
+        ):
             raise InputError(
                 f"found top_k={self.top_k!r}, expected a positive integer: simplex {self.simplex!r} needs to know how many"
             )
@@ -72,7 +78,9 @@ class KernelFFNConfig:
                 f"found top_k={self.top_k} with simplex {self.simplex!r}: only 'top-k' and 'threshold' keep a given number"
             )
         if self.values == "gated" and self.init == "polarised":
-            raise InputError("values 'gated' with init 'polarised': gated values carry the sign already; use init 'single'")
+            raise InputError(
+                "values 'gated' with init 'polarised': gated values carry the sign already; use init 'single'"
+            )
 
     @property
     def sparse(self) -> bool:
@@ -82,7 +90,11 @@ class KernelFFNConfig:
     @property
     def coefficients_are_kernel(self) -> bool:
         """Coefficients are scale · κ on the support, no shares needed: mass over softmax, top-k or threshold at τ = 1."""
-        return self.intensity == "mass" and (self.simplex == "softmax" or self.sparse) and self.temperature in (None, 1.0)
+        return (
+            self.intensity == "mass"
+            and (self.simplex == "softmax" or self.sparse)
+            and self.temperature in (None, 1.0)
+        )
 
     @property
     def regime(self) -> str:
@@ -136,7 +148,9 @@ class LayerConfig:
         settings = KernelFFNConfig(**settings)
         reference = require_mapping("kernel_ffn reference", entry.get("reference"))
         needed = [*get_kernel(settings.kernel).parameters]
-        needed += ["scale"] * (settings.intensity != "none") + ["temperature"] * (not settings.coefficients_are_kernel)
+        needed += ["scale"] * (settings.intensity != "none") + ["temperature"] * (
+            not settings.coefficients_are_kernel
+        )
         needed += ["threshold"] * (settings.simplex == "threshold")
         for name in needed:
             if reference.get(name) is None:
@@ -175,21 +189,32 @@ def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNC
     """
     if not gated_teacher:
         if config.values == "gated":
-            raise InputError("found values 'gated' for an FFN without a gate: its units have one row each; use values 'fixed'")
+            raise InputError(
+                "found values 'gated' for an FFN without a gate: its units have one row each; use values 'fixed'"
+            )
         if config.init == "polarised":
-            raise InputError("found init 'polarised' for an FFN without a gate: it splits a unit's two rows; use init 'single'")
+            raise InputError(
+                "found init 'polarised' for an FFN without a gate: it splits a unit's two rows; use init 'single'"
+            )
     kernel = get_kernel(config.kernel)
     init = config.init
     if init is None and kernel.uses_distance and not kernel.uses_bias:
         init = "data-scale"  # a kernel of distance alone sees nothing of rows much shorter than the inputs
     init = init or ("polarised" if gated_teacher and config.values == "fixed" else "single")
-    if "bandwidth" in kernel.parameters.values() and config.intensity == "mass" and init not in AT_THE_DATA:
+    if (
+        "bandwidth" in kernel.parameters.values()
+        and config.intensity == "mass"
+        and init not in AT_THE_DATA
+    ):
         raise InputError(
             f"found intensity 'mass' with kernel {config.kernel!r} and init {init!r}: its mass vanishes on prototypes much shorter "
             "than the inputs; use init 'data-scale' or another intensity"
         )
     resolved = replace(config, init=init)
-    return replace(resolved, expansion=config.expansion or (2.0 if needs_both_signs(resolved, gated_teacher) else 1.0))
+    return replace(
+        resolved,
+        expansion=config.expansion or (2.0 if needs_both_signs(resolved, gated_teacher) else 1.0),
+    )
 
 
 def needs_both_signs(config: KernelFFNConfig, gated_teacher: bool) -> bool:
@@ -212,5 +237,7 @@ def _require_number(name, value, accept, expected):
 
 def require_mapping(what, value):
     if not isinstance(value, dict):
-        raise InputError(f"found {type(value).__name__} as the {what}, expected a mapping: config.json is damaged")
+        raise InputError(
+            f"found {type(value).__name__} as the {what}, expected a mapping: config.json is damaged"
+        )
     return value

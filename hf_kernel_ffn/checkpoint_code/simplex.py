@@ -27,7 +27,9 @@ def register_simplex_map(name):
     return register
 
 
-def compute_shares(name: str, log_kernel: Tensor, temperature: Tensor | float, top_k: int | None = None) -> Tensor:
+def compute_shares(
+    name: str, log_kernel: Tensor, temperature: Tensor | float, top_k: int | None = None
+) -> Tensor:
     """π = map(log κ / τ); all zero, with zero gradients, where no unit fires (log κ = −inf throughout).
 
     Args:
@@ -40,7 +42,9 @@ def compute_shares(name: str, log_kernel: Tensor, temperature: Tensor | float, t
     finite = log_kernel.where(fires, torch.zeros_like(log_kernel))
     best = log_kernel.detach().amax(-1, keepdim=True)
     best = best.where(best != -torch.inf, torch.zeros_like(best))
-    counted = fires | ~fires.any(-1, keepdim=True)  # a row where nothing fires: equal scores, zeroed below
+    counted = fires | ~fires.any(
+        -1, keepdim=True
+    )  # a row where nothing fires: equal scores, zeroed below
     scores = ((finite - best) / temperature).where(counted, torch.full_like(finite, FLOOR))
     return SIMPLEX_MAPS[name](scores.clamp_min(FLOOR), top_k) * fires
 

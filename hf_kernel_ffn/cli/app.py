@@ -14,37 +14,67 @@ import typer
 
 from .tables import print_reading, print_report, print_table
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: of the weights while they are computed with")]
+Dtype = Annotated[
+    str,
+    typer.Option(help="float32, bfloat16 or float16: of the weights while they are computed with"),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")
+]
 
 
 @app.command()
 def convert(
     model: Annotated[str, typer.Argument(help="local folder or hub id of a stock model")],
     out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
-    kernel: Annotated[str, typer.Option(help="registered kernel, or FILE.py:NAME for one of your own")] = "half-yat",
-    simplex: Annotated[str, typer.Option(help="softmax, sparsemax, entmax-1.5 or top-k")] = "softmax",
+    kernel: Annotated[
+        str, typer.Option(help="registered kernel, or FILE.py:NAME for one of your own")
+    ] = "half-yat",
+    simplex: Annotated[
+        str, typer.Option(help="softmax, sparsemax, entmax-1.5 or top-k")
+    ] = "softmax",
     top_k: Annotated[Optional[int], typer.Option(help="prototypes kept by top-k")] = None,
     intensity: Annotated[str, typer.Option(help="none, mass or gate")] = "mass",
     init: Annotated[
-        Optional[str], typer.Option(help="single, polarised, data-scale or firing-means  [default: the family's]")
+        Optional[str],
+        typer.Option(help="single, polarised, data-scale or firing-means  [default: the family's]"),
     ] = None,
     values: Annotated[str, typer.Option(help="fixed or gated")] = "fixed",
     expansion: Annotated[
-        Optional[float], typer.Option(help="prototypes per hidden unit, 1 to 8  [default: 2 polarised, else 1]")
+        Optional[float],
+        typer.Option(help="prototypes per hidden unit, 1 to 8  [default: 2 polarised, else 1]"),
     ] = None,
-    temperature: Annotated[Optional[float], typer.Option(help="[default: 1, or fitted where it is free]")] = None,
+    temperature: Annotated[
+        Optional[float], typer.Option(help="[default: 1, or fitted where it is free]")
+    ] = None,
     layers: Annotated[Optional[str], typer.Option(help="such as 0-5,7  [default: all]")] = None,
-    calibration_text: Annotated[Optional[str], typer.Option(help=".txt, .jsonl, .parquet or a datasets name")] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=0, help="tokens to calibrate on; 0: no calibration")] = 16_384,
+    calibration_text: Annotated[
+        Optional[str], typer.Option(help=".txt, .jsonl, .parquet or a datasets name")
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(min=0, help="tokens to calibrate on; 0: no calibration")
+    ] = 16_384,
     stream: Annotated[
         bool,
-        typer.Option("--stream", help="a block at a time, for a model that does not fit in memory; needs text, or 0 tokens"),
+        typer.Option(
+            "--stream",
+            help="a block at a time, for a model that does not fit in memory; needs text, or 0 tokens",
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="of masks in the text, or of the tokens the model makes itself without any")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="of masks in the text, or of the tokens the model makes itself without any"
+        ),
+    ] = 0,
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> None:
@@ -59,19 +89,27 @@ def convert(
     from ..text.prediction import make_inputs_for_prediction
 
     quieten()
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages: fresh ones take a third of the time
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # large tensors in huge pages: fresh ones take a third of the time
     require_empty(out_dir)
     if 0 < calibration_tokens < 256:
-        raise InputError(f"found {calibration_tokens} calibration tokens, expected 0, or 256 and more: give more")
+        raise InputError(
+            f"found {calibration_tokens} calibration tokens, expected 0, or 256 and more: give more"
+        )
     if stream and device != "cpu":
         raise InputError(f"found --stream with device {device!r}, expected cpu: it computes there")
-    settings = KernelFFNConfig(import_kernel(kernel), simplex, intensity, init, values, temperature, top_k, expansion)
+    settings = KernelFFNConfig(
+        import_kernel(kernel), simplex, intensity, init, values, temperature, top_k, expansion
+    )
     teacher = load_stock_on_meta(model) if stream else load_teacher(model, dtype, device)
     ids = None
     if calibration_text is not None:
         length = min(256, getattr(teacher.config, "max_position_embeddings", None) or 256)
         tokenizer = load_tokenizer(model)
-        text = read_token_ids(tokenizer, [calibration_text], length, calibration_tokens, spread=True)
+        text = read_token_ids(
+            tokenizer, [calibration_text], length, calibration_tokens, spread=True
+        )
         ids = make_inputs_for_prediction(teacher, tokenizer, text, seed)
     options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)
     if stream:
@@ -86,19 +124,30 @@ def convert(
         ["layer", "prototypes", "parameters", "FVU held out", "dictionary growth"],
         [
             [path, f"{f['prototypes']}", f"{f['parameters']:,}"]
-            + [f"{f[name]:.{digits}f}" if name in f else "–" for name, digits in (("fvu", 4), ("dictionary_growth", 2))]
+            + [
+                f"{f[name]:.{digits}f}" if name in f else "–"
+                for name, digits in (("fvu", 4), ("dictionary_growth", 2))
+            ]
             for path, f in report.layers.items()
         ],
     )
-    typer.echo(f"calibrated on {report.calibration_tokens:,} tokens ({report.calibration}); saved in {out_dir}")
+    typer.echo(
+        f"calibrated on {report.calibration_tokens:,} tokens ({report.calibration}); saved in {out_dir}"
+    )
 
 
 @app.command()
 def record(
     recipe: Annotated[Path, typer.Argument(help="YAML file")],
-    out_dir: Annotated[Path, typer.Argument(help="new or empty folder, for stored_logits in the recipe")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(help="dotted.key=value …, as for distill")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="tokens to record at every position; the others count as one")] = 64,
+    out_dir: Annotated[
+        Path, typer.Argument(help="new or empty folder, for stored_logits in the recipe")
+    ],
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(help="dotted.key=value …, as for distill")
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option(min=1, help="tokens to record at every position; the others count as one")
+    ] = 64,
     processes: Annotated[int, typer.Option(min=1, help="that the distillation will run on")] = 1,
 ) -> None:
     """Run the teacher of RECIPE over what its logits stages will read, and write its likeliest tokens to OUT_DIR."""
@@ -113,8 +162,13 @@ def record(
 @app.command()
 def distill(
     recipe: Annotated[Path, typer.Argument(help="YAML file")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(help="dotted.key=value …, such as stages.0.tokens=600000")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the state an interrupted run left")] = False,
+    overrides: Annotated[
+        Optional[list[str]],
+        typer.Argument(help="dotted.key=value …, such as stages.0.tokens=600000"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the state an interrupted run left")
+    ] = False,
 ) -> None:
     """Distil a converted model back to its teacher by RECIPE. Also: accelerate launch scripts/distill.py RECIPE …"""
     from ..distillation import Terminated, distill, load_recipe
@@ -135,9 +189,14 @@ def evaluate(
     text: Annotated[str, typer.Option(help="text that neither was trained on")],
     max_tokens: Annotated[int, typer.Option(min=2, help="tokens of the text to read")] = 65_536,
     sequence_length: Annotated[
-        Optional[int], typer.Option(min=2, help="tokens per sequence  [default: 256, or the teacher's most if that is less]")
+        Optional[int],
+        typer.Option(
+            min=2, help="tokens per sequence  [default: 256, or the teacher's most if that is less]"
+        ),
     ] = None,
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write the report")] = None,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", help="where to write the report")
+    ] = None,
     trust_remote_code: Trust = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -152,21 +211,34 @@ def evaluate(
     try:
         from ..evaluation.report import evaluate_student
     except ImportError as error:
-        raise InputError("evaluate needs the evaluate package: pip install 'hf-kernel-ffn[evaluate]'") from error
+        raise InputError(
+            "evaluate needs the evaluate package: pip install 'hf-kernel-ffn[evaluate]'"
+        ) from error
     if json_file is not None:
         require_place(json_file)
     quieten()
-    converted, stock = load_student(student, dtype, device, trust_remote_code), load_teacher(teacher, dtype, device)
+    converted, stock = (
+        load_student(student, dtype, device, trust_remote_code),
+        load_teacher(teacher, dtype, device),
+    )
     check_pair(converted, stock)
     check_vocabularies(student, teacher)
     limit = getattr(stock.config, "max_position_embeddings", None)
     sequence_length = sequence_length or min(256, limit or 256)
     if limit is not None and sequence_length > limit:
-        raise InputError(f"found sequence length {sequence_length}, expected at most the teacher's {limit}")
+        raise InputError(
+            f"found sequence length {sequence_length}, expected at most the teacher's {limit}"
+        )
     tokenizer = load_tokenizer(teacher)
     ids = read_token_ids(tokenizer, [text], sequence_length, max_tokens)
     report = evaluate_student(converted, stock, ids, tokenizer=tokenizer, progress=True)
-    report = {"student_path": student, "teacher_path": teacher, "text": text, "sequence_length": sequence_length, **report}
+    report = {
+        "student_path": student,
+        "teacher_path": teacher,
+        "text": text,
+        "sequence_length": sequence_length,
+        **report,
+    }
     if json_file is not None:
         write_text(json_file, json.dumps(report, indent=1) + "\n")
     print_report(report)
@@ -176,15 +248,33 @@ def evaluate(
 def read(
     model: Annotated[str, typer.Argument(help="local folder or hub id, converted or stock")],
     prompt: Annotated[str, typer.Option(help="text to read the model at")],
-    position: Annotated[int, typer.Option(help="token of the prompt to read at, negative from the end")] = -1,
+    position: Annotated[
+        int, typer.Option(help="token of the prompt to read at, negative from the end")
+    ] = -1,
     layers: Annotated[Optional[str], typer.Option(help="such as 0-5,7  [default: all]")] = None,
-    top: Annotated[int, typer.Option(min=1, help="contributions to print per layer, and of the logit")] = 10,
-    text: Annotated[Optional[str], typer.Option(help="ordinary text: support is then given as percentiles of it")] = None,
-    teacher: Annotated[Optional[str], typer.Option(help="stock model to set beside it in the report")] = None,
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write all of it")] = None,
-    html: Annotated[Optional[Path], typer.Option(help="where to write the report, one page that opens from disk")] = None,
+    top: Annotated[
+        int, typer.Option(min=1, help="contributions to print per layer, and of the logit")
+    ] = 10,
+    text: Annotated[
+        Optional[str],
+        typer.Option(help="ordinary text: support is then given as percentiles of it"),
+    ] = None,
+    teacher: Annotated[
+        Optional[str], typer.Option(help="stock model to set beside it in the report")
+    ] = None,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", help="where to write all of it")
+    ] = None,
+    html: Annotated[
+        Optional[Path],
+        typer.Option(help="where to write the report, one page that opens from disk"),
+    ] = None,
     alternatives: Annotated[
-        int, typer.Option(min=0, help="other mixtures of the last token's outputs in the report; seconds each, minutes if wide")
+        int,
+        typer.Option(
+            min=0,
+            help="other mixtures of the last token's outputs in the report; seconds each, minutes if wide",
+        ),
     ] = 3,
     trust_remote_code: Trust = False,
     dtype: Dtype = "float32",
@@ -207,19 +297,39 @@ def read(
     ids = None if text is None else read_token_ids(tokenizer, [text], 256, 16_384)
     passed = trace(loaded, tokenizer, prompt, None if html is not None else [position])
     chosen = None if layers is None else parse_layers(layers, len(passed.ffn_inputs))
-    found = summary(passed, tokenizer, position, chosen, top, None if ids is None else Support(loaded, ids))
+    found = summary(
+        passed, tokenizer, position, chosen, top, None if ids is None else Support(loaded, ids)
+    )
     if json_file is not None:
-        write_text(json_file, json.dumps({"model": model, "prompt": prompt, **found}, indent=1, ensure_ascii=False) + "\n")
+        write_text(
+            json_file,
+            json.dumps({"model": model, "prompt": prompt, **found}, indent=1, ensure_ascii=False)
+            + "\n",
+        )
     if html is not None:
         from ..reading.report import other_mixtures, report_data, write_report
 
-        beside = None if teacher is None else trace(load_teacher(teacher, dtype, device), tokenizer, prompt)
-        write_report(html, report_data(passed, beside, tokenizer=tokenizer, alternatives=other_mixtures(passed, alternatives)))
+        beside = (
+            None
+            if teacher is None
+            else trace(load_teacher(teacher, dtype, device), tokenizer, prompt)
+        )
+        write_report(
+            html,
+            report_data(
+                passed,
+                beside,
+                tokenizer=tokenizer,
+                alternatives=other_mixtures(passed, alternatives),
+            ),
+        )
     print_reading(found)
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="local folder of a converted model")]) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(help="local folder of a converted model")],
+) -> None:
     """Check that FOLDER is whole and carries no code but this package's: config, weights, checksums, code. Runs none of it."""
     from ..checkpoint_code.errors import InputError
     from ..storage.verification import verify_folder
@@ -229,7 +339,9 @@ def verify(folder: Annotated[Path, typer.Argument(help="local folder of a conver
     print_table(["", "found", ""], [[f.what, f.found, "ok" if f.good else "NOT OK"] for f in found])
     bad = [f.what for f in found if not f.good]
     if bad:
-        raise InputError(f"found {folder} not as it was saved ({', '.join(bad)}): see the table, and copy or convert it again")
+        raise InputError(
+            f"found {folder} not as it was saved ({', '.join(bad)}): see the table, and copy or convert it again"
+        )
 
 
 @app.command()
@@ -251,7 +363,9 @@ def export(
 @app.command()
 def apply(
     file: Annotated[Path, typer.Argument(help="FILE.safetensors written by export")],
-    teacher: Annotated[str, typer.Argument(help="local folder or hub id of the model that it was made from")],
+    teacher: Annotated[
+        str, typer.Argument(help="local folder or hub id of the model that it was made from")
+    ],
     out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
 ) -> None:
     """Make the student of TEACHER that FILE was exported from; refused if TEACHER is another model."""
@@ -272,9 +386,15 @@ def apply(
 def push(
     folder: Annotated[Path, typer.Argument(help="local folder of a converted model")],
     repo: Annotated[str, typer.Argument(help="repository of the hub, such as me/llama-kernel")],
-    report: Annotated[Optional[Path], typer.Option(help="what evaluate --json wrote, for the model card")] = None,
-    base_model: Annotated[Optional[str], typer.Option(help="the teacher  [default: as the card in FOLDER has it]")] = None,
-    private: Annotated[bool, typer.Option("--private", help="if the repository has to be made")] = False,
+    report: Annotated[
+        Optional[Path], typer.Option(help="what evaluate --json wrote, for the model card")
+    ] = None,
+    base_model: Annotated[
+        Optional[str], typer.Option(help="the teacher  [default: as the card in FOLDER has it]")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="if the repository has to be made")
+    ] = False,
 ) -> None:
     """Upload FOLDER to the hub with a model card: base model, settings, evaluation, how to load it."""
     from ..storage.publishing import push_to_hub
@@ -285,7 +405,11 @@ def push(
 @app.command()
 def families(
     explain: Annotated[
-        Optional[str], typer.Option(metavar="MODEL", help="what looks like an FFN in this model, and which entry describes it")
+        Optional[str],
+        typer.Option(
+            metavar="MODEL",
+            help="what looks like an FFN in this model, and which entry describes it",
+        ),
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="run the model's own code")] = False,
 ) -> None:

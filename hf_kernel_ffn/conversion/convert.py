@@ -17,14 +17,26 @@ from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.modeling import install_ffn
 from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig, resolve_defaults
 from ..families.detection import refuse_undescribed_ffns
-from ..families.lookup import StockFFN, choose_layers, find_stock_ffns, get_attribute_at, parse_layers
+from ..families.lookup import (
+    StockFFN,
+    choose_layers,
+    find_stock_ffns,
+    get_attribute_at,
+    parse_layers,
+)
 from ..families.registry import get_architecture_of_model
 from ..families.student import make_config_entry, make_student_from_entry
 from ..families.weights import is_finite, read_stock_weights
 from ..text.inputs import Inputs, count_rows, select_rows, tokens_per_row
 from .initialization import initial_gate_bias, initialise_prototypes
 from .ridge import calibrate_ffn
-from .sampling import make_blind_sample, read_ffn_inputs, read_fit_sample, split_fitted_and_held, write_own_text
+from .sampling import (
+    make_blind_sample,
+    read_ffn_inputs,
+    read_fit_sample,
+    split_fitted_and_held,
+    write_own_text,
+)
 
 CALIBRATION_TOKENS = 16_384
 """Tokens that a conversion reads, of the user's text or of the model's own making."""
@@ -83,7 +95,9 @@ def convert(
             not describe, and all layers are asked for; a layer does not exist; or a combination of settings is refused.
     """
     if calibration_tokens == 0 and calibration_ids is not None:
-        raise InputError("found calibration_tokens 0 with calibration text, expected one of them: leave one out")
+        raise InputError(
+            "found calibration_tokens 0 with calibration text, expected one of them: leave one out"
+        )
     chosen, settings = choose_ffns(teacher, config, layers)
     for name, parameter in teacher.named_parameters():
         if parameter.is_meta:
@@ -104,8 +118,12 @@ def convert(
         ids, report = choose_calibration_rows(
             teacher, ids, calibration_tokens, "own tokens" if calibration_ids is None else "text"
         )
-        for _, block in groupby(track_progress(chosen, "converting", progress), lambda path: chosen[path].number):
-            here, undo = convert_block(teacher, [chosen[path] for path in block], settings, ids, report)
+        for _, block in groupby(
+            track_progress(chosen, "converting", progress), lambda path: chosen[path].number
+        ):
+            here, undo = convert_block(
+                teacher, [chosen[path] for path in block], settings, ids, report
+            )
             changed += undo
             made.update(here)
     finally:
@@ -128,26 +146,36 @@ def choose_ffns(teacher, config, layers) -> tuple[dict[str, StockFFN], dict[str,
         refuse_undescribed_ffns(teacher, ffns)
     chosen = {path: ffn for path, ffn in ffns.items() if ffn.number in per_layer}
     return chosen, {
-        path: resolve_defaults(per_layer[ffn.number], read_stock_weights(teacher, ffn).gate is not None)
+        path: resolve_defaults(
+            per_layer[ffn.number], read_stock_weights(teacher, ffn).gate is not None
+        )
         for path, ffn in chosen.items()
     }
 
 
-def choose_calibration_rows(teacher, ids: Inputs | None, tokens: int, source: str) -> tuple[Inputs | None, ConversionReport]:
+def choose_calibration_rows(
+    teacher, ids: Inputs | None, tokens: int, source: str
+) -> tuple[Inputs | None, ConversionReport]:
     """The first ``tokens`` of ``ids``, and a report that says so."""
     if ids is None:
         return None, ConversionReport(teacher.config.model_type, "none", 0)
     ids = select_rows(ids, slice(max(1, tokens // tokens_per_row(ids))))
-    return ids, ConversionReport(teacher.config.model_type, source, count_rows(ids) * tokens_per_row(ids))
+    return ids, ConversionReport(
+        teacher.config.model_type, source, count_rows(ids) * tokens_per_row(ids)
+    )
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """InputError if ``tensor`` has NaN or infinite values."""
     if not is_finite(tensor):
-        raise InputError(f"found NaN or infinite values in {name}, expected finite weights: repair the teacher")
+        raise InputError(
+            f"found NaN or infinite values in {name}, expected finite weights: repair the teacher"
+        )
 
 
-def convert_block(model, ffns: list[StockFFN], settings, ids, report) -> tuple[dict[str, KernelFFN], list[tuple]]:
+def convert_block(
+    model, ffns: list[StockFFN], settings, ids, report
+) -> tuple[dict[str, KernelFFN], list[tuple]]:
     """The readouts of one block's ``ffns`` by path, in the model's dtype and put in their place, where later blocks are calibrated on
     what they write; their figures go into ``report``. And what :func:`install_ffn` changed."""
     made: dict[str, KernelFFN] = {}
@@ -164,29 +192,41 @@ def _settings_by_layer(config, layers, ffns) -> dict[int, KernelFFNConfig]:
     count = len({ffn.number for ffn in ffns.values()})
     if isinstance(config, Mapping):
         if layers is not None:
-            raise InputError("found both layers and one config per layer, expected one of them: leave layers out")
+            raise InputError(
+                "found both layers and one config per layer, expected one of them: leave layers out"
+            )
         chosen = parse_layers(",".join(map(str, config)), count)
         return {i: config[i] for i in chosen}
     config = config or KernelFFNConfig()
     if layers is None:
         chosen = list(range(count))
     else:
-        chosen = choose_layers(layers if isinstance(layers, str) else ",".join(map(str, layers)), ffns)
+        chosen = choose_layers(
+            layers if isinstance(layers, str) else ",".join(map(str, layers)), ffns
+        )
     return dict.fromkeys(chosen, config)
 
 
-def make_layer_config(model, stock: StockFFN, settings, size: int, prototypes: int, reference: dict) -> LayerConfig:
+def make_layer_config(
+    model, stock: StockFFN, settings, size: int, prototypes: int, reference: dict
+) -> LayerConfig:
     """What config.json says of the readout that replaces ``stock``."""
     return LayerConfig(
         settings,
         size,
         prototypes,
         reference,
-        dropout=float(get_attribute_at(model.config, stock.shape.dropout)) if stock.shape.dropout else 0.0,
-        hidden_dropout=float(get_attribute_at(model.config, stock.shape.hidden_dropout)) if stock.shape.hidden_dropout else 0.0,
+        dropout=float(get_attribute_at(model.config, stock.shape.dropout))
+        if stock.shape.dropout
+        else 0.0,
+        hidden_dropout=float(get_attribute_at(model.config, stock.shape.hidden_dropout))
+        if stock.shape.hidden_dropout
+        else 0.0,
         number=stock.number,
         absorbed=stock.absorbed,
-        experts=len(get_attribute_at(stock.host, stock.shape.down)) if stock.expert is not None else 0,
+        experts=len(get_attribute_at(stock.host, stock.shape.down))
+        if stock.expert is not None
+        else 0,
     )
 
 
@@ -194,7 +234,9 @@ def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict
     """One kernel readout, in float32, for the FFN ``stock``, and its figures; calibrated unless ``ids`` is None."""
     weights = read_stock_weights(model, stock)
     sample = (
-        make_blind_sample(stock.norm(model.base_model), weights.up) if ids is None else read_fit_sample(model, stock.path, ids)
+        make_blind_sample(stock.norm(model.base_model), weights.up)
+        if ids is None
+        else read_fit_sample(model, stock.path, ids)
     )
     in32: Any = {k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)}
     start = initialise_prototypes(weights._replace(**in32), settings, sample)
@@ -204,8 +246,12 @@ def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict
         reference["temperature"] = settings.temperature or 1.0
     if settings.simplex == "threshold":
         reference["threshold"] = 1.0  # found below
-    layer = make_layer_config(model, stock, settings, start.rows.shape[1], len(start.rows), reference)
-    with torch.device("meta"):  # drawing numbers for weights that are at hand takes longer than all the rest
+    layer = make_layer_config(
+        model, stock, settings, start.rows.shape[1], len(start.rows), reference
+    )
+    with torch.device(
+        "meta"
+    ):  # drawing numbers for weights that are at hand takes longer than all the rest
         ffn = KernelFFN(layer).eval().requires_grad_(False)
     ffn.to_empty(device=sample.device)
     ffn.units.copy_(start.units)
@@ -221,7 +267,9 @@ def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict
     if settings.values == "gated":
         unit = start.units.abs().long() - 1
         ffn.value_proj.weight.data = in32["up"].index_select(0, unit)
-        ffn.value_proj.bias.zero_() if weights.up_bias is None else ffn.value_proj.bias.copy_(weights.up_bias[unit])
+        ffn.value_proj.bias.zero_() if weights.up_bias is None else ffn.value_proj.bias.copy_(
+            weights.up_bias[unit]
+        )
     if settings.intensity == "gate":
         ffn.gate.weight.zero_()
         ffn.gate.bias.fill_(initial_gate_bias())
@@ -232,11 +280,18 @@ def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict
         ffn.threshold_log_ratio.zero_()
     figures: dict[str, float] = {}
     if ids is not None:
-        fitted, held = (read_ffn_inputs(model, stock.path, rows) for rows in split_fitted_and_held(ids))
+        fitted, held = (
+            read_ffn_inputs(model, stock.path, rows) for rows in split_fitted_and_held(ids)
+        )
         figures = calibrate_ffn(ffn, stock, sample, fitted, held, settings.temperature)
     ffn.config = replace(layer, reference=dict(ffn.reference))
     parameters = sum(p.numel() for p in ffn.parameters())
-    return ffn, {"prototypes": layer.prototypes, "parameters": parameters, "reference": dict(ffn.reference), **figures}
+    return ffn, {
+        "prototypes": layer.prototypes,
+        "parameters": parameters,
+        "reference": dict(ffn.reference),
+        **figures,
+    }
 
 
 def track_progress(items, label, show):

@@ -47,7 +47,9 @@ class Prototypes(NamedTuple):
     """What the kernel is multiplied by where the intensity is its mass."""
 
 
-def initialise_prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -> Prototypes:
+def initialise_prototypes(
+    weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor
+) -> Prototypes:
     """Prototypes for the FFN ``weights`` (float32) under ``settings`` (resolved by ``with_defaults``).
 
     Args:
@@ -72,10 +74,14 @@ def initialise_prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs
     every = slice(None)
     parameters = {}
     if kernel.parameters:
-        parameters = initial_kernel_parameters(kernel, *rows_of(every, weights.up.new_ones(len(weights.up)), signs[0]), inputs)
+        parameters = initial_kernel_parameters(
+            kernel, *rows_of(every, weights.up.new_ones(len(weights.up)), signs[0]), inputs
+        )
 
     parts = []
-    for amount, ratio, shift in _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, rows_of):
+    for amount, ratio, shift in _fit_units(
+        weights, settings, kernel, parameters, inputs, signs, pieces, rows_of
+    ):
         for sign in signs:
             rows, bias, _ = rows_of(every, ratio, sign)
             if kernel.uses_bias:
@@ -93,14 +99,19 @@ def initialise_prototypes(weights: FFNWeights, settings: KernelFFNConfig, inputs
     # A matrix of all rows is the largest thing there is: each is made once, and lies as the teacher's does.
     rows = _joined([part[0] for part in parts], stretch)
     dictionary = _joined([weights.down] * len(parts), factor)
-    units = torch.arange(1, len(weights.up) + 1, device=rows.device).repeat(len(parts)) * torch.where(amount < 0, -1, 1)
+    units = torch.arange(1, len(weights.up) + 1, device=rows.device).repeat(
+        len(parts)
+    ) * torch.where(amount < 0, -1, 1)
     result = Prototypes(rows, bias, dictionary, units.to(torch.int32), parameters, scale)
     return result if kept == len(rows) else _loudest(result, kernel, inputs, kept)
 
 
 def _joined(parts: list[Tensor], factor: Tensor) -> Tensor:
     """``parts`` (rows, d) below each other, each row times its ``factor`` (all rows,)."""
-    scaled = [part * share[:, None] for part, share in zip(parts, factor.split([len(part) for part in parts]))]
+    scaled = [
+        part * share[:, None]
+        for part, share in zip(parts, factor.split([len(part) for part in parts]))
+    ]
     return scaled[0] if len(scaled) == 1 else torch.cat(scaled)
 
 
@@ -109,7 +120,9 @@ def _lengths(rows: Tensor) -> Tensor:
     return sum(part.square().sum(-1) for part in rows.split(64, dim=1)).sqrt()
 
 
-def _rows(weights: FFNWeights, ratio: Tensor, sign: float, length: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(
+    weights: FFNWeights, ratio: Tensor, sign: float, length: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rows (m, d), their biases (m,) and how far they were stretched (m,): polarised by ``ratio`` (m,) if ``sign`` is not
     zero, else the units' own; as long as ``length`` if that is given."""
     zero = weights.up.new_zeros(len(weights.up))
@@ -146,17 +159,25 @@ def _firing_means(
 
 def _some(weights: FFNWeights, units: slice) -> FFNWeights:
     """A slice of the units."""
-    parts: Any = {k: w[units] for k, w in weights._asdict().items() if isinstance(w, Tensor) and k != "down_bias"}
+    parts: Any = {
+        k: w[units]
+        for k, w in weights._asdict().items()
+        if isinstance(w, Tensor) and k != "down_bias"
+    }
     return weights._replace(**parts)
 
 
-def initial_kernel_parameters(kernel: Kernel, rows: Tensor, bias: Tensor, stretch: Tensor, inputs: Tensor) -> dict[str, float]:
+def initial_kernel_parameters(
+    kernel: Kernel, rows: Tensor, bias: Tensor, stretch: Tensor, inputs: Tensor
+) -> dict[str, float]:
     square = inputs.square().sum(-1).mean() + rows.norm(dim=-1).square().mean()
     starts = {"distance": DISTANCE_SHARE * square.item(), "bandwidth": stretch.mean().item()}
     return {name: starts.get(start, start) for name, start in kernel.parameters.items()}
 
 
-def _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, rows_of) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _fit_units(
+    weights, settings, kernel, parameters, inputs, signs, pieces, rows_of
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each piece of every unit (m,), the amount of kernel, the ratio and the shift whose sum stands in best for the unit's
     coefficient: orthogonal matching pursuit over RATIOS × SHIFTS (Pati et al. 1993). Units are taken in slices, so that memory
     stays bounded."""
@@ -171,7 +192,9 @@ def _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, row
         up, gate = some.pre_activations(inputs)
         act, importance = weights.activation(up if gate is None else gate), None
         target = act if gate is None else act * up
-        if settings.values == "gated":  # y = Σ κ_i (u_i·x) v_i: κ stands in for the activation, weighted by (u·x)²
+        if (
+            settings.values == "gated"
+        ):  # y = Σ κ_i (u_i·x) v_i: κ stands in for the activation, weighted by (u·x)²
             target, importance = act, up.square()
         columns = []
         for r in dict.fromkeys(ratio for ratio, _ in candidates):
@@ -179,10 +202,17 @@ def _fit_units(weights, settings, kernel, parameters, inputs, signs, pieces, row
             for sign in signs:
                 rows, bias, _ = rows_of(part, torch.full_like(up[0], r), sign)
                 dot = inputs @ rows.T
-                distance2 = (input2 + rows.square().sum(-1) - 2 * dot).clamp_min(0) if kernel.uses_distance else None
+                distance2 = (
+                    (input2 + rows.square().sum(-1) - 2 * dot).clamp_min(0)
+                    if kernel.uses_distance
+                    else None
+                )
                 sides.append((dot + bias if kernel.uses_bias else dot, distance2, dot.std(0)))
             for shift in dict.fromkeys(shift for _, shift in candidates):
-                values = [kernel.value(score + shift * std, distance2, **tensors) for score, distance2, std in sides]
+                values = [
+                    kernel.value(score + shift * std, distance2, **tensors)
+                    for score, distance2, std in sides
+                ]
                 columns.append(values[0] - values[1] if len(values) == 2 else values[0])
         early = torch.tensor([shift >= 0 for _, shift in candidates], device=inputs.device)
         found.append(_matching_pursuit(torch.stack(columns), target, importance, pieces, early))
@@ -205,7 +235,9 @@ def _matching_pursuit(
     size = columns.square().sum(1).sqrt().clamp_min(1e-15)
     cross = ((columns * (target * weight)).sum(1) / size).T
     size, (units, count) = size.T, cross.shape
-    gram = torch.eye(count, device=cross.device).expand(units, -1, -1)  # of one piece alone, no more than the diagonal is read
+    gram = torch.eye(count, device=cross.device).expand(
+        units, -1, -1
+    )  # of one piece alone, no more than the diagonal is read
     if pieces > 1:
         columns = columns.permute(2, 1, 0) / size[:, None]
         gram = columns.transpose(1, 2) @ columns
@@ -213,7 +245,11 @@ def _matching_pursuit(
     for _ in range(pieces):
         # One system per unit and candidate: those chosen before, and the candidate.
         index = torch.cat(
-            [chosen[:, None].expand(-1, count, -1), torch.arange(count, device=cross.device).expand(units, -1)[..., None]], -1
+            [
+                chosen[:, None].expand(-1, count, -1),
+                torch.arange(count, device=cross.device).expand(units, -1)[..., None],
+            ],
+            -1,
         )
         solution, gained = _refit(gram, cross, index)
         best = (gained if chosen.shape[1] else gained.masked_fill(~early, -torch.inf)).argmax(1)
@@ -236,12 +272,26 @@ def _refit(gram: Tensor, cross: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 def _loudest(found: Prototypes, kernel: Kernel, inputs: Tensor, keep: int) -> Prototypes:
     """The ``keep`` prototypes that write most over the sample: root mean square coefficient times row norm."""
     dot = inputs @ found.rows.T
-    distance2 = (inputs.square().sum(-1, keepdim=True) + found.rows.square().sum(-1) - 2 * dot).clamp_min(0)
+    distance2 = (
+        inputs.square().sum(-1, keepdim=True) + found.rows.square().sum(-1) - 2 * dot
+    ).clamp_min(0)
     tensors = {name: torch.as_tensor(value) for name, value in found.parameters.items()}
-    column = kernel.value(dot + found.bias if kernel.uses_bias else dot, distance2 if kernel.uses_distance else None, **tensors)
-    kept = (column.square().mean(0).sqrt() * found.dictionary.norm(dim=-1)).topk(keep).indices.sort().values
+    column = kernel.value(
+        dot + found.bias if kernel.uses_bias else dot,
+        distance2 if kernel.uses_distance else None,
+        **tensors,
+    )
+    kept = (
+        (column.square().mean(0).sqrt() * found.dictionary.norm(dim=-1))
+        .topk(keep)
+        .indices.sort()
+        .values
+    )
     return found._replace(
-        rows=found.rows[kept], bias=found.bias[kept], dictionary=found.dictionary[kept], units=found.units[kept]
+        rows=found.rows[kept],
+        bias=found.bias[kept],
+        dictionary=found.dictionary[kept],
+        units=found.units[kept],
     )
 
 

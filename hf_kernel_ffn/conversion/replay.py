@@ -19,12 +19,21 @@ class Replay:
     """A model on the meta device of which one block at a time has weights: the blocks before it put out what they once did."""
 
     def __init__(self, model: Any, reader: Reader, stack: str):
-        self.base, self.reader, self.stack, self.dtype = model.base_model, reader, stack, model.dtype
+        self.base, self.reader, self.stack, self.dtype = (
+            model.base_model,
+            reader,
+            stack,
+            model.dtype,
+        )
         self.blocks: Any = self.base.get_submodule(stack)
         self.outputs: dict[bytes, Any] = {}
         self.key = b""
         for module in model.modules():  # buffers that no file has, such as rotary frequencies
-            names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+            names = [
+                name
+                for name, buffer in module._buffers.items()
+                if buffer is not None and buffer.is_meta
+            ]
             for name in names:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
             if names:
@@ -34,26 +43,41 @@ class Replay:
         for name, parameter in list(self.base.named_parameters()):
             if id(parameter) not in inside:
                 self.place(name, reader.read(self.prefix + name))
-        self.embedding_name = next(self.prefix + name for name, p in self.base.named_parameters() if p is self.embedding.weight)
+        self.embedding_name = next(
+            self.prefix + name
+            for name, p in self.base.named_parameters()
+            if p is self.embedding.weight
+        )
         self.embedding.forward = self._embed
         self.embedding.padding_idx = None  # may be none of the rows that are there
-        self.embedding.weight = _constant(torch.empty(0, dtype=self.dtype))  # says where token ids are to be
+        self.embedding.weight = _constant(
+            torch.empty(0, dtype=self.dtype)
+        )  # says where token ids are to be
 
     def _embed(self, ids: Tensor) -> Tensor:
         self.key = str(tuple(ids.shape)).encode() + ids.contiguous().numpy().tobytes()
         if self.key in self.outputs:  # what the first block is given is not looked at any more
             return torch.zeros(*ids.shape, self.embedding.embedding_dim, dtype=self.dtype)
         unique, inverse = ids.unique(return_inverse=True)
-        self.embedding.weight = _constant(self.reader.rows(self.embedding_name, unique).to(self.dtype))
+        self.embedding.weight = _constant(
+            self.reader.rows(self.embedding_name, unique).to(self.dtype)
+        )
         return type(self.embedding).forward(self.embedding, inverse)
 
     def names(self, number: int) -> list[str]:
         """Names of the tensors of a block, under the base model."""
-        return [f"{self.stack}.{number}.{name}" for name, _ in self.blocks[number].named_parameters()]
+        return [
+            f"{self.stack}.{number}.{name}" for name, _ in self.blocks[number].named_parameters()
+        ]
 
     def read_by(self, ffns: list[StockFFN]) -> set[str]:
         """Names of the tensors that converting ``ffns`` without calibration reads: theirs, and those of the norms before them."""
-        modules = [module for ffn in ffns for module in (ffn.host, ffn.norm(self.base)) if module is not None]
+        modules = [
+            module
+            for ffn in ffns
+            for module in (ffn.host, ffn.norm(self.base))
+            if module is not None
+        ]
         inside = {id(p) for module in modules for p in module.parameters()}
         return {self.prefix + name for name, p in self.base.named_parameters() if id(p) in inside}
 

@@ -29,7 +29,9 @@ class Moments:
 
     def __init__(self, prototypes: int, size: int, device: torch.device):
         self.count = 0.0
-        self.cc = torch.zeros(prototypes + 1, prototypes + 1, device=device)  # the last coefficient is a constant 1
+        self.cc = torch.zeros(
+            prototypes + 1, prototypes + 1, device=device
+        )  # the last coefficient is a constant 1
         self.cy = torch.zeros(prototypes + 1, size, device=device)
         self.yy = 0.0
 
@@ -44,7 +46,9 @@ class Moments:
     def all_reduce(self) -> None:
         """Make every sum that over all processes of torch.distributed, if it is initialised."""
         if is_distributed():
-            scalars = torch.tensor([self.count, self.yy], dtype=torch.float64, device=self.cc.device)
+            scalars = torch.tensor(
+                [self.count, self.yy], dtype=torch.float64, device=self.cc.device
+            )
             for sums in (scalars, self.cc, self.cy):
                 dist.all_reduce(sums)
             self.count, self.yy = scalars.tolist()
@@ -64,7 +68,10 @@ class Moments:
         penalty[-1] = 1e-6  # the output bias is free
         gram.diagonal().add_(penalty)
         residual = (self.cy - self.cc @ start) / size[:, None]
-        return start + torch.linalg.solve(gram.double(), residual.double()).to(start.dtype) / size[:, None]
+        return (
+            start
+            + torch.linalg.solve(gram.double(), residual.double()).to(start.dtype) / size[:, None]
+        )
 
 
 @torch.no_grad()
@@ -94,7 +101,9 @@ def calibrate_ffn(
         spread = _log_kernel_spread(ffn, sample)
         choices = [share * spread for share in TEMPERATURES]
     best: tuple | None = None
-    for tau, train, test in zip(choices, _moments(ffn, teacher, fitted, choices), _moments(ffn, teacher, held, choices)):
+    for tau, train, test in zip(
+        choices, _moments(ffn, teacher, fitted, choices), _moments(ffn, teacher, held, choices)
+    ):
         mean = test.cy[-1] / test.count
         variance = test.yy / test.count - mean.square().sum().item()
         origin = _scaled(train, start)
@@ -117,7 +126,10 @@ def calibrate_ffn(
 
 def _moments(ffn, teacher, batches, temperatures) -> list[Moments]:
     """Those of every temperature, gathered side by side: inputs are seen once."""
-    found = [Moments(ffn.config.prototypes, ffn.config.hidden_size, ffn.units.device) for _ in temperatures]
+    found = [
+        Moments(ffn.config.prototypes, ffn.config.hidden_size, ffn.units.device)
+        for _ in temperatures
+    ]
     for batch in batches:
         for chunk in batch.split(CHUNK):
             outputs = teacher(chunk).float()
@@ -134,7 +146,9 @@ def _scaled(moments: Moments, start: Tensor) -> Tensor:
     """``start`` times the one scalar, and with the one bias, that fit best."""
     mean_c, mean_y = moments.cc[-1, :-1] / moments.count, moments.cy[-1] / moments.count
     written = start[:-1]
-    square = (written * (moments.cc[:-1, :-1] @ written)).sum() / moments.count - (mean_c @ written).square().sum()
+    square = (written * (moments.cc[:-1, :-1] @ written)).sum() / moments.count - (
+        mean_c @ written
+    ).square().sum()
     cross = (written * moments.cy[:-1]).sum() / moments.count - (mean_c @ written) @ mean_y
     scalar = cross / square.clamp_min(1e-30)
     return torch.cat([written * scalar, (mean_y - mean_c @ written * scalar)[None]])

@@ -39,7 +39,9 @@ def write_own_text(model: Any, tokens: int, seed: int, length: int = 128) -> Inp
     in the other; a model without a language head gets uniformly random ids, and one that reads more than ids what
     :func:`hf_kernel_ffn.text.inputs.make_random_inputs` makes.
     """
-    if model.config.is_encoder_decoder or not (accepts_argument(model, "input_ids") and model.main_input_name == "input_ids"):
+    if model.config.is_encoder_decoder or not (
+        accepts_argument(model, "input_ids") and model.main_input_name == "input_ids"
+    ):
         return make_random_inputs(model, tokens, seed)
     if accepts_argument(model, "pixel_values"):
         return make_random_inputs(model, tokens, seed)
@@ -116,7 +118,9 @@ def split_batches(ids: Inputs) -> Iterator[Inputs]:
 
 def select_fit_rows(ids: Inputs) -> Inputs:
     """Those of the rows ``ids`` that :func:`read_fit_sample` reads."""
-    return select_rows(ids, torch.linspace(0, count_rows(ids) - 1, min(count_rows(ids), FIT_ROWS)).long())
+    return select_rows(
+        ids, torch.linspace(0, count_rows(ids) - 1, min(count_rows(ids), FIT_ROWS)).long()
+    )
 
 
 @torch.no_grad()
@@ -124,7 +128,9 @@ def read_fit_sample(model: Any, path: str, ids: Inputs) -> Tensor:
     """(tokens, hidden_size) float32: about ``FIT_TOKENS`` evenly spaced inputs of the FFN at ``path``, the same on every process."""
     ids = select_fit_rows(ids)
     every = max(1, count_rows(ids) * tokens_per_row(ids) // FIT_TOKENS)
-    return torch.cat([batch[::every].float().contiguous() for batch in read_ffn_inputs(model, path, ids)])
+    return torch.cat(
+        [batch[::every].float().contiguous() for batch in read_ffn_inputs(model, path, ids)]
+    )
 
 
 BLIND_TOKENS = 64
@@ -135,16 +141,23 @@ BLIND_TOKENS = 64
 def make_blind_sample(norm: nn.Module | None, like: Tensor) -> Tensor:
     """(BLIND_TOKENS, hidden_size) float32: Gaussian hidden states, or what the ``norm`` before an FFN makes of them; ``like``: rows
     of the FFN (…, hidden_size)."""
-    sample = torch.randn(BLIND_TOKENS, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like)
+    sample = torch.randn(
+        BLIND_TOKENS, like.shape[-1], generator=torch.Generator().manual_seed(0)
+    ).to(like)
     return (sample if norm is None else norm(sample)).float()
 
 
 def split_fitted_and_held(ids: Inputs) -> tuple[Inputs, Inputs]:
     """Rows of ``ids`` (rows, …) to fit on, and the last quarter of them to choose by; this process's share of each."""
-    if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) < 4 <= ids.shape[1]:  # too few to hold out a quarter of them
+    if (
+        isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) < 4 <= ids.shape[1]
+    ):  # too few to hold out a quarter of them
         ids = ids[:, : ids.shape[1] // 4 * 4].reshape(4 * len(ids), -1)
     split = max(1, count_rows(ids) * 3 // 4)
-    fitted, held = select_rows(ids, slice(split)), select_rows(ids, slice(split, None)) if split < count_rows(ids) else ids
+    fitted, held = (
+        select_rows(ids, slice(split)),
+        select_rows(ids, slice(split, None)) if split < count_rows(ids) else ids,
+    )
     if not is_distributed():
         return fitted, held
     share = slice(dist.get_rank(), None, dist.get_world_size())

@@ -77,16 +77,24 @@ def convert_streamed(
     stored, prefix = read_stored_dtype(source), get_name_prefix(teacher)
     found = {path: _expected(teacher, ffn, settings[path]) for path, ffn in chosen.items()}
     student = make_meta_student(teacher, make_config_entry(teacher, found)).to(stored)
-    described = {name: t for name, t in student.state_dict().items() if name not in student.all_tied_weights_keys}
+    described = {
+        name: t
+        for name, t in student.state_dict().items()
+        if name not in student.all_tied_weights_keys
+    }
 
     with new_folder(out) as made:
         weights = made / "weights"
         weights.mkdir()
         with Writer(weights, described) as writer:
             replay = Replay(teacher, reader, stack)
-            groups = [[prefix + name for name in replay.names(i)] for i in range(len(replay.blocks))]
+            groups = [
+                [prefix + name for name in replay.names(i)] for i in range(len(replay.blocks))
+            ]
             for i, tensors in zip(
-                track_progress(range(len(groups)), "converting", progress), read_ahead(reader, groups), strict=True
+                track_progress(range(len(groups)), "converting", progress),
+                read_ahead(reader, groups),
+                strict=True,
             ):
                 here = [ffn for ffn in chosen.values() if ffn.number == i]
                 read = set(tensors) if ids is not None else replay.read_by(here)
@@ -103,11 +111,19 @@ def convert_streamed(
                 if ids is not None and any(ffn.number > i for ffn in chosen.values()):
                     replay.advance(i, ids)
                 replay.leave(i)
-                for stock in here:  # no part of the block any more, where the readout has taken its place
+                for (
+                    stock
+                ) in here:  # no part of the block any more, where the readout has taken its place
                     stock.host.to("meta")
                 _give_back()
             for name in sorted(writer.left):
-                writer.write(name, (_rounded(piece, teacher.dtype) for piece in _finite(name, reader.pieces(name))))
+                writer.write(
+                    name,
+                    (
+                        _rounded(piece, teacher.dtype)
+                        for piece in _finite(name, reader.pieces(name))
+                    ),
+                )
         student = make_meta_student(teacher, make_config_entry(teacher, found)).to(stored)
         if teacher.can_generate():
             student.generation_config = teacher.generation_config
@@ -145,13 +161,21 @@ def _only_stack(model: Any) -> str:
 def _expected(teacher, stock, settings):
     """The LayerConfig of the readout that is to replace ``stock``, but for its reference values."""
     up = read_stock_weights(teacher, stock).up
-    reference = dict.fromkeys((*get_kernel(settings.kernel).parameters, "scale", "temperature", "threshold"), 1.0)
-    return make_layer_config(teacher, stock, settings, up.shape[1], round(settings.expansion * len(up)), reference)
+    reference = dict.fromkeys(
+        (*get_kernel(settings.kernel).parameters, "scale", "temperature", "threshold"), 1.0
+    )
+    return make_layer_config(
+        teacher, stock, settings, up.shape[1], round(settings.expansion * len(up)), reference
+    )
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` as a model loaded in ``dtype`` has it, unless that has room for all its digits."""
-    return tensor if torch.promote_types(tensor.dtype, dtype) == dtype or not tensor.is_floating_point() else tensor.to(dtype)
+    return (
+        tensor
+        if torch.promote_types(tensor.dtype, dtype) == dtype or not tensor.is_floating_point()
+        else tensor.to(dtype)
+    )
 
 
 def _finite(name: str, pieces: Iterable[Tensor]) -> Iterator[Tensor]:

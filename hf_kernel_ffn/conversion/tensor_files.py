@@ -17,7 +17,12 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
@@ -51,7 +56,9 @@ class Reader:
             start = 8 + int.from_bytes(_first_bytes(file, 8), "little")
             for key, (dtype, shape) in read_header(file).items():
                 if dtype not in DTYPES:
-                    raise InputError(f"found {key} of dtype {dtype} at {name}, expected one of {', '.join(DTYPES)}")
+                    raise InputError(
+                        f"found {key} of dtype {dtype} at {name}, expected one of {', '.join(DTYPES)}"
+                    )
                 self.places[key] = file, start, DTYPES[dtype], shape
                 start += math.prod(shape) * BYTES[dtype]
         self._find(model.state_dict())
@@ -61,7 +68,9 @@ class Reader:
         mapping = get_model_conversion_mapping(self.model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self.converters = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        self.converters = {
+            pattern: converter for converter in converters for pattern in converter.source_patterns
+        }
         self.parts: dict[str, list[tuple[str, str | None]]] = {}
         prefix = self.model.base_model_prefix
         for key in sorted(self.places, key=dot_natural_key):
@@ -72,8 +81,14 @@ class Reader:
                 self.parts.setdefault(named, []).append((key, pattern))
         tied = set(self.model.all_tied_weights_keys)
         missing = sorted(set(expected) - tied - set(self.parts))
-        several = [named for named, parts in self.parts.items() if parts[0][1] and self._targets(named) > 1]
-        odd = [named for named in self.parts if not self._converted(named) and self._shape(named) != expected[named].shape]
+        several = [
+            named for named, parts in self.parts.items() if parts[0][1] and self._targets(named) > 1
+        ]
+        odd = [
+            named
+            for named in self.parts
+            if not self._converted(named) and self._shape(named) != expected[named].shape
+        ]
         for what, names in (("no whole", missing), ("a split", several), ("a misshapen", odd)):
             if names:
                 raise InputError(
@@ -138,10 +153,18 @@ def _files(name: str) -> list[Path]:
     if Path(name).is_dir():
         return weight_files(name)
     try:
-        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-        files = [cached_file(name, SAFE_WEIGHTS_NAME)] if index is None else get_checkpoint_shard_files(name, index)[0]
+        index = cached_file(
+            name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False
+        )
+        files = (
+            [cached_file(name, SAFE_WEIGHTS_NAME)]
+            if index is None
+            else get_checkpoint_shard_files(name, index)[0]
+        )
     except OSError as error:
-        raise InputError(f"found no safetensors at {name}, expected them: save the model by save_pretrained first") from error
+        raise InputError(
+            f"found no safetensors at {name}, expected them: save the model by save_pretrained first"
+        ) from error
     return [Path(str(file)) for file in files]
 
 
@@ -154,7 +177,9 @@ def _fill(opened: Any, start: int, tensor: Tensor, key: str) -> None:
     """Read ``tensor`` from the byte ``start`` on."""
     opened.seek(start)
     if tensor.numel() and opened.readinto(_bytes(tensor)) != _size(tensor):
-        raise InputError(f"found {key} cut off in {opened.name}, expected whole safetensors: copy the checkpoint again")
+        raise InputError(
+            f"found {key} cut off in {opened.name}, expected whole safetensors: copy the checkpoint again"
+        )
 
 
 class Writer:
@@ -164,7 +189,10 @@ class Writer:
     def __init__(self, folder: Path, described: dict[str, Tensor]):
         """``described``: tensors on the meta device by name."""
         plan = split_state_dict_into_shards_factory(
-            described, get_storage_size=_size, filename_pattern="model{suffix}.safetensors", max_shard_size="50GB"
+            described,
+            get_storage_size=_size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size="50GB",
         )
         self.places: dict[str, tuple[Any, int, torch.dtype]] = {}
         self.files = ExitStack()
@@ -174,7 +202,11 @@ class Writer:
             offset = 0
             for key in sorted(keys, key=lambda key: (order.index(described[key].dtype), key)):
                 tensor, end = described[key], offset + _size(described[key])
-                about[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+                about[key] = {
+                    "dtype": NAMES[tensor.dtype],
+                    "shape": list(tensor.shape),
+                    "data_offsets": [offset, end],
+                }
                 offset = end
             text = json.dumps(about, separators=(",", ":"), ensure_ascii=False).encode()
             text += b" " * (-len(text) % 8)
@@ -182,7 +214,11 @@ class Writer:
             opened.write(struct.pack("<Q", len(text)) + text)
             opened.truncate(8 + len(text) + offset)
             for key in keys:
-                self.places[key] = opened, 8 + len(text) + about[key]["data_offsets"][0], described[key].dtype
+                self.places[key] = (
+                    opened,
+                    8 + len(text) + about[key]["data_offsets"][0],
+                    described[key].dtype,
+                )
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             listed = json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -45,14 +45,19 @@ def layer_wise(
         with torch.enable_grad():
             device = next(ffns[path].parameters()).device  # the teacher may be on another one
             target = to_at_least_float32(output.detach()).to(device)
-            error = (to_at_least_float32(ffns[path](x.detach().to(device))) - target).square().mean()
+            error = (
+                (to_at_least_float32(ffns[path](x.detach().to(device))) - target).square().mean()
+            )
             apart = target - mean_over_processes(target.flatten(0, -2).mean(0))
             loss = error / mean_over_processes(apart.square().mean()).clamp_min(1e-12)
             backward(loss + price(path))
         losses.append(loss.detach())
 
     base = teacher.base_model
-    with watch_ffns(base, {path: find_stock_ffn(teacher, path) for path in ffns}, regress), torch.no_grad():
+    with (
+        watch_ffns(base, {path: find_stock_ffn(teacher, path) for path in ffns}, regress),
+        torch.no_grad(),
+    ):
         base(**make_forward_arguments(base, ids))
     return torch.stack(losses).mean()
 
@@ -73,7 +78,10 @@ def logits(
         the loss, detached.
     """
     with torch.no_grad():
-        wanted = to_at_least_float32(teacher(**make_forward_arguments(teacher, ids)).logits) / stage.temperature
+        wanted = (
+            to_at_least_float32(teacher(**make_forward_arguments(teacher, ids)).logits)
+            / stage.temperature
+        )
 
     def divergence(output: Tensor) -> Tensor:
         target = select_predicting_logits(wanted.to(output.device), ids).log_softmax(-1)
@@ -94,13 +102,17 @@ def match(
 ) -> Tensor:
     """The loss of :func:`logits`, for any ``divergence`` per predicted token of the student's logits (rows, length, vocabulary) over
     T; the teacher does not run here."""
-    read = make_forward_arguments(teacher, ids, next(student.parameters()).device)  # the teacher may be on another one
+    read = make_forward_arguments(
+        teacher, ids, next(student.parameters()).device
+    )  # the teacher may be on another one
     output = to_at_least_float32(student(**read).logits)
     loss = divergence(output / stage.temperature).mean() * stage.temperature**2
     loss = loss * stage.kl
     if stage.cross_entropy:
         guesses, answers = logits_with_answers(output, ids)
-        loss = loss + stage.cross_entropy * nn.functional.cross_entropy(guesses.flatten(0, -2), answers.flatten())
+        loss = loss + stage.cross_entropy * nn.functional.cross_entropy(
+            guesses.flatten(0, -2), answers.flatten()
+        )
     backward(loss + sum(price(path) for path in ffns) / len(ffns))
     return loss.detach()
 
@@ -115,7 +127,9 @@ def top_and_rest_log_probs(logits: Tensor, top: Tensor) -> Tensor:
 
     The KL between two of these is at most that between the whole distributions, which it is where k is the vocabulary (log-sum
     inequality: Cover & Thomas 2006, theorem 2.7.1)."""
-    others = logits.scatter(-1, top, torch.finfo(logits.dtype).min)  # not -inf, whose gradient is NaN where there are no others
+    others = logits.scatter(
+        -1, top, torch.finfo(logits.dtype).min
+    )  # not -inf, whose gradient is NaN where there are no others
     parts = torch.cat([logits.gather(-1, top), others.logsumexp(-1, keepdim=True)], -1)
     return parts - logits.logsumexp(-1, keepdim=True)
 

@@ -18,13 +18,27 @@ from ..conversion.convert import convert
 from ..families.student import check_pair, make_student_from_entry, share_equal_parameters
 from ..gpu.trial import choose_kernels
 from ..storage.checkpoint import save_converted
-from ..storage.files import require_empty, sync_to_disk, explain_write_errors
-from ..storage.loading import check_vocabularies, get_torch_dtype, load_student, load_teacher, load_tokenizer
+from ..storage.files import explain_write_errors, require_empty, sync_to_disk
+from ..storage.loading import (
+    check_vocabularies,
+    get_torch_dtype,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+)
 from ..text.packing import read_token_ids
 from ..text.prediction import make_inputs_for_prediction
 from .recipe import Recipe
 from .sharding import unsharded
-from .state import REMAINS, find_state, load_facts, load_rng, load_trained, remove_remains, remove_state
+from .state import (
+    REMAINS,
+    find_state,
+    load_facts,
+    load_rng,
+    load_trained,
+    remove_remains,
+    remove_state,
+)
 from .stopping import Stop, on_sigterm
 from .teacher_signal import load_records
 from .trainer import Run, make_accelerator
@@ -55,8 +69,12 @@ def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
         raise InputError(f"found no state to resume from in {out}: {hint}")
     if not resume:
         if state is not None:
-            raise InputError(f"found an interrupted distillation in {out}: go on by --resume, or remove the folder")
-        if out.is_dir() and all(path.name in REMAINS for path in out.iterdir()):  # killed before the first state was whole
+            raise InputError(
+                f"found an interrupted distillation in {out}: go on by --resume, or remove the folder"
+            )
+        if out.is_dir() and all(
+            path.name in REMAINS for path in out.iterdir()
+        ):  # killed before the first state was whole
             remove_remains(out)
         require_empty(out)
     recorded = json.loads(recipe.model_dump_json())
@@ -77,7 +95,9 @@ def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
     trainee = _with_lora(student, recipe) if recipe.lora else student
     if recipe.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in student.modules():  # blocks recompute only in training mode; their dropout stays off
+        for (
+            module
+        ) in student.modules():  # blocks recompute only in training mode; their dropout stays off
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
     run = Run(recipe, accelerator, tokenizer, teacher, student, trainee, progress, stop, records)
@@ -94,7 +114,13 @@ def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
         student = trainee = unsharded(student, teacher)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish(out, trainee, student, recipe, {"skipped_steps": run.skipped, **({"not_fused": plain} if plain else {})})
+        _finish(
+            out,
+            trainee,
+            student,
+            recipe,
+            {"skipped_steps": run.skipped, **({"not_fused": plain} if plain else {})},
+        )
     accelerator.wait_for_everyone()
     accelerator.end_training()  # last: it ends the process group
     return out
@@ -110,14 +136,20 @@ def teacher_of(recipe: Recipe, device: torch.device) -> tuple[Any, Any]:
     teacher = load_teacher(recipe.teacher, recipe.dtype, device)
     limit = getattr(teacher.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.sequence_length > limit:
-        raise InputError(f"found sequence_length {recipe.data.sequence_length}, expected at most the teacher's {limit}")
+        raise InputError(
+            f"found sequence_length {recipe.data.sequence_length}, expected at most the teacher's {limit}"
+        )
     return tokenizer, teacher
 
 
-def student_of(recipe: Recipe, teacher: PreTrainedModel, tokenizer, state: Path | None = None) -> Any:
+def student_of(
+    recipe: Recipe, teacher: PreTrainedModel, tokenizer, state: Path | None = None
+) -> Any:
     """The student that ``recipe`` starts from, or that ``state`` holds the weights of: loaded, or converted from ``teacher``."""
     if recipe.student is not None:
-        student = load_student(recipe.student, recipe.dtype, teacher.device, recipe.trust_remote_code)
+        student = load_student(
+            recipe.student, recipe.dtype, teacher.device, recipe.trust_remote_code
+        )
         check_pair(student, teacher)
         check_vocabularies(recipe.student, recipe.teacher)
         share_equal_parameters(student, teacher)
@@ -125,7 +157,14 @@ def student_of(recipe: Recipe, teacher: PreTrainedModel, tokenizer, state: Path 
     if state is not None:
         return make_student_from_entry(teacher, load_facts(state)["kernel_ffn"])
     data = recipe.data
-    ids = read_token_ids(tokenizer, data.sources, data.sequence_length, recipe.calibration_tokens, data.text_field, spread=True)
+    ids = read_token_ids(
+        tokenizer,
+        data.sources,
+        data.sequence_length,
+        recipe.calibration_tokens,
+        data.text_field,
+        spread=True,
+    )
     student, _ = convert(
         teacher, recipe.kernel_settings(), recipe.kernel_ffn.get("layers"),
         calibration_ids=make_inputs_for_prediction(teacher, tokenizer, ids, recipe.seed), calibration_tokens=recipe.calibration_tokens,
@@ -139,12 +178,16 @@ def _with_lora(student: Any, recipe: Recipe) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise InputError("lora needs the peft package: pip install 'hf-kernel-ffn[lora]'") from error
+        raise InputError(
+            "lora needs the peft package: pip install 'hf-kernel-ffn[lora]'"
+        ) from error
     from transformers.pytorch_utils import Conv1D
 
     assert recipe.lora is not None
     inside: tuple[nn.Module, ...] = tuple(student.kernel_ffns().values())
-    skipped = {id(module) for ffn in inside for module in ffn.modules()} | {id(student.get_output_embeddings())}
+    skipped = {id(module) for ffn in inside for module in ffn.modules()} | {
+        id(student.get_output_embeddings())
+    }
     targets = [
         name
         for name, module in student.named_modules()
@@ -154,7 +197,10 @@ def _with_lora(student: Any, recipe: Recipe) -> nn.Module:
         module = student.get_submodule(name)
         module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
     config = LoraConfig(
-        r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, lora_dropout=recipe.lora.dropout, target_modules=targets
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=targets,
     )
     wrapped = get_peft_model(student, config)
     for ffn in inside:
@@ -180,7 +226,13 @@ def _finish(out: Path, trainee: Any, student: Any, recipe: Recipe, facts: dict) 
     shutil.rmtree(made, ignore_errors=True)
     with explain_write_errors(f"the finished student in {out}"):
         made.mkdir(parents=True)
-        save_converted(student, recipe.teacher, made, recipe=json.loads(recipe.model_dump_json()), distillation=facts)
+        save_converted(
+            student,
+            recipe.teacher,
+            made,
+            recipe=json.loads(recipe.model_dump_json()),
+            distillation=facts,
+        )
         sync_to_disk(made)
         for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, out / file.name)

@@ -38,7 +38,9 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """``tensor``, sharded as ``parameter`` is if it is of its shape."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return distribute_tensor(
+        tensor.to(parameter.device), parameter.device_mesh, parameter.placements
+    )
 
 
 def unsharded(student: Any, teacher: Any) -> Any:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checkpoint_code.errors import InputError
-from ..storage.files import sync_to_disk, explain_write_errors
+from ..storage.files import explain_write_errors, sync_to_disk
 from .sharding import gather_full, shard_like
 
 FOLDER = "resume"
@@ -24,7 +24,11 @@ REMAINS = (f"{FOLDER}.new", f"{FOLDER}.done", "finished.new")
 
 
 def save_state(
-    output_dir: Path, trained: dict[str, Tensor], optimizers: Sequence[torch.optim.Optimizer], facts: dict, writes: bool = True
+    output_dir: Path,
+    trained: dict[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    facts: dict,
+    writes: bool = True,
 ) -> None:
     """Replace the state in ``output_dir`` by this one; killed at any moment, either the old or the new one is there. Every process
     calls this, since tensors may be sharded; one writes.
@@ -53,7 +57,9 @@ def save_state(
     except InputError:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    if target.exists():  # if not, a run was killed between the renames, and the old state is the only one
+    if (
+        target.exists()
+    ):  # if not, a run was killed between the renames, and the old state is the only one
         shutil.rmtree(old, ignore_errors=True)
         os.rename(target, old)
     os.rename(fresh, target)
@@ -91,7 +97,10 @@ def load_facts(folder: Path) -> dict:
         facts = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folder, error) from error
-    if not isinstance(facts, dict) or not {"recipe", "kernel_ffn", "position", "groups"} <= facts.keys():
+    if (
+        not isinstance(facts, dict)
+        or not {"recipe", "kernel_ffn", "position", "groups"} <= facts.keys()
+    ):
         raise _damaged(folder, "state.json lacks a key")
     return facts
 
@@ -99,7 +108,9 @@ def load_facts(folder: Path) -> dict:
 def load_trained(folder: Path, trained: dict[str, Tensor]) -> None:
     """Put a state's tensors into ``trained``."""
     tensors = _tensors(folder / "trained.safetensors")
-    if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in trained.items()}:
+    if {name: tensor.shape for name, tensor in tensors.items()} != {
+        name: tensor.shape for name, tensor in trained.items()
+    }:
         raise _damaged(folder, "other tensors than the recipe trains")
     for name, tensor in tensors.items():
         trained[name].data.copy_(shard_like(tensor, trained[name]))
@@ -115,10 +126,18 @@ def load_rng(folder: Path) -> None:
 
 def load_optimizers(folder: Path, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Put a state's optimiser tensors and group settings back."""
-    tensors = {k: v for k, v in _tensors(folder / "optimizer.safetensors").items() if not k.startswith("rng")}
-    for number, (optimizer, groups) in enumerate(zip(optimizers, load_facts(folder)["groups"], strict=True)):
+    tensors = {
+        k: v
+        for k, v in _tensors(folder / "optimizer.safetensors").items()
+        if not k.startswith("rng")
+    }
+    for number, (optimizer, groups) in enumerate(
+        zip(optimizers, load_facts(folder)["groups"], strict=True)
+    ):
         state: dict[int, dict[str, Tensor]] = {}
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
         for key, tensor in tensors.items():
             owner, index, name = key.split(".", 2)
             if int(owner) == number:
@@ -134,7 +153,9 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _damaged(what: Path, why: object) -> InputError:
-    return InputError(f"found {what} damaged ({why}), expected a state to resume from: remove the output_dir and start again")
+    return InputError(
+        f"found {what} damaged ({why}), expected a state to resume from: remove the output_dir and start again"
+    )
 
 
 def _flat(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list]:

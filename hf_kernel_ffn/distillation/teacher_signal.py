@@ -68,9 +68,13 @@ class Record:
             )
         self.places: dict[bytes, tuple[int, int]] = {}
         try:
-            self.facts = Facts.model_validate_json((self.folder / FACTS).read_text(encoding="utf-8"))
+            self.facts = Facts.model_validate_json(
+                (self.folder / FACTS).read_text(encoding="utf-8")
+            )
             for shard in range(self.facts.shards):
-                self.places.update((digest(ids), (shard, row)) for row, ids in enumerate(self._input_ids(shard)))
+                self.places.update(
+                    (digest(ids), (shard, row)) for row, ids in enumerate(self._input_ids(shard))
+                )
         except (OSError, ValueError, SafetensorError) as error:
             raise self._damaged(error) from error
 
@@ -106,13 +110,17 @@ class Record:
         try:
             for shard, row in filter(None, places):
                 with safe_open(shard_file(self.folder, shard), "pt") as opened:
-                    parts.append((opened.get_slice("top")[row], opened.get_slice("log_probabilities")[row]))
+                    parts.append(
+                        (opened.get_slice("top")[row], opened.get_slice("log_probabilities")[row])
+                    )
         except (OSError, SafetensorError) as error:
             raise self._damaged(error) from error
         top, known = (torch.stack(part) for part in zip(*parts))
         ascending = bool((top.diff(dim=-1) > 0).all()) and top.min() >= 0 and top.max() < vocabulary
         if not ascending or not (known.logsumexp(-1).abs() < 1e-3).all():  # NaN as well
-            raise self._damaged(f"token ids or probabilities that are none of a vocabulary of {vocabulary:,}")
+            raise self._damaged(
+                f"token ids or probabilities that are none of a vocabulary of {vocabulary:,}"
+            )
         return top.long().to(ids.device), known.to(ids.device)
 
     def _damaged(self, why: object) -> InputError:
@@ -137,14 +145,22 @@ def load_records(recipe: Recipe, teacher: Any) -> dict[str, Record]:
     for stage in stages:
         facts = records[str(stage.stored_logits)].facts
         if facts.fingerprint != own:
-            found, expected = f"other weights, of {facts.teacher},", f"those of {recipe.teacher} in {recipe.dtype}"
+            found, expected = (
+                f"other weights, of {facts.teacher},",
+                f"those of {recipe.teacher} in {recipe.dtype}",
+            )
         elif facts.temperature != stage.temperature:
             found, expected = f"temperature {facts.temperature}", f"the stage's {stage.temperature}"
         elif facts.sequence_length != recipe.data.sequence_length:
-            found, expected = f"sequences of {facts.sequence_length} tokens", f"the recipe's {recipe.data.sequence_length}"
+            found, expected = (
+                f"sequences of {facts.sequence_length} tokens",
+                f"the recipe's {recipe.data.sequence_length}",
+            )
         else:
             continue
-        raise InputError(f"found {found} in {stage.stored_logits}, expected {expected}: record again by this recipe")
+        raise InputError(
+            f"found {found} in {stage.stored_logits}, expected {expected}: record again by this recipe"
+        )
     return records
 
 

@@ -31,7 +31,9 @@ class Watch:
             if ffn.config.settings.simplex == "threshold":
                 self.hooks.append(ffn.register_forward_pre_hook(self._see_input(path)))
             if self.stage.write_mass:
-                self.hooks.append(ffn.output_prototypes.register_forward_hook(self._see_mixture(path)))
+                self.hooks.append(
+                    ffn.output_prototypes.register_forward_hook(self._see_mixture(path))
+                )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -56,7 +58,10 @@ class Watch:
         FFN at ``path`` has just seen: the reciprocal of its coherence, but for the mean write. 0 where nothing is asked."""
         if not self.stage.write_mass:
             return 0.0
-        coefficients, output = self.coefficients.pop(path), to_at_least_float32(self.outputs.pop(path)).flatten(0, -2)
+        coefficients, output = (
+            self.coefficients.pop(path),
+            to_at_least_float32(self.outputs.pop(path)).flatten(0, -2),
+        )
         length = to_at_least_float32(self.ffns[path].output_prototypes.weight).norm(dim=0)
         mass = (to_at_least_float32(coefficients.flatten(0, -2)).abs() @ length).mean()
         apart = (output - mean_over_processes(output.mean(0))).norm(dim=-1).mean()

@@ -41,8 +41,12 @@ class PackedText(IterableDataset):
     def __iter__(self) -> Iterator[Tensor]:
         skip, epoch = self.skip, 0
         while True:
-            read = pack_blocks(self.tokenizer, self.data.sources, self.data.sequence_length, self.data.text_field)
-            for block in _shuffled(read, self.data.shuffle_buffer, random.Random(f"{self.seed} {epoch}")):
+            read = pack_blocks(
+                self.tokenizer, self.data.sources, self.data.sequence_length, self.data.text_field
+            )
+            for block in _shuffled(
+                read, self.data.shuffle_buffer, random.Random(f"{self.seed} {epoch}")
+            ):
                 if skip:
                     skip -= 1
                 else:
@@ -65,7 +69,11 @@ def _shuffled(items: Iterator[Tensor], size: int, rng: random.Random) -> Iterato
 def stage_groups(recipe: Recipe, paths: list[str]) -> Iterator[tuple[Stage, list[str]]]:
     """Stages, each with the converted FFNs that it trains, of all at ``paths``; a layer-wise one is cut into its groups of layers."""
     for stage in recipe.stages:
-        size = stage.layers_at_once if stage.name == "layer-wise" and stage.layers_at_once else len(paths)
+        size = (
+            stage.layers_at_once
+            if stage.name == "layer-wise" and stage.layers_at_once
+            else len(paths)
+        )
         for low in range(0, len(paths), size):
             yield stage, paths[low : low + size]
 
@@ -78,7 +86,9 @@ def steps_and_sequences(stage: Stage, data: Data, processes: int) -> tuple[int, 
 
 def autocast(dtype: str, device: torch.device) -> Any:
     """The context in which models of a recipe's ``dtype`` run."""
-    return nullcontext() if dtype == "float32" else torch.autocast(device.type, get_torch_dtype(dtype))
+    return (
+        nullcontext() if dtype == "float32" else torch.autocast(device.type, get_torch_dtype(dtype))
+    )
 
 
 def train(recipe: Recipe, tokenizer, teacher, student, *, progress: bool = False) -> None:
@@ -93,7 +103,9 @@ def train(recipe: Recipe, tokenizer, teacher, student, *, progress: bool = False
         model.requires_grad_(False)
     for ffn in student.kernel_ffns().values():
         ffn.float().requires_grad_(True)
-    Run(recipe, make_accelerator(recipe), tokenizer, teacher, student, student, progress).stages(None)
+    Run(recipe, make_accelerator(recipe), tokenizer, teacher, student, student, progress).stages(
+        None
+    )
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -110,7 +122,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         # A dispatching loader drops the generator it is given, and draws from the one that LoRA's dropout draws from.
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
     )
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+    if accelerator.distributed_type in (
+        DistributedType.DEEPSPEED,
+        DistributedType.FSDP,
+        DistributedType.MEGATRON_LM,
+    ):
         raise InputError(
             f"found a launch with {accelerator.distributed_type.value}, expected plain processes: "
             "leave it out and say shard: true in the recipe"
@@ -137,21 +153,34 @@ class Run:
         self.skipped = 0
         """Steps left out because their numbers were not finite."""
         self.recipe, self.accelerator, self.tokenizer = recipe, accelerator, tokenizer
-        self.teacher, self.student, self.trainee, self.progress = teacher, student, trainee, progress
+        self.teacher, self.student, self.trainee, self.progress = (
+            teacher,
+            student,
+            trainee,
+            progress,
+        )
         self.records = load_records(recipe, teacher) if records is None else records
         self.sharded = recipe.shard and accelerator.num_processes > 1
         if self.sharded:
-            reshard = not any(stage.write_mass for stage in recipe.stages)  # its price reads the weights after the forward pass
+            reshard = not any(
+                stage.write_mass for stage in recipe.stages
+            )  # its price reads the weights after the forward pass
             shard(student.kernel_ffns().values(), accelerator.device, reshard)
         self.trained = {name: p for name, p in trainee.named_parameters() if p.requires_grad}
-        self.kept: dict[str, Tensor] = dict(self.trained)  # with what else a converted FFN holds: its units
+        self.kept: dict[str, Tensor] = dict(
+            self.trained
+        )  # with what else a converted FFN holds: its units
         for path, ffn in student.kernel_ffns().items():
             self.kept.update((f"{path}.{name}", buffer) for name, buffer in ffn.named_buffers())
 
     def stages(self, facts: dict | None, state: Path | None = None) -> None:
         """Run every part of every stage, from ``state`` on if there is one. States are kept, with ``facts`` in them, unless
         those are None."""
-        done = load_facts(state)["position"] if state is not None else {"part": 0, "step": 0, "sequences": 0}
+        done = (
+            load_facts(state)["position"]
+            if state is not None
+            else {"part": 0, "step": 0, "sequences": 0}
+        )
         sequences, self.skipped = done["sequences"], done.get("skipped", 0)
         ffns = self.student.kernel_ffns()
         todo = list(stage_groups(self.recipe, list(ffns)))
@@ -161,18 +190,31 @@ class Run:
             step = done["step"] if here else 0
 
             def keep(step: int, sequences: int, optimizers=(), number: int = number) -> None:
-                position = {"part": number, "step": step, "sequences": sequences, "skipped": self.skipped}
+                position = {
+                    "part": number,
+                    "step": step,
+                    "sequences": sequences,
+                    "skipped": self.skipped,
+                }
                 if facts is not None:
                     writes, now = self.accelerator.is_main_process, {**facts, "position": position}
                     save_state(Path(self.recipe.output_dir), self.kept, optimizers, now, writes)
 
-            sequences = self._stage(stage, {path: ffns[path] for path in paths}, step, sequences, here, keep)
+            sequences = self._stage(
+                stage, {path: ffns[path] for path in paths}, step, sequences, here, keep
+            )
             keep(0, sequences, (), number + 1)
 
-    def _stage(self, stage: Stage, ffns, first: int, sequences: int, state: Path | None, keep: Callable) -> int:
+    def _stage(
+        self, stage: Stage, ffns, first: int, sequences: int, state: Path | None, keep: Callable
+    ) -> int:
         accelerator, data = self.accelerator, self.recipe.data
         layer_wise = stage.name == "layer-wise"
-        parameters = [p for ffn in ffns.values() for p in ffn.parameters()] if layer_wise else list(self.trained.values())
+        parameters = (
+            [p for ffn in ffns.values() for p in ffn.parameters()]
+            if layer_wise
+            else list(self.trained.values())
+        )
         for parameter in self.trained.values():
             parameter.requires_grad_(False)
         for parameter in parameters:
@@ -190,18 +232,27 @@ class Run:
             generator=torch.Generator(),
         )
         loader = accelerator.prepare_data_loader(loader)
-        student = self.trainee if layer_wise or self.sharded else accelerator.prepare_model(self.trainee)
+        student = (
+            self.trainee if layer_wise or self.sharded else accelerator.prepare_model(self.trainee)
+        )
         every = max(1, self.recipe.save_every_tokens // (per_step * data.sequence_length))
         batches = iter(loader)
         shown = self.progress and accelerator.is_main_process
-        with _Bar(stage, steps, first, per_step * data.sequence_length, shown) as bar, Watch(ffns, stage) as watch:
+        with (
+            _Bar(stage, steps, first, per_step * data.sequence_length, shown) as bar,
+            Watch(ffns, stage) as watch,
+        ):
             for step in range(first, steps):
                 for group in (group for optimizer in made for group in optimizer.param_groups):
                     group["lr"] = group["peak"] * schedule(step, steps, stage.warmup)
                 number = f"{self.recipe.seed} {sequences} {accelerator.process_index}"
-                ids = make_inputs_for_prediction(self.teacher, self.tokenizer, next(batches), number)
+                ids = make_inputs_for_prediction(
+                    self.teacher, self.tokenizer, next(batches), number
+                )
                 with autocast(self.recipe.dtype, accelerator.device):
-                    loss = objective(stage, self.teacher, student, ffns, ids, accelerator.backward, watch.price)
+                    loss = objective(
+                        stage, self.teacher, student, ffns, ids, accelerator.backward, watch.price
+                    )
                 value, stopping = self._agreed(loss)
                 if self._usable(value, parameters):
                     if layer_wise and accelerator.num_processes > 1 and not self.sharded:
@@ -235,7 +286,9 @@ class Run:
     def _agreed(self, loss: Tensor) -> tuple[float, bool]:
         """The mean loss of all processes, and whether one of them was asked to stop."""
         pair = torch.stack([loss.double(), loss.new_full((), self.stop.asked, dtype=torch.float64)])
-        value, asked = (self.accelerator.reduce(pair, "mean") if self.accelerator.num_processes > 1 else pair).tolist()
+        value, asked = (
+            self.accelerator.reduce(pair, "mean") if self.accelerator.num_processes > 1 else pair
+        ).tolist()
         return value, asked > 0
 
     def _usable(self, loss: float, parameters) -> bool:
@@ -243,11 +296,17 @@ class Run:
         before they are saved."""
         if not math.isfinite(loss) or not self.recipe.skip_steps:
             return math.isfinite(loss)
-        return self._finite([parameter.grad for parameter in parameters if parameter.grad is not None])
+        return self._finite(
+            [parameter.grad for parameter in parameters if parameter.grad is not None]
+        )
 
     def _finite(self, tensors: list) -> bool:
         """Whether all of ``tensors`` are, on every process."""
-        finite = torch.stack([torch.isfinite(local_part(tensor)).all() for tensor in tensors]).all().float()
+        finite = (
+            torch.stack([torch.isfinite(local_part(tensor)).all() for tensor in tensors])
+            .all()
+            .float()
+        )
         self._average(finite)
         return finite.item() == 1
 
@@ -264,7 +323,11 @@ class Run:
             where = f"first in {layer}" if layer else "in no FFN's own numbers"
         skips = f" after {self.skipped} skipped steps" if self.skipped else ""
         state = find_state(Path(self.recipe.output_dir))
-        left = "no state was saved before" if state is None else f"the last good state is {state}, of {_where(state)}"
+        left = (
+            "no state was saved before"
+            if state is None
+            else f"the last good state is {state}, of {_where(state)}"
+        )
         return FloatingPointError(
             f"found {what} at step {step} of stage {stage.name!r}{skips}, {where}, expected finite ones ({left}): "
             "lower its learning_rate and start again in another output_dir"
@@ -282,17 +345,23 @@ class Run:
 
 
 @torch.no_grad()
-def first_bad(ffns: dict[str, nn.Module], student, teacher, ids: Inputs, layer_wise: bool) -> str | None:
+def first_bad(
+    ffns: dict[str, nn.Module], student, teacher, ids: Inputs, layer_wise: bool
+) -> str | None:
     """The first of ``ffns`` (by path) with a weight, input or output that is not finite when ``ids`` are read, or None; layer-wise
     its inputs are the teacher's."""
     for path, ffn in ffns.items():
         if not all(torch.isfinite(parameter).all() for parameter in ffn.parameters()):
             return path
     model = teacher if layer_wise else student
-    with capture_inputs_and_outputs({path: model.base_model.get_submodule(path) for path in ffns}) as seen:
+    with capture_inputs_and_outputs(
+        {path: model.base_model.get_submodule(path) for path in ffns}
+    ) as seen:
         model.base_model(**make_forward_arguments(model.base_model, ids))
     for path, (given, written) in seen.items():
-        if layer_wise:  # what was recorded is the teacher's own; a squared error overflows before its parts do
+        if (
+            layer_wise
+        ):  # what was recorded is the teacher's own; a squared error overflows before its parts do
             written = (ffns[path](given).float() - written.float()).square().mean()
         if not torch.isfinite(given).all() or not torch.isfinite(written).all():
             return path
@@ -308,7 +377,13 @@ class _Bar:
     """A progress bar with loss, tokens/s and time left; silent when not shown."""
 
     def __init__(self, stage: Stage, steps: int, first: int, tokens_per_step: int, shown: bool):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self.tokens = tokens_per_step
         self.average: float | None = None
@@ -328,4 +403,9 @@ class _Bar:
     def advance(self, loss: float) -> None:
         self.average = loss if self.average is None else 0.95 * self.average + 0.05 * loss
         speed = self.bar.tasks[0].speed
-        self.bar.update(self.task, advance=1, loss=f"{self.average:.5f}", speed=f"{speed * self.tokens:,.0f}" if speed else "–")
+        self.bar.update(
+            self.task,
+            advance=1,
+            loss=f"{self.average:.5f}",
+            speed=f"{speed * self.tokens:,.0f}" if speed else "–",
+        )

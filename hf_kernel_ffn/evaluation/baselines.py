@@ -47,7 +47,11 @@ class TeacherFFN(nn.Module):
     def all_coefficients(self, hidden_states: Tensor) -> Tensor:
         """(..., units), nothing truncated."""
         up = self.up(hidden_states)
-        return self.activation(up) if self.gate is None else self.activation(self.gate(hidden_states)) * up
+        return (
+            self.activation(up)
+            if self.gate is None
+            else self.activation(self.gate(hidden_states)) * up
+        )
 
     def coefficients(self, hidden_states: Tensor) -> Tensor:
         """(..., units), with those that are not kept zero."""
@@ -74,7 +78,9 @@ class TeacherFFN(nn.Module):
         """The record, signed."""
         linear = self.output_prototypes
         names = tuple(map(str, range(linear.in_features)))
-        return Readout(self.coefficients(hidden_states), linear.weight.T, linear.bias, None, None, names)
+        return Readout(
+            self.coefficients(hidden_states), linear.weight.T, linear.bias, None, None, names
+        )
 
 
 class Transcoder(nn.Module):
@@ -87,10 +93,15 @@ class Transcoder(nn.Module):
         try:
             from sparsify import SparseCoder, SparseCoderConfig
         except ImportError as error:
-            raise InputError("a transcoder needs the sparsify package: pip install 'hf-kernel-ffn[frontier]'") from error
+            raise InputError(
+                "a transcoder needs the sparsify package: pip install 'hf-kernel-ffn[frontier]'"
+            ) from error
         size = outputs.shape[1]
         self.config = LayerConfig(KernelFFNConfig(simplex="top-k", top_k=top_k), size, width)
-        self.coder: Any = SparseCoder(size, SparseCoderConfig(num_latents=width, k=top_k, transcode=True, skip_connection=skip))
+        self.coder: Any = SparseCoder(
+            size,
+            SparseCoderConfig(num_latents=width, k=top_k, transcode=True, skip_connection=skip),
+        )
         self.coder.b_dec.data.copy_(outputs.mean(0))
 
     @property
@@ -118,10 +129,19 @@ class Transcoder(nn.Module):
         if self.coder.W_skip is not None:
             bias = bias + hidden_states @ self.coder.W_skip.T
         names = tuple(map(str, range(self.config.prototypes)))
-        return Readout(coefficients.view(*hidden_states.shape[:-1], -1), self.coder.W_dec, bias, None, None, names)
+        return Readout(
+            coefficients.view(*hidden_states.shape[:-1], -1),
+            self.coder.W_dec,
+            bias,
+            None,
+            None,
+            names,
+        )
 
 
-def teacher_as_student(teacher: Any, ids: Tensor, simplex: str = "softmax", top_k: int | None = None) -> Any:
+def teacher_as_student(
+    teacher: Any, ids: Tensor, simplex: str = "softmax", top_k: int | None = None
+) -> Any:
     """A model whose every FFN is a :class:`TeacherFFN` of its own, the rest shared with ``teacher``.
 
     Args:
@@ -134,7 +154,9 @@ def teacher_as_student(teacher: Any, ids: Tensor, simplex: str = "softmax", top_
     return student
 
 
-def transcoder_student(teacher: Any, ids: Tensor, width: int, top_k: int, skip: bool, seed: int = 0) -> Any:
+def transcoder_student(
+    teacher: Any, ids: Tensor, width: int, top_k: int, skip: bool, seed: int = 0
+) -> Any:
     """A model whose every FFN is an untrained :class:`Transcoder`, the rest shared with ``teacher``.
 
     Args:
@@ -159,7 +181,12 @@ def _with_controls(teacher: Any, make: Callable[[str, FFNWeights], nn.Module]) -
     reference = dict.fromkeys((*get_kernel("half-yat").parameters, "scale"), 1.0)
     layers = {
         path: make_layer_config(
-            teacher, find_stock_ffn(teacher, path), KernelFFNConfig("half-yat"), w.up.shape[1], 1, reference
+            teacher,
+            find_stock_ffn(teacher, path),
+            KernelFFNConfig("half-yat"),
+            w.up.shape[1],
+            1,
+            reference,
         )
         for path, w in weights.items()
     }

@@ -22,7 +22,11 @@ class Fidelity(evaluate.Metric):
             citation="",
             inputs_description="Negative log-likelihoods (nats), KL(teacher ‖ student) (nats), and whether the most likely tokens agree.",
             features=datasets.Features(
-                teacher_nll=number, student_nll=number, ablated_nll=number, kl=number, agrees=datasets.Value("bool")
+                teacher_nll=number,
+                student_nll=number,
+                ablated_nll=number,
+                kl=number,
+                agrees=datasets.Value("bool"),
             ),
         )
 
@@ -49,7 +53,9 @@ def _pooled(model: Any, ids: Tensor) -> Tensor:
     return base(**make_forward_arguments(base, ids)).last_hidden_state.double().mean(1).cpu()
 
 
-def _predictions(teacher_logits: Tensor, student_logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def _predictions(
+    teacher_logits: Tensor, student_logits: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
     teacher, student = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
     return {
         "teacher_nll": _pick(teacher, targets),

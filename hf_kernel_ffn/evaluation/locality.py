@@ -50,23 +50,33 @@ def denominator_variation(ffn: KernelFFN, inputs: Tensor) -> dict[str, float]:
     if not ffn.kernel.uses_distance:
         return dict.fromkeys(VARIATION, 0.0)
     parameters = ffn.kernel_parameters()
-    softening = sum(parameters[name] for name, start in ffn.kernel.parameters.items() if start == "distance")
+    softening = sum(
+        parameters[name] for name, start in ffn.kernel.parameters.items() if start == "distance"
+    )
     over_units, moments, variances = [], [], []
     for score, distance2 in map(ffn.scores, inputs.split(CHUNK)):
         denominator = (distance2 + softening).double()
         over_units.append(denominator.std(-1, correction=0) / denominator.mean(-1))
         moments.append(torch.stack([denominator.sum(0), denominator.square().sum(0)]))
         level = distance2.mean(-1, keepdim=True).expand_as(distance2)
-        log_kernel, leveled = (ffn.kernel.log(score, d, **parameters).double() for d in (distance2, level))
+        log_kernel, leveled = (
+            ffn.kernel.log(score, d, **parameters).double() for d in (distance2, level)
+        )
         fires = log_kernel.isfinite() & leveled.isfinite()
-        weighted = log_kernel.masked_fill(~fires, -torch.inf).softmax(-1).nan_to_num(0.0)  # NaN where nothing fires
+        weighted = (
+            log_kernel.masked_fill(~fires, -torch.inf).softmax(-1).nan_to_num(0.0)
+        )  # NaN where nothing fires
         terms = [v.where(fires, 0.0) for v in (log_kernel - leveled, log_kernel)]
-        variances.append(torch.stack([_variance(v, w).sum() for w in (fires.double(), weighted) for v in terms]))
+        variances.append(
+            torch.stack([_variance(v, w).sum() for w in (fires.double(), weighted) for v in terms])
+        )
     mean, square = torch.stack(moments).sum(0) / len(inputs)
     over_tokens = (square - mean.square()).clamp_min(0).sqrt() / mean
     term, whole = torch.stack(variances).sum(0).view(2, 2).T
     shares = (term / whole.clamp_min(1e-300)).tolist()
-    return dict(zip(VARIATION, (torch.cat(over_units).mean().item(), over_tokens.mean().item(), *shares)))
+    return dict(
+        zip(VARIATION, (torch.cat(over_units).mean().item(), over_tokens.mean().item(), *shares))
+    )
 
 
 def _variance(values: Tensor, weight: Tensor) -> Tensor:
@@ -76,13 +86,17 @@ def _variance(values: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def top_tokens(coefficients: Callable[[Tensor], Tensor], inputs: Tensor, top: int = TOP) -> tuple[Tensor, Tensor]:
+def top_tokens(
+    coefficients: Callable[[Tensor], Tensor], inputs: Tensor, top: int = TOP
+) -> tuple[Tensor, Tensor]:
     """Each unit's ``top`` largest |coefficients|, descending, (units, top) float32, and their places in ``inputs``, int64.
 
     ``coefficients`` maps (CHUNK or fewer, hidden_size) to (same, units). InputError unless 2 ≤ ``top`` ≤ tokens.
     """
     if not 2 <= top <= len(inputs):
-        raise InputError(f"found {len(inputs)} tokens for top={top}, expected 2 ≤ top ≤ tokens: give a longer text")
+        raise InputError(
+            f"found {len(inputs)} tokens for top={top}, expected 2 ≤ top ≤ tokens: give a longer text"
+        )
     best: tuple[Tensor, ...] = ()
     for number, chunk in enumerate(inputs.split(CHUNK)):
         values, places = coefficients(chunk).float().abs().T.topk(min(top, len(chunk)))
@@ -93,7 +107,9 @@ def top_tokens(coefficients: Callable[[Tensor], Tensor], inputs: Tensor, top: in
     return best[0], best[1]
 
 
-def context_purity(coefficients: Callable[[Tensor], Tensor], inputs: Tensor, tokens: Tensor, top: int = TOP) -> dict:
+def context_purity(
+    coefficients: Callable[[Tensor], Tensor], inputs: Tensor, tokens: Tensor, top: int = TOP
+) -> dict:
     """What the tokens that fire a unit most have in common: :func:`score_purity` of :func:`top_tokens`.
 
     ``dead`` counts units that never fire, ``rare`` those that fire on fewer than ``top`` tokens. Both are left out: fewer
@@ -101,7 +117,11 @@ def context_purity(coefficients: Callable[[Tensor], Tensor], inputs: Tensor, tok
     """
     values, places = top_tokens(coefficients, inputs, top)
     dead, full = values[:, 0] == 0, values[:, -1] > 0
-    return {**score_purity(places[full], inputs, tokens), "dead": int(dead.sum()), "rare": int((~dead & ~full).sum())}
+    return {
+        **score_purity(places[full], inputs, tokens),
+        "dead": int(dead.sum()),
+        "rare": int((~dead & ~full).sum()),
+    }
 
 
 @torch.no_grad()
@@ -115,9 +135,14 @@ def score_purity(places: Tensor, inputs: Tensor, tokens: Tensor) -> dict[str, fl
     ids, mean, cosine, top = tokens[places], inputs.float().mean(0), 0.0, places.shape[1]
     for some in places.split(max(1, CHUNK // top)):
         directions = nn.functional.normalize(inputs[some].float() - mean, dim=-1)
-        pairs = directions.sum(1).square().sum(-1) - directions.square().sum((1, 2))  # ‖Σu‖² holds each u with itself too
+        pairs = directions.sum(1).square().sum(-1) - directions.square().sum(
+            (1, 2)
+        )  # ‖Σu‖² holds each u with itself too
         cosine += pairs.sum().item() / (top * (top - 1)) / len(places)
-    return {"token": (ids == ids.mode(-1, keepdim=True).values).double().mean().item(), "cosine": cosine}
+    return {
+        "token": (ids == ids.mode(-1, keepdim=True).values).double().mean().item(),
+        "cosine": cosine,
+    }
 
 
 @torch.no_grad()
@@ -127,7 +152,9 @@ def score_support_by_distance(ffn: KernelFFN, inputs: Tensor) -> dict[str, Tenso
     parts = []
     for score, distance2 in map(ffn.scores, inputs.split(CHUNK)):
         mass = ffn.kernel.log(score, distance2, **ffn.kernel_parameters()).logsumexp(-1)
-        parts.append({"mass": mass} if distance2 is None else {"nearest": -distance2.amin(-1), "mass": mass})
+        parts.append(
+            {"mass": mass} if distance2 is None else {"nearest": -distance2.amin(-1), "mass": mass}
+        )
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -136,9 +163,13 @@ def auc(higher: Tensor, lower: Tensor) -> float:
     curve, by the rank sum (Hanley & McNeil 1982, Radiology 143:29). InputError if a score is NaN or a side empty."""
     scores = torch.cat([higher, lower])
     if scores.isnan().any() or not len(higher) or not len(lower):
-        raise InputError(f"found NaN or none in {len(higher)} and {len(lower)} scores, expected numbers: check the weights")
+        raise InputError(
+            f"found NaN or none in {len(higher)} and {len(lower)} scores, expected numbers: check the weights"
+        )
     _, place, count = scores.unique(return_inverse=True, return_counts=True)
-    ranks = (count.cumsum(0) - (count.double() - 1) / 2)[place]  # ties share the mean of their ranks
+    ranks = (count.cumsum(0) - (count.double() - 1) / 2)[
+        place
+    ]  # ties share the mean of their ranks
     return (ranks[: len(higher)].mean().item() - (len(higher) + 1) / 2) / len(lower)
 
 
@@ -148,14 +179,20 @@ def support_auc(ffn: KernelFFN, text: Tensor, other: Tensor) -> dict[str, float 
     ``nearest`` (None without distance) and ``mass`` of :func:`score_support_by_distance`. Two controls need no FFN: ``control``, minus the
     distance to the mean input at ``text``, and ``length``, minus ‖x‖: what ``nearest`` comes to when prototypes are short.
     """
-    own, theirs, mean = score_support_by_distance(ffn, text), score_support_by_distance(ffn, other), text.float().mean(0)
+    own, theirs, mean = (
+        score_support_by_distance(ffn, text),
+        score_support_by_distance(ffn, other),
+        text.float().mean(0),
+    )
     for scores, x in ((own, text.float()), (theirs, other.float())):
         scores |= {"control": -(x - mean).norm(dim=-1), "length": -x.norm(dim=-1)}
     return {"nearest": None, **{name: auc(own[name], theirs[name]) for name in own}}
 
 
 @torch.no_grad()
-def locality_report(student: Any, teacher: Any, ids: Tensor, seed: int = 0, *, top: int = TOP) -> dict:
+def locality_report(
+    student: Any, teacher: Any, ids: Tensor, seed: int = 0, *, top: int = TOP
+) -> dict:
     """The three readings of every converted FFN at the teacher's inputs, past the first SKIP positions of each row.
 
     Args:
@@ -171,23 +208,53 @@ def locality_report(student: Any, teacher: Any, ids: Tensor, seed: int = 0, *, t
     """
     check_pair(student, teacher)
     if ids.ndim != 2 or ids.shape[1] <= SKIP:
-        raise InputError(f"found token ids of shape {tuple(ids.shape)}, expected (rows, length): give rows longer than {SKIP}")
+        raise InputError(
+            f"found token ids of shape {tuple(ids.shape)}, expected (rows, length): give rows longer than {SKIP}"
+        )
     student.eval(), teacher.eval()
     kernels, generator = student.kernel_ffns(), torch.Generator().manual_seed(seed)
     shuffled = ids.gather(1, torch.rand(ids.shape, generator=generator).argsort(1).to(ids.device))
-    uniform = torch.randint(teacher.get_input_embeddings().num_embeddings, ids.shape, generator=generator)
-    tokens, layers, paths = ids[:, SKIP:].flatten().to(next(teacher.parameters()).device), [], list(kernels)
-    sets = torch.stack([torch.randperm(len(tokens), generator=generator)[:top] for _ in range(CHANCE_SETS)])
-    for path in paths:  # one at a time: the inputs of one layer at the three texts are in memory together
-        read = [torch.cat(list(read_ffn_inputs(teacher, path, some))) for some in (ids, shuffled, uniform)]
-        x, *others = (inputs.unflatten(0, tuple(ids.shape))[:, SKIP:].flatten(0, 1) for inputs in read)
+    uniform = torch.randint(
+        teacher.get_input_embeddings().num_embeddings, ids.shape, generator=generator
+    )
+    tokens, layers, paths = (
+        ids[:, SKIP:].flatten().to(next(teacher.parameters()).device),
+        [],
+        list(kernels),
+    )
+    sets = torch.stack(
+        [torch.randperm(len(tokens), generator=generator)[:top] for _ in range(CHANCE_SETS)]
+    )
+    for (
+        path
+    ) in paths:  # one at a time: the inputs of one layer at the three texts are in memory together
+        read = [
+            torch.cat(list(read_ffn_inputs(teacher, path, some)))
+            for some in (ids, shuffled, uniform)
+        ]
+        x, *others = (
+            inputs.unflatten(0, tuple(ids.shape))[:, SKIP:].flatten(0, 1) for inputs in read
+        )
         stock = read_stock_weights(teacher, find_stock_ffn(teacher, path))
         units = {"student": kernels[path].coefficients, "teacher": stock.coefficients}
         contexts = {who: context_purity(some, x, tokens, top) for who, some in units.items()}
         contexts["chance"] = score_purity(sets.to(x.device), x, tokens)
-        support = {name: support_auc(kernels[path], x, other) for name, other in zip(("shuffled", "random"), others)}
-        layers.append({"denominator": denominator_variation(kernels[path], x), "contexts": contexts, "support": support})
-    return {"tokens": len(tokens), **_means(layers), "layers": [{"path": p, **entry} for p, entry in zip(paths, layers)]}
+        support = {
+            name: support_auc(kernels[path], x, other)
+            for name, other in zip(("shuffled", "random"), others)
+        }
+        layers.append(
+            {
+                "denominator": denominator_variation(kernels[path], x),
+                "contexts": contexts,
+                "support": support,
+            }
+        )
+    return {
+        "tokens": len(tokens),
+        **_means(layers),
+        "layers": [{"path": p, **entry} for p, entry in zip(paths, layers)],
+    }
 
 
 def _means(entries: list) -> Any:

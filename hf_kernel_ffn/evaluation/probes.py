@@ -24,10 +24,18 @@ def load_questions(file: str | Path) -> list[dict]:
         lines = Path(file).read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:  # not UTF-8 is a ValueError
         reason = " ".join(str(error).split())
-        raise InputError(f"found {file} unreadable as text ({reason}), expected UTF-8 JSON lines") from error
-    questions = [_question(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        raise InputError(
+            f"found {file} unreadable as text ({reason}), expected UTF-8 JSON lines"
+        ) from error
+    questions = [
+        _question(line, f"{file}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not questions:
-        raise InputError(f"found no question in {file}, expected one a line: make some by scripts/experiments/make_cloze.py")
+        raise InputError(
+            f"found no question in {file}, expected one a line: make some by scripts/experiments/make_cloze.py"
+        )
     return questions
 
 
@@ -35,16 +43,24 @@ def _question(line: str, where: str) -> dict:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"found no JSON in {where} ({error.msg}), expected a question: repair it") from error
+        raise InputError(
+            f"found no JSON in {where} ({error.msg}), expected a question: repair it"
+        ) from error
     if not isinstance(row, dict) or not {"context", "choices", "answer"} <= row.keys():
-        raise InputError(f"found no question in {where}, expected an object with context, choices and answer: repair it")
+        raise InputError(
+            f"found no question in {where}, expected an object with context, choices and answer: repair it"
+        )
     context, choices, answer = row["context"], row["choices"], row["answer"]
     if not _is_text(context):
         raise InputError(f"found context {context!r} in {where}, expected some text: repair it")
     if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
-        raise InputError(f"found choices {choices!r} in {where}, expected a list of two texts or more: repair it")
+        raise InputError(
+            f"found choices {choices!r} in {where}, expected a list of two texts or more: repair it"
+        )
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise InputError(f"found answer {answer!r} in {where}, expected an integer from 0 to {len(choices) - 1}: repair it")
+        raise InputError(
+            f"found answer {answer!r} in {where}, expected an integer from 0 to {len(choices) - 1}: repair it"
+        )
     return row
 
 
@@ -77,7 +93,9 @@ def multiple_choice(
     for first in range(0, len(rows), batch_size):
         batch = by_length[first : first + batch_size]
         ids = pad_sequence([torch.tensor(rows[i][0]) for i in batch], batch_first=True).to(device)
-        mask = pad_sequence([torch.ones(len(rows[i][0]), dtype=torch.long) for i in batch], batch_first=True).to(device)
+        mask = pad_sequence(
+            [torch.ones(len(rows[i][0]), dtype=torch.long) for i in batch], batch_first=True
+        ).to(device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         for i, row in zip(batch, logits):
             tokens, start = rows[i]
@@ -91,11 +109,15 @@ def multiple_choice(
     return {"questions": len(questions), "accuracy": right / len(questions), "choices": chosen}
 
 
-def _rows(tokenizer: PreTrainedTokenizerBase, question: dict, limit: int | None) -> list[tuple[list[int], int]]:
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, question: dict, limit: int | None
+) -> list[tuple[list[int], int]]:
     """For each choice the token ids of context and choice, and where the choice starts."""
     texts = [f"{question['context']} {choice}" for choice in question["choices"]]
     encoded = tokenizer([question["context"], *texts])["input_ids"]
     # A token may span context and choice. What all have in common is context for certain, and makes no difference.
     start = len(list(takewhile(lambda column: len(set(column)) == 1, zip(*encoded))))
-    cut = max(0, max(map(len, encoded)) - limit) if limit else 0  # one for all choices: they follow the same context
+    cut = (
+        max(0, max(map(len, encoded)) - limit) if limit else 0
+    )  # one for all choices: they follow the same context
     return [(ids[cut:], max(1, start - cut)) for ids in encoded[1:]]

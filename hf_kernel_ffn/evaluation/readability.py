@@ -16,14 +16,23 @@ from .fidelity import _mean
 class Readability(evaluate.Metric):
     """How readable one FFN's write is. One entry per token, from :func:`readability`."""
 
-    FIGURES = ("active_prototypes", "effective_prototypes", "coherence", "orthogonal_coherence", "opposed_share", "write_mass")
+    FIGURES = (
+        "active_prototypes",
+        "effective_prototypes",
+        "coherence",
+        "orthogonal_coherence",
+        "opposed_share",
+        "write_mass",
+    )
 
     def _info(self):
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation="",
             inputs_description="The figures that readability() returns, and the teacher's own write mass at the same input.",
-            features=datasets.Features({name: datasets.Value("float64") for name in (*self.FIGURES, "teacher_write_mass")}),
+            features=datasets.Features(
+                {name: datasets.Value("float64") for name in (*self.FIGURES, "teacher_write_mass")}
+            ),
         )
 
     def _compute(self, teacher_write_mass, write_mass, **figures):
@@ -43,14 +52,22 @@ def readability(readout: Readout, mean_write: Tensor) -> dict[str, Tensor]:
     * ``write_mass``: Σ|c_i|‖v_i‖.
     """
     # In float64: for rows that have much in common, what is left after the mean write is a small difference.
-    c, v, mean_write = readout.coefficients.double(), readout.dictionary.double(), mean_write.double()
+    c, v, mean_write = (
+        readout.coefficients.double(),
+        readout.dictionary.double(),
+        mean_write.double(),
+    )
     tiny = torch.finfo(torch.float64).tiny
     size, total = c.abs(), c.abs().sum(-1, keepdim=True)
     share = size / total.clamp_min(tiny)
     mass = size * v.norm(dim=-1)
     p = mass / mass.sum(-1, keepdim=True).clamp_min(tiny)
     effective = 1 / p.square().sum(-1).clamp_min(tiny)
-    length2 = c.square() * v.square().sum(-1) - 2 * c * share * (v @ mean_write) + share.square() * mean_write.square().sum()
+    length2 = (
+        c.square() * v.square().sum(-1)
+        - 2 * c * share * (v @ mean_write)
+        + share.square() * mean_write.square().sum()
+    )
     written = c @ v - mean_write * (total > 0)
     direction = nn.functional.normalize(written, dim=-1)
     along = c * (direction @ v.T) - share * (direction @ mean_write)[:, None]
@@ -73,4 +90,6 @@ def _records(ffn: KernelFFN, weights: FFNWeights, x: Tensor) -> dict[str, Readou
 
 def _readable(own: dict[str, list[Tensor]], teacher: dict[str, list[Tensor]]) -> dict[str, float]:
     columns = {name: torch.cat(parts).tolist() for name, parts in own.items()}
-    return Readability(keep_in_memory=True).compute(**columns, teacher_write_mass=torch.cat(teacher["write_mass"]).tolist())
+    return Readability(keep_in_memory=True).compute(
+        **columns, teacher_write_mass=torch.cat(teacher["write_mass"]).tolist()
+    )

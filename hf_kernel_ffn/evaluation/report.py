@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
-from ..families.hooks import capture_ffn_inputs_and_outputs, capture_inputs_and_outputs, replace_ffn_outputs
+from ..families.hooks import (
+    capture_ffn_inputs_and_outputs,
+    capture_inputs_and_outputs,
+    replace_ffn_outputs,
+)
 from ..families.lookup import find_stock_ffn
 from ..families.student import check_pair
 from ..families.weights import read_stock_weights
@@ -56,9 +60,14 @@ def evaluate_student(
     kernels = student.kernel_ffns()
     stock = {path: find_stock_ffn(teacher, path) for path in kernels}
     weights = {path: read_stock_weights(teacher, ffn) for path, ffn in stock.items()}
-    asked, size = make_inputs_for_prediction(teacher, tokenizer, ids), max(1, batch_tokens // ids.shape[1])
+    asked, size = (
+        make_inputs_for_prediction(teacher, tokenizer, ids),
+        max(1, batch_tokens // ids.shape[1]),
+    )
     batches = [select_rows(asked, slice(first, first + size)) for first in range(0, len(ids), size)]
-    sums: dict[str, dict[str, Tensor]] = {path: defaultdict(lambda: torch.zeros((), dtype=torch.float64)) for path in kernels}
+    sums: dict[str, dict[str, Tensor]] = {
+        path: defaultdict(lambda: torch.zeros((), dtype=torch.float64)) for path in kernels
+    }
 
     fidelity: dict[str, list[Tensor]] = defaultdict(list)
     for batch in _progress(batches, "fidelity", progress):
@@ -74,13 +83,27 @@ def evaluate_student(
             if path in seen_by_student:
                 x, y = seen_by_student[path]
                 _add_errors(sums[path], "student_inputs_", y, stock[path](x))
-                sums[path]["active"] = sums[path]["active"] + (ffn.readout(x).coefficients != 0).sum()
-            for who, record in _records(ffn, weights[path], seen[path][0]).items() if path in seen else ():
-                sums[path][f"{who} c"] = sums[path][f"{who} c"] + record.coefficients.double().sum(0)
-                sums[path][f"{who} fires"] = sums[path][f"{who} fires"] + (record.coefficients != 0).sum(0)
-    empty = [path for path in kernels if not sums[path]["count"] or not sums[path]["student_inputs_count"]]
+                sums[path]["active"] = (
+                    sums[path]["active"] + (ffn.readout(x).coefficients != 0).sum()
+                )
+            for who, record in (
+                _records(ffn, weights[path], seen[path][0]).items() if path in seen else ()
+            ):
+                sums[path][f"{who} c"] = sums[path][f"{who} c"] + record.coefficients.double().sum(
+                    0
+                )
+                sums[path][f"{who} fires"] = sums[path][f"{who} fires"] + (
+                    record.coefficients != 0
+                ).sum(0)
+    empty = [
+        path
+        for path in kernels
+        if not sums[path]["count"] or not sums[path]["student_inputs_count"]
+    ]
     if empty:
-        raise InputError(f"found no token of the text that comes to {empty[0]}, expected some: give more text")
+        raise InputError(
+            f"found no token of the text that comes to {empty[0]}, expected some: give more text"
+        )
     mean_output = {path: sums[path]["y"] / sums[path]["count"] for path in kernels}
 
     figures: dict[tuple[str, str], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
@@ -88,21 +111,34 @@ def evaluate_student(
         with capture_ffn_inputs_and_outputs(teacher.base_model, stock) as seen:
             teacher.base_model(**make_forward_arguments(teacher.base_model, batch))
         with replace_ffn_outputs(teacher.base_model, stock, mean_output):
-            fidelity["ablated_nll"].append(_nll(*logits_with_answers(_logits(teacher, batch), batch)).cpu())
+            fidelity["ablated_nll"].append(
+                _nll(*logits_with_answers(_logits(teacher, batch), batch)).cpu()
+            )
         for path, ffn in kernels.items():
-            for who, record in _records(ffn, weights[path], seen[path][0]).items() if path in seen else ():
-                mean_write = sums[path][f"{who} c"] / sums[path]["count"] @ record.dictionary.double()
+            for who, record in (
+                _records(ffn, weights[path], seen[path][0]).items() if path in seen else ()
+            ):
+                mean_write = (
+                    sums[path][f"{who} c"] / sums[path]["count"] @ record.dictionary.double()
+                )
                 for name, values in readability(record, mean_write).items():
                     figures[path, who][name].append(values.cpu())
 
     metric = Fidelity(keep_in_memory=True)
     report = metric.compute(**{name: torch.cat(parts).tolist() for name, parts in fidelity.items()})
     if predicts_masked(teacher):
-        means = [torch.cat([_pooled(model, rows) for rows in ids.split(size)]) for model in (teacher, student)]
+        means = [
+            torch.cat([_pooled(model, rows) for rows in ids.split(size)])
+            for model in (teacher, student)
+        ]
         report["pooled_cosine"] = _mean(nn.functional.cosine_similarity(means[0], means[1]))
         centre = means[0].mean(0)
-        report["pooled_cosine_centred"] = _mean(nn.functional.cosine_similarity(means[0] - centre, means[1] - centre))
-        report["teacher"]["pooled_cosine_of_neighbours"] = _mean(nn.functional.cosine_similarity(means[0], means[0].roll(1, 0)))
+        report["pooled_cosine_centred"] = _mean(
+            nn.functional.cosine_similarity(means[0] - centre, means[1] - centre)
+        )
+        report["teacher"]["pooled_cosine_of_neighbours"] = _mean(
+            nn.functional.cosine_similarity(means[0], means[0].roll(1, 0))
+        )
     report["layers"] = []
     for path in kernels:
         entry: dict = {
@@ -111,7 +147,9 @@ def evaluate_student(
             "fvu_student_inputs": _fvu(sums[path], "student_inputs_"),
         }
         entry.update(_readable(figures[path, "student"], figures[path, "teacher"]))
-        entry["active_prototypes_student_inputs"] = (sums[path]["active"] / sums[path]["student_inputs_count"]).item()
+        entry["active_prototypes_student_inputs"] = (
+            sums[path]["active"] / sums[path]["student_inputs_count"]
+        ).item()
         entry["dead_prototypes"] = int((sums[path]["student fires"] == 0).sum())
         entry["teacher"] = {
             "fvu": 0.0,

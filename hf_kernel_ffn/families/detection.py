@@ -35,19 +35,27 @@ def candidates(base: nn.Module) -> list[Candidate]:
     """Whatever looks like an FFN in the blocks of ``base``: one per projection back to the width of the residual stream."""
     found = []
     for path, block in _outer_blocks(base):
-        projections = {name: size for name, size in _projections(block) if not ATTENTION.search(name)}
+        projections = {
+            name: size for name, size in _projections(block) if not ATTENTION.search(name)
+        }
         streams = _stream_widths(base, block)
         for down, (inner, outer) in projections.items():
             if outer not in streams:
                 continue
-            ups = [up for up, (a, b) in projections.items() if a == outer != inner and b in (inner, 2 * inner) and up != down]
+            ups = [
+                up
+                for up, (a, b) in projections.items()
+                if a == outer != inner and b in (inner, 2 * inner) and up != down
+            ]
             if not ups:
                 continue
             near = max(_common(up, down) for up in ups)
             ups = [up for up in ups if _common(up, down) == near]
             place = ".".join(down.split(".")[:near])
             whole = tuple(f"{path}.{up}" for up in ups)
-            found.append(Candidate(f"{path}.{place}".rstrip("."), whole, f"{path}.{down}", (outer, inner)))
+            found.append(
+                Candidate(f"{path}.{place}".rstrip("."), whole, f"{path}.{down}", (outer, inner))
+            )
     return found
 
 
@@ -55,7 +63,9 @@ def _outer_blocks(base: nn.Module) -> list[tuple[str, nn.Module]]:
     """The members of every list of modules that is not inside another's member."""
     found: list[tuple[str, nn.Module]] = []
     for path, module in base.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer, _ in found):
+        if isinstance(module, nn.ModuleList) and not any(
+            path.startswith(f"{outer}.") for outer, _ in found
+        ):
             found += [(f"{path}.{name}", block) for name, block in module.named_children()]
     return found
 
@@ -78,9 +88,13 @@ def _projections(block: nn.Module) -> list[tuple[str, tuple[int, int]]]:
 def _stream_widths(base: Any, block: nn.Module) -> set[int]:
     """What may be the width of the residual stream in ``block``: that of its norms, or what the config says."""
     norms = [
-        module for name, module in block.named_modules() if re.search(r"norm|ln_", name, re.I) and not ATTENTION.search(name)
+        module
+        for name, module in block.named_modules()
+        if re.search(r"norm|ln_", name, re.I) and not ATTENTION.search(name)
     ]
-    sizes = {norm.weight.numel() for norm in norms if isinstance(getattr(norm, "weight", None), Tensor)}
+    sizes = {
+        norm.weight.numel() for norm in norms if isinstance(getattr(norm, "weight", None), Tensor)
+    }
     return sizes or {base.config.hidden_size}
 
 
@@ -125,8 +139,14 @@ def explain_ffns(model: Any) -> list[dict[str, str]]:
         ffns, failed = {}, str(error)
     for path, ffn in ffns.items():
         shape, weights = ffn.shape, read_stock_weights(model, ffn)
-        roles = {"W_in": shape.up, "gate": shape.gate or (f"half {shape.gate_half}" if shape.gate_half is not None else None)}
-        described = ", ".join(f"{role} {name}" for role, name in {**roles, "W_out": shape.down}.items() if name)
+        roles = {
+            "W_in": shape.up,
+            "gate": shape.gate
+            or (f"half {shape.gate_half}" if shape.gate_half is not None else None),
+        }
+        described = ", ".join(
+            f"{role} {name}" for role, name in {**roles, "W_out": shape.down}.items() if name
+        )
         rows.append(
             {
                 "path": path,
@@ -142,8 +162,16 @@ def explain_ffns(model: Any) -> list[dict[str, str]]:
         outer, inner = some[0].sizes
         parts = ", ".join(name for found in some for name in (*found.up, found.down))
         rows.append(
-            {"path": path, "sizes": f"{outer} → {inner}", "activation": "?", "entry": failed or f"no entry for {parts}"}
+            {
+                "path": path,
+                "sizes": f"{outer} → {inner}",
+                "activation": "?",
+                "entry": failed or f"no entry for {parts}",
+            }
         )
     if not rows:
-        raise InputError(failed or f"found nothing like an FFN in a {type(model).__name__}, expected blocks that have one")
+        raise InputError(
+            failed
+            or f"found nothing like an FFN in a {type(model).__name__}, expected blocks that have one"
+        )
     return rows

@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def capture_inputs_and_outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def capture_inputs_and_outputs(
+    modules: dict[str, nn.Module],
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Input and output of each module at its next call, by its name."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keep(path: str) -> Callable:  # a copy, since some blocks add to what their FFN returned, in place
+    def keep(
+        path: str,
+    ) -> Callable:  # a copy, since some blocks add to what their FFN returned, in place
         return lambda module, args, output: seen.update(
             {path: (args[0], output.clone() if isinstance(output, Tensor) else output)}
         )
@@ -36,11 +40,15 @@ def watch_ffn_input(base: nn.Module, path: str, see: Callable[[Tensor], None]) -
         return base.get_submodule(parent).register_forward_pre_hook(
             lambda module, args: see(_select_routed_tokens(args, number))
         )
-    return base.get_submodule(path).register_forward_pre_hook(lambda module, args: see(args[0].flatten(0, -2)))
+    return base.get_submodule(path).register_forward_pre_hook(
+        lambda module, args: see(args[0].flatten(0, -2))
+    )
 
 
 @contextmanager
-def watch_ffns(base: nn.Module, ffns: Mapping[str, StockFFN], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def watch_ffns(
+    base: nn.Module, ffns: Mapping[str, StockFFN], see: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
     """Call ``see`` with path, input and output (tokens, hidden_size) of every FFN of ``ffns`` whenever it runs in the stock model
     ``base``, while the context is open."""
     hooks, waiting = [], {}
@@ -79,21 +87,31 @@ def _select_routed_tokens(args: tuple, expert: int) -> Tensor:
 
 
 @contextmanager
-def capture_ffn_inputs_and_outputs(base: nn.Module, ffns: Mapping[str, StockFFN]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def capture_ffn_inputs_and_outputs(
+    base: nn.Module, ffns: Mapping[str, StockFFN]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Input and output (tokens, hidden_size) of every FFN of ``ffns`` while the context is open, by path; a path is missing if its FFN
     was given nothing."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(path: str, x: Tensor, y: Tensor) -> None:
-        before = seen.get(path)  # a copy, since some blocks add to what their FFN returned, in place
-        seen[path] = (x, y.clone()) if before is None else (torch.cat([before[0], x]), torch.cat([before[1], y]))
+        before = seen.get(
+            path
+        )  # a copy, since some blocks add to what their FFN returned, in place
+        seen[path] = (
+            (x, y.clone())
+            if before is None
+            else (torch.cat([before[0], x]), torch.cat([before[1], y]))
+        )
 
     with watch_ffns(base, ffns, see):
         yield seen
 
 
 @contextmanager
-def replace_ffn_outputs(base: nn.Module, ffns: Mapping[str, StockFFN], outputs: dict[str, Tensor]) -> Iterator[None]:
+def replace_ffn_outputs(
+    base: nn.Module, ffns: Mapping[str, StockFFN], outputs: dict[str, Tensor]
+) -> Iterator[None]:
     """The output of every FFN of ``ffns`` in the stock model ``base`` replaced by one constant (hidden_size,) for every token."""
     hooks = []
 
@@ -113,7 +131,9 @@ def replace_ffn_outputs(base: nn.Module, ffns: Mapping[str, StockFFN], outputs: 
             if ffn.expert is not None:
                 hooks.append(ffn.host.register_forward_hook(mixed(path, ffn)))
             else:
-                hooks.append(base.get_submodule(ffn.output_path).register_forward_hook(constant(path)))
+                hooks.append(
+                    base.get_submodule(ffn.output_path).register_forward_hook(constant(path))
+                )
         yield
     finally:
         for hook in hooks:

@@ -39,7 +39,9 @@ class StockFFN:
         if not self.shape.split:
             return ()
         return tuple(
-            join_path(self.host_path, name) for name in (self.shape.act, self.shape.down, self.shape.hidden_dropout) if name
+            join_path(self.host_path, name)
+            for name in (self.shape.act, self.shape.down, self.shape.hidden_dropout)
+            if name
         )
 
     @property
@@ -51,16 +53,23 @@ class StockFFN:
         """Under the base model ``base``, the norm whose output is its input; None if the entry does not describe it."""
         if self.shape.ffn_norm is None:
             return None
-        return base.get_submodule(join_path(self.host_path.removesuffix(self.shape.ffn).rstrip("."), self.shape.ffn_norm))
+        return base.get_submodule(
+            join_path(self.host_path.removesuffix(self.shape.ffn).rstrip("."), self.shape.ffn_norm)
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.expert is not None:  # forward(): a hook on the host may be what calls this
             flat = x.flatten(0, -2)
             chosen = torch.full((len(flat), 1), self.expert, device=x.device)
-            return self.host.forward(flat, chosen, torch.ones_like(chosen, dtype=x.dtype)).view(x.shape)
+            return self.host.forward(flat, chosen, torch.ones_like(chosen, dtype=x.dtype)).view(
+                x.shape
+            )
         if not self.shape.split:
             return self.host(x)
-        up, act, down = (get_attribute_at(self.host, str(name)) for name in (self.shape.up, self.shape.act, self.shape.down))
+        up, act, down = (
+            get_attribute_at(self.host, str(name))
+            for name in (self.shape.up, self.shape.act, self.shape.down)
+        )
         return down(act(up(x)))
 
 
@@ -97,7 +106,9 @@ def find_stock_ffn(model: Any, path: str) -> StockFFN:
                 for ffn in _ffns(shape, get_attribute_at(block, shape.ffn), host_path, number):
                     if ffn.path == path:
                         return ffn
-    raise InputError(f"found no FFN of a {architecture.model_type!r} at {path!r}: see hf-kernel-ffn families --explain")
+    raise InputError(
+        f"found no FFN of a {architecture.model_type!r} at {path!r}: see hf-kernel-ffn families --explain"
+    )
 
 
 def get_family_name(model: Any) -> str:
@@ -116,7 +127,12 @@ def find_ffn_paths(model: Any, architecture: Architecture) -> list[str]:
         here = [name for name in model.config.kernel_ffn_layers() if name.startswith(f"{path}.")]
         for shape in () if here else architecture.shapes():
             if _missing(block, shape) is None:
-                here = [ffn.path for ffn in _ffns(shape, get_attribute_at(block, shape.ffn), join_path(path, shape.ffn), 0)]
+                here = [
+                    ffn.path
+                    for ffn in _ffns(
+                        shape, get_attribute_at(block, shape.ffn), join_path(path, shape.ffn), 0
+                    )
+                ]
                 break
         paths += here
     return paths
@@ -127,7 +143,13 @@ def _ffns(shape: Architecture, host: Any, host_path: str, number: int) -> Iterat
         for expert in range(len(get_attribute_at(host, shape.down))):
             yield StockFFN(f"{host_path}.{expert}", shape, host, host_path, number, expert)
     else:
-        yield StockFFN(join_path(host_path, shape.up) if shape.split else host_path, shape, host, host_path, number)
+        yield StockFFN(
+            join_path(host_path, shape.up) if shape.split else host_path,
+            shape,
+            host,
+            host_path,
+            number,
+        )
 
 
 def _blocks(base: nn.Module, architecture: Architecture) -> Iterator[tuple[str, nn.Module]]:
@@ -163,7 +185,14 @@ def _expand(base: nn.Module, path: str) -> list[str]:
 
 def _missing(block: nn.Module, shape: Architecture) -> str | None:
     """The first part of ``shape`` that ``block`` lacks."""
-    for name in (shape.ffn, *(join_path(shape.ffn, part) for part in (shape.up, shape.gate, shape.down, shape.act) if part)):
+    for name in (
+        shape.ffn,
+        *(
+            join_path(shape.ffn, part)
+            for part in (shape.up, shape.gate, shape.down, shape.act)
+            if part
+        ),
+    ):
         try:
             part = get_attribute_at(block, name)
         except AttributeError:

@@ -49,9 +49,16 @@ def get_architecture_of_model(model: PreTrainedModel) -> Architecture:
             f"found a model that is converted already ({model_type}), expected a stock one: convert its teacher instead"
         )
     architecture = get_architecture(model_type)
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
-        raise InputError(f"found a quantised model ({model_type}), expected floating-point weights: load the model unquantised")
+    if (
+        getattr(model, "hf_quantizer", None) is not None
+        or getattr(model.config, "quantization_config", None) is not None
+    ):
+        raise InputError(
+            f"found a quantised model ({model_type}), expected floating-point weights: load the model unquantised"
+        )
     for name, value in architecture.refuse:
         if getattr(model.config, name, None) == value:
-            raise InputError(f"found {name}={value!r} in a {model_type}, expected another value: its FFN is not described then")
+            raise InputError(
+                f"found {name}={value!r} in a {model_type}, expected another value: its FFN is not described then"
+            )
     return architecture

@@ -25,7 +25,9 @@ def make_config_entry(teacher, layers: dict[str, LayerConfig]) -> dict:
         "package_version": __version__,
         "family": architecture.model_type,
         "teacher_class": type(teacher).__name__,
-        "activation": {name: get_attribute_at(teacher.config, name) for name in architecture.guards},
+        "activation": {
+            name: get_attribute_at(teacher.config, name) for name in architecture.guards
+        },
         "layers": {path: layer.to_dict() for path, layer in layers.items()},
     }
 
@@ -50,7 +52,9 @@ def make_meta_student(teacher: PreTrainedModel, entry: dict) -> Any:
     """The same without any weights, on the meta device."""
     student_class = _get_student_class(teacher, entry["family"])
     settings = {
-        k: v for k, v in teacher.config.to_dict().items() if k not in ("model_type", "auto_map", "transformers_version")
+        k: v
+        for k, v in teacher.config.to_dict().items()
+        if k not in ("model_type", "auto_map", "transformers_version")
     }
     config = student_class.config_class(**settings, kernel_ffn=entry)
     config._attn_implementation = teacher.config._attn_implementation
@@ -71,8 +75,14 @@ def share_equal_parameters(student: PreTrainedModel, teacher: PreTrainedModel) -
 
 def parameter_prefixes_of_converted_ffns(student: PreTrainedModel, entry: dict) -> tuple[str, ...]:
     """What the names of all parameters of converted FFNs start with."""
-    paths = [path for layer in entry["layers"] for path in (layer, *entry["layers"][layer].get("absorbed", ()))]
-    paths += [path.rpartition(".")[0] for path, layer in entry["layers"].items() if layer.get("experts")]
+    paths = [
+        path
+        for layer in entry["layers"]
+        for path in (layer, *entry["layers"][layer].get("absorbed", ()))
+    ]
+    paths += [
+        path.rpartition(".")[0] for path, layer in entry["layers"].items() if layer.get("experts")
+    ]
     return tuple(f"{get_name_prefix(student)}{path}." for path in paths)
 
 
@@ -85,22 +95,35 @@ def _get_student_class(teacher, family: str) -> Any:
     module = get_task_classes(family, teacher)
     if not hasattr(module, name):
         heads = ", ".join(
-            n.removeprefix("Kernel") for n in vars(module) if n.startswith("Kernel") and "Mixin" not in n and "Config" not in n
+            n.removeprefix("Kernel")
+            for n in vars(module)
+            if n.startswith("Kernel") and "Mixin" not in n and "Config" not in n
         )
-        raise InputError(f"found a {type(teacher).__name__}, expected one of {heads}: load the teacher by one of these classes")
+        raise InputError(
+            f"found a {type(teacher).__name__}, expected one of {heads}: load the teacher by one of these classes"
+        )
     return getattr(module, name)
 
 
-def _share_parameters(source: nn.Module, target: nn.Module, skip: tuple[str, ...], copy: bool) -> None:
+def _share_parameters(
+    source: nn.Module, target: nn.Module, skip: tuple[str, ...], copy: bool
+) -> None:
     """Give ``target`` the parameters and buffers of ``source``, ties kept, without those whose name starts with one of ``skip``."""
     made: dict[int, Tensor] = {}
-    for kind, named in (("_parameters", source.named_parameters), ("_buffers", source.named_buffers)):
+    for kind, named in (
+        ("_parameters", source.named_parameters),
+        ("_buffers", source.named_buffers),
+    ):
         for name, tensor in named(remove_duplicate=False):
             if name.startswith(skip):
                 continue
             if id(tensor) not in made:
                 data = tensor.detach().clone() if copy else tensor.detach()
-                made[id(tensor)] = nn.Parameter(data, requires_grad=tensor.requires_grad) if kind == "_parameters" else data
+                made[id(tensor)] = (
+                    nn.Parameter(data, requires_grad=tensor.requires_grad)
+                    if kind == "_parameters"
+                    else data
+                )
             parent, _, leaf = name.rpartition(".")
             getattr(target.get_submodule(parent), kind)[leaf] = made[id(tensor)]
 
@@ -113,7 +136,9 @@ def restore(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedMod
     """
     entry = getattr(student.config, "kernel_ffn", None)
     if entry is None:
-        raise InputError("found a student that is not converted, expected one with a kernel_ffn entry: nothing to restore")
+        raise InputError(
+            "found a student that is not converted, expected one with a kernel_ffn entry: nothing to restore"
+        )
     if teacher.config.model_type != entry["family"]:
         raise InputError(
             f"found a teacher of type {teacher.config.model_type!r}, expected {entry['family']!r}: give the student's own"
@@ -142,7 +167,10 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         raise InputError(
             "found a student that is not converted, expected one with a kernel_ffn entry: run hf-kernel-ffn convert"
         )
-    if getattr(teacher.config, "kernel_ffn", None) is not None or teacher.config.model_type != entry["family"]:
+    if (
+        getattr(teacher.config, "kernel_ffn", None) is not None
+        or teacher.config.model_type != entry["family"]
+    ):
         raise InputError(
             f"found a teacher of type {teacher.config.model_type!r}, expected a stock {entry['family']!r}: give the student's own"
         )

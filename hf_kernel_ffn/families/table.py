@@ -82,11 +82,20 @@ _READ: Any = dict(
     ffn_norm="post_attention_layernorm", attention="self_attn", qkv=("q_proj", "k_proj", "v_proj"), attention_out="o_proj",
     final_norm="norm",
 )  # fmt: skip
-_POST_NORM: Any = dict(_READ, ffn_norm=None)  # norms on what is written, so that the parts do not add up to the residual stream
+_POST_NORM: Any = dict(
+    _READ, ffn_norm=None
+)  # norms on what is written, so that the parts do not add up to the residual stream
 _GATED: Any = dict(
     layers="layers", ffn="mlp", gate="gate_proj", up="up_proj", down="down_proj", activation="hidden_act",
 )  # fmt: skip
-_FUSED: Any = dict(layers="layers", ffn="mlp", up="gate_up_proj", gate_half=0, down="down_proj", activation="hidden_act")
+_FUSED: Any = dict(
+    layers="layers",
+    ffn="mlp",
+    up="gate_up_proj",
+    gate_half=0,
+    down="down_proj",
+    activation="hidden_act",
+)
 _GPT: Any = dict(layers="h", ffn="mlp", final_norm="ln_f")
 _BERT: Any = dict(
     ffn="", up="intermediate.dense", act="intermediate.intermediate_act_fn", down="output.dense", activation="hidden_act",
@@ -95,7 +104,11 @@ _BERT: Any = dict(
 _FAIRSEQ: Any = dict(
     ffn="", up="fc1", act="activation_fn", down="fc2", activation="activation_function", split=True,
 )  # fmt: skip
-_BART: Any = dict(_FAIRSEQ, layers=("encoder.layers", "decoder.layers", "layers"), hidden_dropout="activation_dropout")
+_BART: Any = dict(
+    _FAIRSEQ,
+    layers=("encoder.layers", "decoder.layers", "layers"),
+    hidden_dropout="activation_dropout",
+)
 _T5: Any = dict(
     layers=("encoder.block", "decoder.block"), act="act", down="wo", hidden_dropout="dropout_rate", guard=("num_heads",),
 )  # fmt: skip

@@ -51,7 +51,9 @@ class Kernel{name}(KernelModelMixin, {name}):
 """
 
 
-def write_modeling_source(model_type: str, heads: dict[str, str], stock: dict[str, str], package: str = "") -> str:
+def write_modeling_source(
+    model_type: str, heads: dict[str, str], stock: dict[str, str], package: str = ""
+) -> str:
     """The text of ``modeling_kernel_<model_type>.py``.
 
     Args:
@@ -60,15 +62,24 @@ def write_modeling_source(model_type: str, heads: dict[str, str], stock: dict[st
         package: where the travelling files are: nothing in a checkpoint, this package's name here.
     """
     names = list(dict.fromkeys(heads.values()))
-    modules = {module: sorted(name for name in names if stock[name] == module) for module in dict.fromkeys(stock.values())}
+    modules = {
+        module: sorted(name for name in names if stock[name] == module)
+        for module in dict.fromkeys(stock.values())
+    }
     return TEMPLATE.format(
         model_type=model_type,
         config=heads["AutoConfig"],
         base=heads["AutoModel"],
         package=package,
-        imports="\n".join(f"from {module} import {', '.join(some)}" for module, some in modules.items() if some),
-        auto_classes="\n".join(f'        "{auto}": "Kernel{name}",' for auto, name in heads.items()),
-        classes="\n".join(CLASS.format(name=name, config=heads["AutoConfig"]) for name in names[1:]),
+        imports="\n".join(
+            f"from {module} import {', '.join(some)}" for module, some in modules.items() if some
+        ),
+        auto_classes="\n".join(
+            f'        "{auto}": "Kernel{name}",' for auto, name in heads.items()
+        ),
+        classes="\n".join(
+            CLASS.format(name=name, config=heads["AutoConfig"]) for name in names[1:]
+        ),
     )
 
 
@@ -85,7 +96,10 @@ def get_stock_heads(model_type: str) -> dict[str, str]:
         name = None if mapping is None else mapping._model_mapping.get(model_type)
         name = name[0] if isinstance(name, tuple) else name
         # A name may be of another family's model, of which this one is a part.
-        if name is not None and getattr(getattr(transformers, name, None), "config_class", None) is config:
+        if (
+            name is not None
+            and getattr(getattr(transformers, name, None), "config_class", None) is config
+        ):
             heads[auto] = name
     return heads
 
@@ -132,14 +146,24 @@ def get_task_classes(model_type: str, teacher: Any = None) -> ModuleType:
             sources[Path(path).name] = Path(path).read_text(encoding="utf-8")
     taken = sorted({*sources} & {*carried_file_names()})
     if taken:
-        raise InputError(f"found {taken[0]} among the code of {model_type!r}, which a checkpoint has a file of: rename it")
+        raise InputError(
+            f"found {taken[0]} among the code of {model_type!r}, which a checkpoint has a file of: rename it"
+        )
     return _make_module(
-        f"{package}.modeling_kernel_{model_type}", model_type, heads, {n: f".{f}" for n, f in files.items()}, sources
+        f"{package}.modeling_kernel_{model_type}",
+        model_type,
+        heads,
+        {n: f".{f}" for n, f in files.items()},
+        sources,
     )
 
 
 def _make_module(
-    name: str, model_type: str, heads: dict[str, str], stock: dict[str, str], sources: dict[str, str]
+    name: str,
+    model_type: str,
+    heads: dict[str, str],
+    stock: dict[str, str],
+    sources: dict[str, str],
 ) -> ModuleType:
     """The module called ``name``, made once; ``sources`` are other files that a checkpoint needs."""
     if name not in sys.modules:
@@ -147,7 +171,10 @@ def _make_module(
         spec = spec_from_loader(name, loader)
         assert spec is not None
         module = module_from_spec(spec)
-        files = {f"{name.rpartition('.')[2]}.py": write_modeling_source(model_type, heads, stock), **sources}
+        files = {
+            f"{name.rpartition('.')[2]}.py": write_modeling_source(model_type, heads, stock),
+            **sources,
+        }
         vars(module)["CODE_FILES"] = files
         sys.modules[name] = module
         try:

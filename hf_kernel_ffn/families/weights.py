@@ -47,7 +47,9 @@ def read_stock_weights(model: Any, ffn: StockFFN) -> FFNWeights:
     return read_ffn_weights(ffn.host, ffn.shape, model.config, ffn.host_path, ffn.expert)
 
 
-def read_ffn_weights(ffn: Any, architecture: Architecture, config, path: str, expert: int | None = None) -> FFNWeights:
+def read_ffn_weights(
+    ffn: Any, architecture: Architecture, config, path: str, expert: int | None = None
+) -> FFNWeights:
     """The weights of the stock FFN whose parts are in the module ``ffn`` at ``path``.
 
     Raises:
@@ -82,12 +84,19 @@ def _projection(ffn: Any, name: str, path: str, expert: int | None) -> tuple[Ten
     except AttributeError:
         module = None
     if expert is None:
-        good, tensors = isinstance(module, (nn.Linear, Conv1D)), dict(getattr(module, "_parameters", {}))
+        good, tensors = (
+            isinstance(module, (nn.Linear, Conv1D)),
+            dict(getattr(module, "_parameters", {})),
+        )
     else:
         good, tensors = isinstance(module, Tensor) and module.ndim == 3, {"weight": module}
     weight: Any = tensors.get("weight")
     if not good or weight.dtype not in WEIGHT_DTYPES:
-        kind = "nothing" if module is None else f"{type(module).__name__} of {getattr(weight, 'dtype', '?')}"
+        kind = (
+            "nothing"
+            if module is None
+            else f"{type(module).__name__} of {getattr(weight, 'dtype', '?')}"
+        )
         raise InputError(
             f"found {kind} at {path}.{name}, expected a floating-point Linear or Conv1D: load the model unquantised"
         )
@@ -99,7 +108,9 @@ def _projection(ffn: Any, name: str, path: str, expert: int | None) -> tuple[Ten
     weight, bias = weight.detach(), tensors.get("bias")
     if expert is not None:
         weight = weight[expert]
-    return weight.T if isinstance(module, Conv1D) else weight, None if bias is None else bias.detach()
+    return weight.T if isinstance(
+        module, Conv1D
+    ) else weight, None if bias is None else bias.detach()
 
 
 def read_teacher_readout(weights: FFNWeights, hidden_states: Tensor) -> Readout:

@@ -22,7 +22,14 @@ from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.kernels import HalfYat, Yat
 from ..checkpoint_code.linears import is_plain, lay_out_by_prototypes
-from ..checkpoint_code.operators import ARGUMENTS, TENSORS, chunks, differentiate, empty_gradients, namespace
+from ..checkpoint_code.operators import (
+    ARGUMENTS,
+    TENSORS,
+    chunks,
+    differentiate,
+    empty_gradients,
+    namespace,
+)
 from .triton_kernels import INTERPRETED, backward_tuned, forward_tuned, gather_kernel, triton
 
 TOKENS, PROTOTYPES = 128, 128
@@ -34,14 +41,24 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMESPACE = namespace(__name__)
 
 
-def fused_mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex=False):
+def fused_mixture(
+    x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex=False
+):
     """The function :func:`hf_kernel_ffn.checkpoint_code.operators.plain`, arguments as there, in any strides and float32, bfloat16 or float16;
     ``limit``: bytes that the (tokens, prototypes) matrices may take together: more tokens go through in chunks. Differentiable."""
-    return _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex)[0]
+    return _mixture(
+        x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex
+    )[0]
 
 
-@library.custom_op(f"{NAMESPACE}::mixture", mutates_args=(), schema=f"({ARGUMENTS}) -> (Tensor written, Tensor log_mass)")
-def _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex):
+@library.custom_op(
+    f"{NAMESPACE}::mixture",
+    mutates_args=(),
+    schema=f"({ARGUMENTS}) -> (Tensor written, Tensor log_mass)",
+)
+def _mixture(
+    x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex
+):
     """The mixture, and if convex log₂ Σ κ^(1/τ) (N,) float32, +∞ where nothing fires."""
     tiles = -(-len(rows) // PROTOTYPES)
     width = tiles * PROTOTYPES
@@ -54,8 +71,18 @@ def _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided,
         for part in chunks(len(x), limit, width * mix.itemsize):
             count = len(range(*part.indices(len(x))))
             coefficients = x.new_empty(count, width, dtype=mix)
-            top, mass = (x.new_empty(count if convex else 1, tiles, dtype=torch.float32) for _ in range(2))
-            given.launch(forward_tuned, part, coefficients=coefficients, tops=top, masses=mass, tiles=tiles, width=width)
+            top, mass = (
+                x.new_empty(count if convex else 1, tiles, dtype=torch.float32) for _ in range(2)
+            )
+            given.launch(
+                forward_tuned,
+                part,
+                coefficients=coefficients,
+                tops=top,
+                masses=mass,
+                tiles=tiles,
+                width=width,
+            )
             if not convex:
                 torch.mm(coefficients[:, : len(rows)], mixed.T, out=written[part])
                 continue
@@ -66,7 +93,9 @@ def _mixture(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided,
             coefficients.view(count, tiles, PROTOTYPES).mul_(share[:, :, None])  # powers of two
             total = mass.where(fires, torch.ones_like(mass))
             written[part] = _product(coefficients[:, : len(rows)], mixed.T) / total
-            log_mass[part] = (highest + total.log2()).where(fires, torch.full_like(total, torch.inf))[:, 0]
+            log_mass[part] = (highest + total.log2()).where(
+                fires, torch.full_like(total, torch.inf)
+            )[:, 0]
     return written, log_mass
 
 
@@ -82,7 +111,22 @@ def _(x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, l
     schema=f"(Tensor gradient, Tensor written, Tensor log_mass, bool[] wanted, {ARGUMENTS}) -> ({', '.join(['Tensor'] * TENSORS)})",
 )
 def _mixture_backward(
-    gradient, written, log_mass, wanted, x, rows, bias, dictionary, epsilon, factor, up, up_bias, one_sided, mix, limit, convex
+    gradient,
+    written,
+    log_mass,
+    wanted,
+    x,
+    rows,
+    bias,
+    dictionary,
+    epsilon,
+    factor,
+    up,
+    up_bias,
+    one_sided,
+    mix,
+    limit,
+    convex,
 ):
     """Gradients of the eight tensors among the arguments, empty where not wanted."""
     given = _Given(x, rows, bias, epsilon, factor, up, up_bias, one_sided, convex, TOKENS // 2)
@@ -134,7 +178,9 @@ def _mixture_backward(
                     back += _product(d_ups, scaled_up)
                 if dtype == torch.float16:
                     back /= unit_x[part, None]
-                d_x[part] = back.addcmul_(given.x[part].float(), per_token.sum(1, keepdim=True), value=-2)
+                d_x[part] = back.addcmul_(
+                    given.x[part].float(), per_token.sum(1, keepdim=True), value=-2
+                )
         if dtype == torch.float16 and found:
             for name, unit in (("rows", unit_rows), ("up", unit_up)):
                 if name in found:
@@ -143,7 +189,9 @@ def _mixture_backward(
             found["rows"].addcmul_(given.rows.float(), found["rows' distance"][:, None], value=-2)
     names = ("rows", "bias", "dictionary", "epsilon", "factor", "up", "up_bias")
     rest = []
-    for name, like, asked in zip(names, (rows, bias, dictionary, epsilon, factor, up, up_bias), wanted[1:]):
+    for name, like, asked in zip(
+        names, (rows, bias, dictionary, epsilon, factor, up, up_bias), wanted[1:]
+    ):
         if not asked or like is None:
             rest.append(new(0))
         else:  # no token, no gradient
@@ -164,10 +212,17 @@ class _Given:
 
     def __init__(self, x, rows, bias, epsilon, factor, up, up_bias, one_sided, convex, most):
         dtype = (
-            x.dtype if x.dtype == rows.dtype else torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
+            x.dtype
+            if x.dtype == rows.dtype
+            else torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
         )
-        self.x, self.rows, self.up = (None if t is None else _within_reach(t.to(dtype)) for t in (x, rows, up))
-        self.bias, self.up_bias = bias.contiguous(), None if up_bias is None else up_bias.contiguous()
+        self.x, self.rows, self.up = (
+            None if t is None else _within_reach(t.to(dtype)) for t in (x, rows, up)
+        )
+        self.bias, self.up_bias = (
+            bias.contiguous(),
+            None if up_bias is None else up_bias.contiguous(),
+        )
         self.epsilon, self.factor, self.most = epsilon.float(), factor.float(), most
         # From the weight in use at every call: a norm kept from earlier would be wrong after a step or an adapter.
         self.square_x, self.square_rows = _square(x), _square(rows)
@@ -219,7 +274,11 @@ def _product(left, right):
     """left @ right, summed and left in float32; of half-precision matrices as such on CUDA, the only place to have that."""
     if left.dtype == torch.float32:
         return left @ right
-    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left.float() @ right.float()
+    return (
+        torch.mm(left, right, out_dtype=torch.float32)
+        if left.is_cuda
+        else left.float() @ right.float()
+    )
 
 
 def active(coefficients):
@@ -227,7 +286,9 @@ def active(coefficients):
     not waited for."""
     place = (coefficients != 0).cumsum(-1)
     slots = place.where(coefficients != 0, torch.zeros_like(place))  # 0: for all that are zero
-    indices = torch.full((len(place), place.shape[1] + 1), -1, dtype=torch.int64, device=place.device)
+    indices = torch.full(
+        (len(place), place.shape[1] + 1), -1, dtype=torch.int64, device=place.device
+    )
     numbers = torch.arange(place.shape[1], device=place.device).expand_as(place)
     return indices.scatter(1, slots, numbers)[:, 1:], place[:, -1]
 
@@ -278,12 +339,16 @@ class Fused:
         if reason is None:
             return fused_readout(ffn, hidden_states)
         if self.required and reason_against_fused_gather(ffn, hidden_states):
-            raise InputError(f"found {reason}: call it so, or fuse without required, which steps aside")
+            raise InputError(
+                f"found {reason}: call it so, or fuse without required, which steps aside"
+            )
         return None
 
     def mixture(self, ffn: KernelFFN, coefficients: Tensor) -> Tensor | None:
         """Σ c_i v_i + b_out (..., d) of few tokens by the active output prototypes alone, or None: by the plain form."""
-        if not (self.required or coefficients.is_cuda) or reason_against_fused_gather(ffn, coefficients):
+        if not (self.required or coefficients.is_cuda) or reason_against_fused_gather(
+            ffn, coefficients
+        ):
             return None
         linear = ffn.output_prototypes
         if not (torch.compiler.is_compiling() or linear.weight.T.is_contiguous() or ffn.training):
@@ -301,8 +366,16 @@ def fuse(model: Any, required: bool = False) -> None:
 def fused_readout(ffn, hidden_states):
     """The output (..., d) of ``ffn`` before dropout, where nothing is against it."""
     settings, device = ffn.config.settings, hidden_states.device.type
-    mix = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    first, second, up = ffn.input_prototypes, ffn.output_prototypes, ffn.value_proj if settings.values == "gated" else None
+    mix = (
+        torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(device)
+        else hidden_states.dtype
+    )
+    first, second, up = (
+        ffn.input_prototypes,
+        ffn.output_prototypes,
+        ffn.value_proj if settings.values == "gated" else None,
+    )
     written = fused_mixture(
         hidden_states.reshape(-1, hidden_states.shape[-1]), first.weight, first.bias, second.weight, ffn.positive("epsilon"),
         ffn.positive("scale" if settings.coefficients_are_kernel else "temperature"), None if up is None else up.weight,
@@ -310,7 +383,9 @@ def fused_readout(ffn, hidden_states):
         not settings.coefficients_are_kernel,
     ).unflatten(0, hidden_states.shape[:-1])  # fmt: skip
     if settings.intensity == "gate":
-        loud = torch.nn.functional.softplus(ffn.gate(hidden_states).float()) * ffn.reference["scale"]
+        loud = (
+            torch.nn.functional.softplus(ffn.gate(hidden_states).float()) * ffn.reference["scale"]
+        )
         written = (written * loud).to(mix)
     return written + second.bias.to(mix)
 
@@ -319,7 +394,9 @@ def gathered(ffn, coefficients):
     """Σ c_i v_i (..., d), without the output bias, where nothing is against it."""
     flat = coefficients.reshape(-1, coefficients.shape[-1])
     indices, counts = active(flat)
-    written = gather(flat.gather(1, indices.clamp_min(0)), indices, counts, ffn.output_prototypes.weight)
+    written = gather(
+        flat.gather(1, indices.clamp_min(0)), indices, counts, ffn.output_prototypes.weight
+    )
     return written.unflatten(0, coefficients.shape[:-1])
 
 
@@ -334,12 +411,20 @@ def reason_against_fused_readout(ffn, x) -> str | None:
         return f"intensity 'mass' at temperature {settings.temperature}, expected temperature 1 for the fused readout"
     if ffn.training and ffn.config.hidden_dropout:
         return "dropout of hidden units, expected none or evaluation for the fused readout"
-    linears = [ffn.input_prototypes, ffn.output_prototypes, *([ffn.value_proj] if settings.values == "gated" else [])]
+    linears = [
+        ffn.input_prototypes,
+        ffn.output_prototypes,
+        *([ffn.value_proj] if settings.values == "gated" else []),
+    ]
     return _against(x, linears)
 
 
 def reason_against_fused_gather(ffn, x) -> str | None:
-    if ffn.config.settings.simplex == "softmax" or torch.is_grad_enabled() or not 0 < _tokens(x) <= FEW:
+    if (
+        ffn.config.settings.simplex == "softmax"
+        or torch.is_grad_enabled()
+        or not 0 < _tokens(x) <= FEW
+    ):
         return "another call"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast"
@@ -356,7 +441,9 @@ def _against(x, linears) -> str | None:
     if not all(is_plain(linear) and linear.bias is not None for linear in linears):
         return "an adapter, quantised weight, offloading, hook or missing bias, expected plain linear modules for the fused readout"
     dtypes = {x.dtype, *(linear.weight.dtype for linear in linears)}
-    if not dtypes <= set(DTYPES) or (len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type)):
+    if not dtypes <= set(DTYPES) or (
+        len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type)
+    ):
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return f"{names}, expected one of float32, bfloat16 and float16, for input and weights alike, for the fused readout"
     return None

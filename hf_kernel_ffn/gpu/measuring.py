@@ -12,13 +12,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-GATHERS = ("embedding", "_embedding_bag_forward_only", "_embedding_bag", "index_select", "index", "gather")
+GATHERS = (
+    "embedding",
+    "_embedding_bag_forward_only",
+    "_embedding_bag",
+    "index_select",
+    "index",
+    "gather",
+)
 """Operations that read of their first tensor only as much as they were asked for."""
 
 Work = Callable[[], object]
 
 
-def interleaved(work: dict[str, Work], repeats: int, device: torch.device, clock: str = "wall", least: float = 0.02) -> dict:
+def interleaved(
+    work: dict[str, Work],
+    repeats: int,
+    device: torch.device,
+    clock: str = "wall",
+    least: float = 0.02,
+) -> dict:
     """Seconds per call of every piece of work, by name: rounds in which each has its turn, so that a disturbance hits all.
 
     Args:
@@ -47,7 +60,9 @@ def ratio(times: dict, name: str, against: str) -> dict:
 
 
 def _quartiles(values: list[float]) -> dict:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
     return {"median": median, "low": low, "high": high}
 
 
@@ -95,7 +110,9 @@ def memory_for_backward(forward: Callable[[], Tensor], device: torch.device) -> 
 
 def _held(once: Work) -> list[int]:
     """Bytes held after each allocation and release on the CPU while ``once`` runs."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         once()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     return list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))

@@ -34,7 +34,11 @@ def _products(
     BLOCK_TOKENS: tl.constexpr, BLOCK_PROTOTYPES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
 ):  # fmt: skip
     """x·w and, if values are gated, x·u of one tile (BLOCK_TOKENS, BLOCK_PROTOTYPES), float32; zero outside the matrix."""
-    first, column, feature = tl.arange(0, BLOCK_TOKENS), tl.arange(0, BLOCK_PROTOTYPES), tl.arange(0, BLOCK_FEATURES)
+    first, column, feature = (
+        tl.arange(0, BLOCK_TOKENS),
+        tl.arange(0, BLOCK_PROTOTYPES),
+        tl.arange(0, BLOCK_FEATURES),
+    )
     x += down.to(tl.int64) * BLOCK_TOKENS * x_token
     rows += across.to(tl.int64) * BLOCK_PROTOTYPES * row
     up += across.to(tl.int64) * BLOCK_PROTOTYPES * up_row
@@ -49,9 +53,19 @@ def _products(
     for start in range(0, SIZE, BLOCK_FEATURES):
         inside = feature < SIZE - start
         part = tl.load(x + xs, mask=here & inside[None, :], other=0.0)
-        dot = tl.dot(part, tl.load(rows + ws, mask=there & inside[:, None], other=0.0), dot, input_precision=PRECISION)
+        dot = tl.dot(
+            part,
+            tl.load(rows + ws, mask=there & inside[:, None], other=0.0),
+            dot,
+            input_precision=PRECISION,
+        )
         if GATED:
-            ups = tl.dot(part, tl.load(up + us, mask=there & inside[:, None], other=0.0), ups, input_precision=PRECISION)
+            ups = tl.dot(
+                part,
+                tl.load(up + us, mask=there & inside[:, None], other=0.0),
+                ups,
+                input_precision=PRECISION,
+            )
         x += step * x_feature
         rows += step * row_feature
         up += step * up_feature
@@ -111,7 +125,11 @@ def forward_kernel(
         value *= ups
     coefficients += down.to(tl.int64) * BLOCK_TOKENS * width + across * BLOCK_PROTOTYPES
     place = tl.arange(0, BLOCK_TOKENS)[:, None] * width + tl.arange(0, BLOCK_PROTOTYPES)[None, :]
-    tl.store(coefficients + place, value.to(coefficients.dtype.element_ty), mask=here[:, None] & there[None, :])
+    tl.store(
+        coefficients + place,
+        value.to(coefficients.dtype.element_ty),
+        mask=here[:, None] & there[None, :],
+    )
 
 
 @_jit
@@ -129,9 +147,16 @@ def backward_kernel(
     prototype = across.to(tl.int64) * BLOCK_PROTOTYPES + tl.arange(0, BLOCK_PROTOTYPES)
     here, there = token < tokens, prototype < prototypes
     both = here[:, None] & there[None, :]
-    place = tl.arange(0, BLOCK_TOKENS)[:, None] * prototypes + tl.arange(0, BLOCK_PROTOTYPES)[None, :]
+    place = (
+        tl.arange(0, BLOCK_TOKENS)[:, None] * prototypes + tl.arange(0, BLOCK_PROTOTYPES)[None, :]
+    )
     base = down.to(tl.int64) * BLOCK_TOKENS * prototypes + across * BLOCK_PROTOTYPES
-    gradient, coefficients, d_scores, d_ups = gradient + base, coefficients + base, d_scores + base, d_ups + base
+    gradient, coefficients, d_scores, d_ups = (
+        gradient + base,
+        coefficients + base,
+        d_scores + base,
+        d_ups + base,
+    )
     dot, ups = _products(
         x, rows, up, down, across, tokens, prototypes, x_token, x_feature, row, row_feature, up_row, up_feature,
         SIZE, GATED, PRECISION, BLOCK_TOKENS, BLOCK_PROTOTYPES, BLOCK_FEATURES,
@@ -161,7 +186,9 @@ def backward_kernel(
         tl.store(coefficients + place, value.to(coefficients.dtype.element_ty), mask=both)
     if CONVEX:  # π (dπ − Σ π dπ) is the gradient of log κ / τ
         change = value * (change - tl.load(mean + token, mask=here, other=0.0)[:, None])
-        d_factor = -change * tl.where(score != 0, logarithm, 0.0) * (0.6931471805599453 / tl.load(factor))
+        d_factor = (
+            -change * tl.where(score != 0, logarithm, 0.0) * (0.6931471805599453 / tl.load(factor))
+        )
         change /= tl.load(factor)
         direct = tl.where(score != 0, change / tl.where(score != 0, score, 1.0), 0.0)
         far = change / denominator
@@ -176,7 +203,9 @@ def backward_kernel(
     far = tl.where(distance > 0, far, 0.0)
     tl.store(per_token + token * tiles + across, tl.sum(far, 1), mask=here)
     tl.store(per_row + down * prototypes + prototype, tl.sum(far, 0), mask=there)
-    d_score = 2 * (direct + far) * scale * tl.load(unit_rows + prototype, mask=there, other=0.0)[None, :]
+    d_score = (
+        2 * (direct + far) * scale * tl.load(unit_rows + prototype, mask=there, other=0.0)[None, :]
+    )
     tl.store(d_scores + place, d_score.to(d_scores.dtype.element_ty), mask=both)
 
 
@@ -194,13 +223,19 @@ def gather_kernel(
         slot = start + tl.arange(0, BLOCK_SLOTS)
         inside = slot < count
         index = tl.load(indices + token * slots + slot, mask=inside, other=-1).to(tl.int64)
-        coefficient = tl.load(coefficients + token * slots + slot, mask=inside, other=0.0).to(tl.float32)
+        coefficient = tl.load(coefficients + token * slots + slot, mask=inside, other=0.0).to(
+            tl.float32
+        )
         read = (index >= 0) & (index < prototypes) & (coefficient != 0)
         place = dictionary + index[:, None] * by_prototype + feature[None, :] * by_feature
-        part = tl.load(place, mask=read[:, None] & (feature < size)[None, :], other=0.0).to(tl.float32)
+        part = tl.load(place, mask=read[:, None] & (feature < size)[None, :], other=0.0).to(
+            tl.float32
+        )
         total += tl.sum(part * coefficient[:, None], 0)
         start += BLOCK_SLOTS
-    tl.store(written + token * size + feature, total.to(written.dtype.element_ty), mask=feature < size)
+    tl.store(
+        written + token * size + feature, total.to(written.dtype.element_ty), mask=feature < size
+    )
 
 
 INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
@@ -219,7 +254,9 @@ def _tuned(kernel):
     shapes = [triton.Config({"BLOCK_FEATURES": f}, num_warps=w, num_stages=s) for f, w, s in SHAPES]
     key = ["prototypes", "SIZE", "GATED", "CONVEX", "PRECISION", "BLOCK_TOKENS"]
     prune = {"early_config_prune": _few_warps_for_small_tiles}
-    return triton.autotune(shapes[:1] if INTERPRETED else shapes, key=key, prune_configs_by=prune)(kernel)
+    return triton.autotune(shapes[:1] if INTERPRETED else shapes, key=key, prune_configs_by=prune)(
+        kernel
+    )
 
 
 forward_tuned, backward_tuned = _tuned(forward_kernel), _tuned(backward_kernel)

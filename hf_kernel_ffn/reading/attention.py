@@ -96,7 +96,8 @@ def _attention_inputs(model: Any, attention: nn.Module, ids: Tensor) -> Tensor:
     """(T, d): what the attention module reads."""
     kept = []
     hook = attention.register_forward_pre_hook(
-        lambda module, args, kwargs: kept.append((args[0] if args else kwargs["hidden_states"])[0]), with_kwargs=True
+        lambda module, args, kwargs: kept.append((args[0] if args else kwargs["hidden_states"])[0]),
+        with_kwargs=True,
     )
     try:
         model.eval().base_model(input_ids=ids[None], use_cache=False)

@@ -51,7 +51,9 @@ class Trace(NamedTuple):
         """The place of ``position`` (negative: from the end) among those kept; InputError if it is not."""
         place = position + len(self.ids) if position < 0 else position
         if place not in self.positions:
-            raise InputError(f"found position {position}, expected one of those kept: {_ranges(self.positions)}")
+            raise InputError(
+                f"found position {position}, expected one of those kept: {_ranges(self.positions)}"
+            )
         return self.positions.index(place)
 
     def ffn(self, path: str) -> Readout:
@@ -63,7 +65,10 @@ class Trace(NamedTuple):
     def head(self, layer: int, head: int, position: int) -> Readout:
         """The record of one attention head at ``position``: coefficients (1, T), named by the tokens, convex. The bias of the
         heads' common output projection is in none of them."""
-        output, groups = output_projection(self.model, layer), self.attention[layer].shape[0] // self.values[layer].shape[0]
+        output, groups = (
+            output_projection(self.model, layer),
+            self.attention[layer].shape[0] // self.values[layer].shape[0],
+        )
         values = self.values[layer][head // groups]
         part = output[:, head * values.shape[1] : (head + 1) * values.shape[1]]
         weights = self.attention[layer][head, self.at(position)][None].to(values.dtype)
@@ -116,7 +121,9 @@ def projection(linear: nn.Module) -> Tensor:
 
 def get_attention(model: Any, layer: int) -> nn.Module:
     """The attention module of block ``layer``."""
-    return model.base_model.get_submodule(f"{family_of(model).layers}.{layer}.{described(model, 'attention')}")
+    return model.base_model.get_submodule(
+        f"{family_of(model).layers}.{layer}.{described(model, 'attention')}"
+    )
 
 
 def output_projection(model: Any, layer: int) -> Tensor:
@@ -125,7 +132,9 @@ def output_projection(model: Any, layer: int) -> Tensor:
 
 
 @torch.no_grad()
-def trace(model: Any, tokenizer: Any, text: str | Tensor, positions: list[int] | None = None) -> Trace:
+def trace(
+    model: Any, tokenizer: Any, text: str | Tensor, positions: list[int] | None = None
+) -> Trace:
     """Run ``model`` (a causal language model, stock or converted) over ``text`` and keep what was written.
 
     Args:
@@ -142,25 +151,38 @@ def trace(model: Any, tokenizer: Any, text: str | Tensor, positions: list[int] |
         raise InputError("found a prompt without a token, expected at least one")
     wanted = range(max(0, count - POSITIONS), count) if positions is None else positions
     if any(not -count <= p < count for p in wanted):
-        raise InputError(f"found positions {list(wanted)}, expected numbers from {-count} to {count - 1}")
+        raise InputError(
+            f"found positions {list(wanted)}, expected numbers from {-count} to {count - 1}"
+        )
     kept = sorted({p % count for p in wanted})
     ids = ids.to(model.get_input_embeddings().weight.device)
     pieces: dict[tuple[str, Any], list[Tensor]] = defaultdict(list)
     cache = None
     with _hooks(model.eval(), pieces), _eager(model):
         for start in range(0, count, CHUNK):
-            output = model(input_ids=ids[None, start : start + CHUNK], past_key_values=cache, use_cache=True)
+            output = model(
+                input_ids=ids[None, start : start + CHUNK], past_key_values=cache, use_cache=True
+            )
             cache = output.past_key_values
             pieces["logits", None].append(output.logits[0])
-            inside = torch.tensor([p - start for p in kept if start <= p < start + CHUNK], dtype=torch.int64, device=ids.device)
+            inside = torch.tensor(
+                [p - start for p in kept if start <= p < start + CHUNK],
+                dtype=torch.int64,
+                device=ids.device,
+            )
             for (what, _), parts in pieces.items():
-                if what == "attention":  # a sliding window leaves out the oldest keys, a later chunk has more of them
+                if (
+                    what == "attention"
+                ):  # a sliding window leaves out the oldest keys, a later chunk has more of them
                     rows = parts[-1][:, inside]
                     seen = min(count, start + CHUNK)
                     parts[-1] = nn.functional.pad(rows, (seen - rows.shape[-1], count - seen))
                 elif what != "values":
                     parts[-1] = parts[-1][inside]
-    whole = {key: torch.cat(parts, 1 if key[0] in ("attention", "values") else 0) for key, parts in pieces.items()}
+    whole = {
+        key: torch.cat(parts, 1 if key[0] in ("attention", "values") else 0)
+        for key, parts in pieces.items()
+    }
     family = family_of(model)
     paths = find_ffn_paths(model, family)
     layers = range(len(paths))
@@ -174,7 +196,9 @@ def trace(model: Any, tokenizer: Any, text: str | Tensor, positions: list[int] |
         ffn_inputs={path: whole["ffn", path] for path in paths},
         states=[whole["state", layer] for layer in layers],
         attention=[whole["attention", layer] for layer in layers],
-        values=[whole["values", layer][0].unflatten(-1, (heads, -1)).transpose(0, 1) for layer in layers],
+        values=[
+            whole["values", layer][0].unflatten(-1, (heads, -1)).transpose(0, 1) for layer in layers
+        ],
         logits=whole["logits", None],
     )
 
@@ -192,7 +216,11 @@ def _hooks(model: Any, pieces: dict[tuple[str, Any], list[Tensor]]) -> Iterator[
         hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
 
     def on_output(module: nn.Module, what: str, which: Any, take) -> None:
-        hooks.append(module.register_forward_hook(lambda module, args, output: pieces[what, which].append(take(output))))
+        hooks.append(
+            module.register_forward_hook(
+                lambda module, args, output: pieces[what, which].append(take(output))
+            )
+        )
 
     for layer, path in enumerate(find_ffn_paths(model, family)):
         block = model.base_model.get_submodule(f"{family.layers}.{layer}")
@@ -200,12 +228,22 @@ def _hooks(model: Any, pieces: dict[tuple[str, Any], list[Tensor]]) -> Iterator[
         if layer == 0:
             on_input(block, "embedding", 0)
         on_input(model.base_model.get_submodule(path), "ffn", path)
-        on_output(block, "state", layer, lambda output: (output[0] if isinstance(output, tuple) else output)[0])
+        on_output(
+            block,
+            "state",
+            layer,
+            lambda output: (output[0] if isinstance(output, tuple) else output)[0],
+        )
         on_output(attention, "attention", layer, lambda output: output[1][0])
         qkv = described(model, "qkv")
         value = getattr(attention, qkv[-1])
         stacked = len(qkv) == 1
-        on_output(value, "values", layer, (lambda output: output.chunk(3, -1)[-1]) if stacked else (lambda output: output))
+        on_output(
+            value,
+            "values",
+            layer,
+            (lambda output: output.chunk(3, -1)[-1]) if stacked else (lambda output: output),
+        )
     try:
         yield
     finally:

@@ -26,7 +26,9 @@ def export_surgery(student: Any, file: str | Path) -> None:
         InputError: a kernel is a user's own, whose code has no place in the file.
     """
     if get_custom_kernel_file(student.config) is not None:
-        raise InputError("found a kernel of its author's own, whose code an export cannot carry: share the whole checkpoint")
+        raise InputError(
+            "found a kernel of its author's own, whose code an export cannot carry: share the whole checkpoint"
+        )
     tensors = {
         f"{path}.{name}": tensor.detach().cpu().contiguous()
         for path, ffn in student.kernel_ffns().items()
@@ -46,7 +48,9 @@ def apply_surgery(file: str | Path, teacher: Any) -> Any:
     """
     file = Path(file)
     if not file.is_file():
-        raise InputError(f"found no file {file}, expected one made by hf-kernel-ffn export: check the path")
+        raise InputError(
+            f"found no file {file}, expected one made by hf-kernel-ffn export: check the path"
+        )
     shapes = read_header(file)
     try:
         with safe_open(file, "pt") as opened:
@@ -67,7 +71,10 @@ def apply_surgery(file: str | Path, teacher: Any) -> Any:
     layers = entry.get("layers")
     for path, layer in layers.items() if isinstance(layers, dict) else ():
         found = shapes.get(f"{path}.input_prototypes.weight", (None, None))[1]
-        if not isinstance(layer, dict) or found != (layer.get("prototypes"), layer.get("hidden_size")):
+        if not isinstance(layer, dict) or found != (
+            layer.get("prototypes"),
+            layer.get("hidden_size"),
+        ):
             raise InputError(
                 f"found input_prototypes.weight of {found} at {path!r} in {file}, expected another shape: it is damaged"
             )
@@ -80,7 +87,9 @@ def apply_surgery(file: str | Path, teacher: Any) -> Any:
         for path, ffn in student.kernel_ffns().items():
             for name, tensor in ffn.state_dict().items():
                 if shapes.get(f"{path}.{name}", (None, None))[1] != tuple(tensor.shape):
-                    raise InputError(f"found no {path}.{name} of shape {tuple(tensor.shape)} in {file}: it is damaged")
+                    raise InputError(
+                        f"found no {path}.{name} of shape {tuple(tensor.shape)} in {file}: it is damaged"
+                    )
                 tensor.copy_(opened.get_tensor(f"{path}.{name}"))
     return student
 

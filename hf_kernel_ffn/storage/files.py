@@ -81,11 +81,15 @@ def require_empty(out: str | os.PathLike) -> None:
     out = Path(out)
     require_place(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"found {out} not empty, expected a new or empty folder: choose another or remove it")
+        raise InputError(
+            f"found {out} not empty, expected a new or empty folder: choose another or remove it"
+        )
 
 
 def require_place(path: Path) -> None:
     """InputError if nothing can be made at ``path``, because what lies above it is no folder or not writable."""
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"found {above} no writable folder, expected one to make {path} in: choose another place")
+        raise InputError(
+            f"found {above} no writable folder, expected one to make {path} in: choose another place"
+        )

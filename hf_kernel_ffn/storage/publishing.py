@@ -46,7 +46,9 @@ The code in this repository is that of hf_kernel_ffn; `hf-kernel-ffn verify FOLD
 """
 
 
-def write_model_card(folder: str | Path, base_model: str, report: dict | None = None, name: str | None = None) -> str:
+def write_model_card(
+    folder: str | Path, base_model: str, report: dict | None = None, name: str | None = None
+) -> str:
     """The README.md of the converted checkpoint in ``folder``: what it was made from and with, how to load it, and the
     ``report`` of evaluate_student, if there is one."""
     config = read_json(Path(folder) / "config.json")
@@ -60,7 +62,11 @@ def write_model_card(folder: str | Path, base_model: str, report: dict | None = 
         [path, *(str(layer["settings"].get(key)) for key in keys), f"{layer['prototypes']:,}"]
         for path, layer in entry["layers"].items()
     ]
-    front = {"library_name": "transformers", "base_model": base_model, "tags": ["kernel-ffn", "custom_code"]}
+    front = {
+        "library_name": "transformers",
+        "base_model": base_model,
+        "tags": ["kernel-ffn", "custom_code"],
+    }
     if report is None:
         evaluation = "Not evaluated."
     else:
@@ -89,7 +95,11 @@ def base_model_of(folder: str | Path) -> str:
 
 
 def push_to_hub(
-    folder: str | Path, repo: str, base_model: str | None = None, report: Path | None = None, private: bool = False
+    folder: str | Path,
+    repo: str,
+    base_model: str | None = None,
+    report: Path | None = None,
+    private: bool = False,
 ) -> str:
     """Write the card of the converted checkpoint in ``folder``, with the ``report`` file if there is one, and upload the folder to
     the hub's ``repo``; its address."""
@@ -101,12 +111,19 @@ def push_to_hub(
         raise InputError(
             f"found no evaluation in {report}, expected a file written by hf-kernel-ffn evaluate --json: check the path"
         )
-    write_text(Path(folder) / "README.md", write_model_card(folder, base_model or base_model_of(folder), figures, repo))
+    write_text(
+        Path(folder) / "README.md",
+        write_model_card(folder, base_model or base_model_of(folder), figures, repo),
+    )
     api = HfApi()
     try:
         made = api.create_repo(repo, exist_ok=True, private=private)
-        api.upload_folder(folder_path=str(folder), repo_id=repo, commit_message="Upload by hf_kernel_ffn")
+        api.upload_folder(
+            folder_path=str(folder), repo_id=repo, commit_message="Upload by hf_kernel_ffn"
+        )
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = json.dumps(" ".join(str(error).split())[:300])
-        raise InputError(f"could not push {folder} to {repo} ({reason}): check the name and your token") from error
+        raise InputError(
+            f"could not push {folder} to {repo} ({reason}): check the name and your token"
+        ) from error
     return str(made)

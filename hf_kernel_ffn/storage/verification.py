@@ -10,7 +10,13 @@ import torch
 
 from .. import __version__
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.integrity import CHECKSUMS, check_folder, check_model, compute_checksums, read_json
+from ..checkpoint_code.integrity import (
+    CHECKSUMS,
+    check_folder,
+    check_model,
+    compute_checksums,
+    read_json,
+)
 from ..checkpoint_code.settings import FORMAT
 from .loading import get_student_class, has_custom_kernel, load_pretrained
 
@@ -33,13 +39,19 @@ def verify_folder(folder: str | Path) -> list[Finding]:
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise InputError(f"found no config.json in {folder}, expected the folder of a converted model: check the path")
+        raise InputError(
+            f"found no config.json in {folder}, expected the folder of a converted model: check the path"
+        )
     config = read_json(folder / "config.json")
     if config.get("kernel_ffn") is None:
         raise InputError(
             f"found no kernel_ffn entry in {folder}/config.json, expected a converted model: run hf-kernel-ffn convert"
         )
-    (kind, brought), entry, own = get_student_class(config, str(folder)), config["kernel_ffn"], has_custom_kernel(str(folder))
+    (kind, brought), entry, own = (
+        get_student_class(config, str(folder)),
+        config["kernel_ffn"],
+        has_custom_kernel(str(folder)),
+    )
     if kind is None:
         raise InputError(
             f"found a family with code of its own in {folder}, expected one of transformers': read {folder}/{brought}"
@@ -51,10 +63,16 @@ def verify_folder(folder: str | Path) -> list[Finding]:
             with torch.device("meta"):
                 check_model(kind(settings), tensors, folder)
     found = [
-        Finding("config", f"format {entry.get('format')}, converted by hf_kernel_ffn {entry.get('package_version')}", True),
+        Finding(
+            "config",
+            f"format {entry.get('format')}, converted by hf_kernel_ffn {entry.get('package_version')}",
+            True,
+        ),
         Finding(
             "weights",
-            "quantised: not looked into" if tensors is None else f"{len(tensors)} tensors, as the config has them",
+            "quantised: not looked into"
+            if tensors is None
+            else f"{len(tensors)} tensors, as the config has them",
             True,
         ),
         *_checksums(folder),
@@ -71,12 +89,20 @@ def _checksums(folder: Path) -> list[Finding]:
     if not isinstance(recorded, dict):
         return [Finding("checksums", f"{CHECKSUMS} is damaged", False)]
     odd = sorted(name for name in {*recorded, *now} if recorded.get(name) != now.get(name))
-    return [Finding("checksums", f"changed since saved: {', '.join(odd)}" if odd else f"{len(now)} files as saved", not odd)]
+    return [
+        Finding(
+            "checksums",
+            f"changed since saved: {', '.join(odd)}" if odd else f"{len(now)} files as saved",
+            not odd,
+        )
+    ]
 
 
 def _code(folder: Path, config: dict, kind: Any, own: bool) -> list[Finding]:
     """The code in ``folder`` beside that which this package would write there for the config class ``kind``."""
-    carried = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
+    carried = {
+        file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")
+    }
     with tempfile.TemporaryDirectory() as scratch:
         kind(kernel_ffn={"format": FORMAT, "activation": {}, "layers": {}}).save_pretrained(scratch)
         ours = {file.name: file.read_bytes() for file in Path(scratch).glob("*.py")}
@@ -88,9 +114,19 @@ def _code(folder: Path, config: dict, kind: Any, own: bool) -> list[Finding]:
     same = f"that of the installed hf_kernel_ffn {__version__}, byte by byte"
     wrote = f"written by {config['kernel_ffn'].get('package_version')}, installed is {__version__}"
     return [
-        Finding("code", f"differs ({wrote}): {', '.join(other)}" if other else f"{len(ours)} files, {same}", not other),
-        Finding("own kernel", "custom_kernel.py, its author's: read it before you allow it" if own else "none", True),
         Finding(
-            "auto_map", "that code" if config.get("auto_map") == auto_map else "other code", config.get("auto_map") == auto_map
+            "code",
+            f"differs ({wrote}): {', '.join(other)}" if other else f"{len(ours)} files, {same}",
+            not other,
+        ),
+        Finding(
+            "own kernel",
+            "custom_kernel.py, its author's: read it before you allow it" if own else "none",
+            True,
+        ),
+        Finding(
+            "auto_map",
+            "that code" if config.get("auto_map") == auto_map else "other code",
+            config.get("auto_map") == auto_map,
         ),
     ]

@@ -40,23 +40,32 @@ def read_documents(source: str, text_field: str = "text") -> Iterator[tuple[str,
                 yield _read_field(row, text_field, f"{source}, row {number}"), True
     except InputError:
         raise
-    except (OSError, ValueError) as error:  # not UTF-8, and whatever is wrong with a parquet file, are ValueErrors
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # not UTF-8, and whatever is wrong with a parquet file, are ValueErrors
         reason = " ".join(str(error).split())
-        raise InputError(f"found {source} unreadable as text ({reason}), expected UTF-8 {', '.join(LOCAL)}") from error
+        raise InputError(
+            f"found {source} unreadable as text ({reason}), expected UTF-8 {', '.join(LOCAL)}"
+        ) from error
 
 
 def _parse_json(line: str, where: str):
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"found no JSON in {where} ({error.msg} at column {error.colno}): repair it") from error
+        raise InputError(
+            f"found no JSON in {where} ({error.msg} at column {error.colno}): repair it"
+        ) from error
 
 
 def _read_parquet(path: Path) -> Iterator[dict]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise InputError(f"reading {path} needs the datasets package: pip install 'hf-kernel-ffn[distill]'") from error
+        raise InputError(
+            f"reading {path} needs the datasets package: pip install 'hf-kernel-ffn[distill]'"
+        ) from error
     with ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1000):
             yield from batch.to_pylist()
@@ -65,16 +74,22 @@ def _read_parquet(path: Path) -> Iterator[dict]:
 def _load_dataset(source: str) -> Iterable[dict]:
     path = Path(source)
     if path.exists():
-        raise InputError(f"found {source}, expected a {', '.join(LOCAL)} file or the name of a dataset: convert the text")
+        raise InputError(
+            f"found {source}, expected a {', '.join(LOCAL)} file or the name of a dataset: convert the text"
+        )
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"reading {source} needs the datasets package: pip install 'hf-kernel-ffn[distill]'") from error
+        raise InputError(
+            f"reading {source} needs the datasets package: pip install 'hf-kernel-ffn[distill]'"
+        ) from error
     try:
         name, *rest = source.split(":")
         split = rest[-1] if rest else "train"
         return datasets.load_dataset(name, *rest[:-1], split=split, streaming=True)
-    except Exception as error:  # the library raises many kinds; whichever, the text could not be had
+    except (
+        Exception
+    ) as error:  # the library raises many kinds; whichever, the text could not be had
         reason = " ".join(str(error).split())
         raise InputError(
             f"found no readable text at {source!r} ({reason}): give a local file or the name of a dataset"
@@ -84,5 +99,7 @@ def _load_dataset(source: str) -> Iterable[dict]:
 def _read_field(row, text_field: str, where: str) -> str:
     text = row.get(text_field) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise InputError(f"found no text field {text_field!r} in {where}: name the right one as text_field")
+        raise InputError(
+            f"found no text field {text_field!r} in {where}: name the right one as text_field"
+        )
     return text

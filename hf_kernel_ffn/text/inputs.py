@@ -22,7 +22,11 @@ def count_rows(inputs: Inputs) -> int:
 
 def select_rows(inputs: Inputs, which: Any) -> Inputs:
     """The rows ``which``, a slice or an index."""
-    return inputs[which] if isinstance(inputs, Tensor) else {name: tensor[which] for name, tensor in inputs.items()}
+    return (
+        inputs[which]
+        if isinstance(inputs, Tensor)
+        else {name: tensor[which] for name, tensor in inputs.items()}
+    )
 
 
 def tokens_per_row(inputs: Inputs) -> int:
@@ -37,10 +41,16 @@ def make_forward_arguments(model: Any, inputs: Inputs, device: Any = None) -> di
     device_map has spread moves them by itself); a decoder without ids of its own reads those of the encoder, or its start token."""
     named = {model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
     named.pop("labels", None)
-    if model.config.is_encoder_decoder and "decoder_input_ids" not in named and accepts_argument(model, "decoder_input_ids"):
+    if (
+        model.config.is_encoder_decoder
+        and "decoder_input_ids" not in named
+        and accepts_argument(model, "decoder_input_ids")
+    ):
         ids = named.get("input_ids")
         start = getattr(model.config, "decoder_start_token_id", None) or 0
-        named["decoder_input_ids"] = torch.full((count_rows(inputs), 1), start) if ids is None else ids
+        named["decoder_input_ids"] = (
+            torch.full((count_rows(inputs), 1), start) if ids is None else ids
+        )
     device = device or next(model.parameters()).device
     if device.type != "meta" and not hasattr(model, "hf_device_map"):
         named = {name: tensor.to(device) for name, tensor in named.items()}
@@ -72,10 +82,18 @@ def make_random_inputs(model: Any, tokens: int, seed: int) -> Inputs:
         made["input_ids"] = torch.randint(text.vocab_size, (count, length), generator=generator)
     if "pixel_values" in names:
         vision = getattr(config, "vision_config", config)
-        size = vision.image_size if isinstance(vision.image_size, (tuple, list)) else (vision.image_size,) * 2
+        size = (
+            vision.image_size
+            if isinstance(vision.image_size, (tuple, list))
+            else (vision.image_size,) * 2
+        )
         made["pixel_values"] = torch.randn(count, vision.num_channels, *size, generator=generator)
     if "input_features" in names:
-        made["input_features"] = torch.randn(count, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+        made["input_features"] = torch.randn(
+            count, config.num_mel_bins, 2 * config.max_source_positions, generator=generator
+        )
     if config.is_encoder_decoder and accepts_argument(model, "decoder_input_ids"):
-        made["decoder_input_ids"] = torch.randint(config.vocab_size, (count, min(length, 128)), generator=generator)
+        made["decoder_input_ids"] = torch.randint(
+            config.vocab_size, (count, min(length, 128)), generator=generator
+        )
     return made

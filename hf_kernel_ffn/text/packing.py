@@ -16,7 +16,9 @@ SPREAD = 32
 """How much more text than it uses a spread sample reads."""
 
 
-def stream_tokens(tokenizer: PreTrainedTokenizerBase, sources: list[str], text_field: str = "text") -> Iterator[int]:
+def stream_tokens(
+    tokenizer: PreTrainedTokenizerBase, sources: list[str], text_field: str = "text"
+) -> Iterator[int]:
     """Token ids of all sources in order, with the tokenizer's end token (if it has one) after every document."""
     for source in sources:
         pieces = read_documents(source, text_field)
@@ -42,7 +44,9 @@ def pack_blocks(
         empty = False
         yield torch.tensor(block)
     if empty:
-        raise InputError(f"found {len(block)} tokens in {', '.join(sources)}, expected at least {length}: give a longer text")
+        raise InputError(
+            f"found {len(block)} tokens in {', '.join(sources)}, expected at least {length}: give a longer text"
+        )
 
 
 def read_token_ids(
@@ -56,5 +60,11 @@ def read_token_ids(
     """(rows, length) token ids, at most ``max_tokens`` of them (at least one block): the first blocks of the text or, with
     ``spread``, blocks evenly spaced over its first ``SPREAD`` times as many tokens."""
     rows = max(1, max_tokens // length)
-    read = list(islice(pack_blocks(tokenizer, sources, length, text_field), rows * (SPREAD if spread else 1)))
-    return torch.stack([read[i * len(read) // min(rows, len(read))] for i in range(min(rows, len(read)))])
+    read = list(
+        islice(
+            pack_blocks(tokenizer, sources, length, text_field), rows * (SPREAD if spread else 1)
+        )
+    )
+    return torch.stack(
+        [read[i * len(read) // min(rows, len(read))] for i in range(min(rows, len(read)))]
+    )

@@ -20,7 +20,10 @@ MASKED_SHARE = 0.15
 
 def predicts_masked(model: Any) -> bool:
     """Whether the stock ``model`` is a masked language model. One without a language head counts as a model of next tokens."""
-    return type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not model.config.is_encoder_decoder
+    return (
+        type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+        and not model.config.is_encoder_decoder
+    )
 
 
 def make_inputs_for_prediction(
@@ -45,16 +48,25 @@ def make_inputs_for_prediction(
         raise InputError(
             f"found a {type(model).__name__} and no mask token, expected the tokenizer of a masked language model: give its own"
         )
-    return mask_tokens(ids, mask, seed if isinstance(seed, int) else random.Random(seed).getrandbits(63))
+    return mask_tokens(
+        ids, mask, seed if isinstance(seed, int) else random.Random(seed).getrandbits(63)
+    )
 
 
-def mask_tokens(ids: Tensor, mask_token_id: int, seed: int = 0, share: float = MASKED_SHARE) -> dict[str, Tensor]:
+def mask_tokens(
+    ids: Tensor, mask_token_id: int, seed: int = 0, share: float = MASKED_SHARE
+) -> dict[str, Tensor]:
     """``input_ids`` and ``labels`` (rows, length): ``ids`` with a ``share`` of every row, at least one token, masked, and what is
     under the masks, elsewhere -100."""
     count = max(1, round(share * ids.shape[1]))
     order = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)).argsort(-1)
-    under = torch.zeros(ids.shape, dtype=torch.bool).scatter(1, order[:, :count], True).to(ids.device)
-    return {"input_ids": ids.masked_fill(under, mask_token_id), "labels": ids.masked_fill(~under, -100)}
+    under = (
+        torch.zeros(ids.shape, dtype=torch.bool).scatter(1, order[:, :count], True).to(ids.device)
+    )
+    return {
+        "input_ids": ids.masked_fill(under, mask_token_id),
+        "labels": ids.masked_fill(~under, -100),
+    }
 
 
 def select_predicting_logits(logits: Tensor, asked: Inputs) -> Tensor:

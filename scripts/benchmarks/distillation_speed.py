@@ -17,10 +17,14 @@ def main(
     rows: Annotated[int, typer.Option(help="sequences per step")] = 4,
     length: Annotated[int, typer.Option(help="tokens per sequence")] = 256,
     repeats: Annotated[int, typer.Option(help="rounds, interleaved")] = 7,
-    optimizer: Annotated[str, typer.Option(help="muon or adamw; none leaves the steps out")] = "muon",
+    optimizer: Annotated[
+        str, typer.Option(help="muon or adamw; none leaves the steps out")
+    ] = "muon",
     clock: Annotated[str, typer.Option(help="wall or cpu")] = "wall",
     device: str = "cpu",
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write the figures")] = None,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", help="where to write the figures")
+    ] = None,
 ):
     """Time one step of the layer-wise stage on random token ids, the student converted without calibration."""
     import torch
@@ -42,7 +46,12 @@ def main(
     for ffn in ffns.values():
         ffn.float().requires_grad_(True)
     parameters = [p for ffn in ffns.values() for p in ffn.parameters()]
-    stage = Stage(name="layer-wise", tokens=1, optimizer="adamw" if optimizer == "none" else optimizer, learning_rate=1e-9)
+    stage = Stage(
+        name="layer-wise",
+        tokens=1,
+        optimizer="adamw" if optimizer == "none" else optimizer,
+        learning_rate=1e-9,
+    )
     made = optimizers(student, parameters, stage)
     for group in (group for one in made for group in one.param_groups):
         group["lr"] = group["peak"]

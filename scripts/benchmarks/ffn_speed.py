@@ -25,7 +25,14 @@ from hf_kernel_ffn.families.lookup import StockFFN, find_ffn_paths, find_stock_f
 from hf_kernel_ffn.families.registry import get_architecture
 from hf_kernel_ffn.families.weights import read_stock_weights
 from hf_kernel_ffn.gpu.fused import Fused, reason_against_fused_gather, reason_against_fused_readout
-from hf_kernel_ffn.gpu.measuring import bytes_moved, copy_bandwidth, interleaved, memory_for_backward, peak_memory, ratio
+from hf_kernel_ffn.gpu.measuring import (
+    bytes_moved,
+    copy_bandwidth,
+    interleaved,
+    memory_for_backward,
+    peak_memory,
+    ratio,
+)
 from hf_kernel_ffn.storage.files import require_place, write_text
 from hf_kernel_ffn.storage.loading import get_torch_dtype, load_model
 
@@ -104,9 +111,19 @@ def readout(shape: Shape, prototypes: int, active: int | None = None, simplex: s
             kernel: str = "half-yat", intensity: str = "mass", weights: KernelFFN | None = None) -> KernelFFN:  # fmt: skip
     """A kernel readout of ``shape`` with random weights, or those of ``weights``; ``active`` prototypes per token, or all."""
     settings = KernelFFNConfig(
-        kernel, "softmax" if active is None else simplex, intensity, "single", values=values, top_k=active
+        kernel,
+        "softmax" if active is None else simplex,
+        intensity,
+        "single",
+        values=values,
+        top_k=active,
     )
-    reference = {"epsilon": 0.01 * shape.hidden_size, "scale": 1.0, "threshold": 1.0, "temperature": 1.0}
+    reference = {
+        "epsilon": 0.01 * shape.hidden_size,
+        "scale": 1.0,
+        "threshold": 1.0,
+        "temperature": 1.0,
+    }
     ffn = KernelFFN(LayerConfig(settings, shape.hidden_size, prototypes, reference))
     if weights is not None:
         for name, parameter in weights.named_parameters():
@@ -133,12 +150,17 @@ class PlainYat(nn.Module):
 
     def __init__(self, size: int, width: int):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(width, size) / size**0.5), nn.Parameter(torch.zeros(width))
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(width, size) / size**0.5),
+            nn.Parameter(torch.zeros(width)),
+        )
         self.alpha = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = x @ self.weight.T + self.bias
-        distance = (x.square().sum(-1, keepdim=True) + self.weight.square().sum(-1) - 2 * (y - self.bias)).clamp(min=0)
+        distance = (
+            x.square().sum(-1, keepdim=True) + self.weight.square().sum(-1) - 2 * (y - self.bias)
+        ).clamp(min=0)
         return y**2 / (distance + 1e-5) * self.alpha
 
 
@@ -147,39 +169,59 @@ def nmn_layer(shape: Shape, width: int) -> tuple[str, nn.Module]:
     try:
         from nmn.torch.nmn.yat_nmn import YatNMN
     except ImportError:
-        return "plain-torch YatNMN + Linear", WithLinear(PlainYat(shape.hidden_size, width), shape.hidden_size, width)
-    return "nmn YatNMN + Linear", WithLinear(YatNMN(shape.hidden_size, width), shape.hidden_size, width)
+        return "plain-torch YatNMN + Linear", WithLinear(
+            PlainYat(shape.hidden_size, width), shape.hidden_size, width
+        )
+    return "nmn YatNMN + Linear", WithLinear(
+        YatNMN(shape.hidden_size, width), shape.hidden_size, width
+    )
 
 
 def stock_module(shape: Shape) -> nn.Module:
     """transformers' own FFN of ``shape``: Llama's SwiGLU or GPT-2's GELU."""
     if shape.gated:
-        config = AutoConfig.for_model("llama", hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size)
+        config = AutoConfig.for_model(
+            "llama", hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size
+        )
         return LlamaMLP(config).eval()
     config = AutoConfig.for_model("gpt2", n_embd=shape.hidden_size)
     return GPT2MLP(shape.intermediate_size, config).eval()
 
 
-def variants(shape: Shape, active: int, own: dict[str, nn.Module] | None = None) -> dict[str, Variant]:
+def variants(
+    shape: Shape, active: int, own: dict[str, nn.Module] | None = None
+) -> dict[str, Variant]:
     """Everything that is timed at ``shape``, by name; ``own``: FFNs of a checkpoint."""
     m = shape.intermediate_size
     found = {"stock": Variant(stock_module(shape), "stock")}
-    found["floor, stock's products"] = Variant(MatrixProducts(shape.hidden_size, m, 2 if shape.gated else 1), "stock")
+    found["floor, stock's products"] = Variant(
+        MatrixProducts(shape.hidden_size, m, 2 if shape.gated else 1), "stock"
+    )
     found["floor, two products"] = Variant(MatrixProducts(shape.hidden_size, m, 1), "stock")
     for name, module in (own or {}).items():
         found[name] = Variant(module, "stock")
-    widths = {"single": m, "polarised 1.5m": m * 3 // 2, "polarised 2m": 2 * m} if shape.gated else {"single": m}
+    widths = (
+        {"single": m, "polarised 1.5m": m * 3 // 2, "polarised 2m": 2 * m}
+        if shape.gated
+        else {"single": m}
+    )
     for name, width in widths.items():
         dense = readout(shape, width)
         target = name if shape.gated else f"{name}, plain FFN"
         found[name] = Variant(dense, "stock", target)
         for simplex in ("top-k", "threshold"):
             sparse = readout(shape, width, active, simplex, weights=dense)
-            found[f"{name}, {simplex} {active}"] = Variant(sparse, "stock", target, ("decode",), sparse=True)
+            found[f"{name}, {simplex} {active}"] = Variant(
+                sparse, "stock", target, ("decode",), sparse=True
+            )
         sparse = readout(shape, width, active, weights=dense)
         sparse.keep_norms = True
-        found[f"{name}, top-k {active}, norms kept"] = Variant(sparse, "stock", target, ("decode",), sparse=True)
-    found["single, convex"] = Variant(readout(shape, m, intensity="none"), "stock", None, ("forward", "forward+backward"))
+        found[f"{name}, top-k {active}, norms kept"] = Variant(
+            sparse, "stock", target, ("decode",), sparse=True
+        )
+    found["single, convex"] = Variant(
+        readout(shape, m, intensity="none"), "stock", None, ("forward", "forward+backward")
+    )
     if shape.gated:
         gated = readout(shape, m, values="gated")
         found["gated"] = Variant(gated, "stock", "gated")
@@ -192,7 +234,12 @@ def variants(shape: Shape, active: int, own: dict[str, nn.Module] | None = None)
 
 
 def _pieces(
-    found: dict[str, Variant], phase: str, hidden: int, tokens: int, device: torch.device, dtype: torch.dtype
+    found: dict[str, Variant],
+    phase: str,
+    hidden: int,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, Callable]:
     """What is to be timed in ``phase``, by name."""
     count = 1 if phase == "decode" else tokens
@@ -223,7 +270,9 @@ def _pieces(
         return once
 
     make = training if phase == "forward+backward" else inference
-    return {name: make(variant.module) for name, variant in found.items() if phase in variant.phases}
+    return {
+        name: make(variant.module) for name, variant in found.items() if phase in variant.phases
+    }
 
 
 def benchmark(
@@ -260,8 +309,14 @@ def benchmark(
         found = variants(shape, active, own)
         if only is not None:
             wanted = [part.strip() for part in only.split(",")]
-            needed = {v.against for n, v in found.items() if any(part in n for part in wanted)} | {"stock"}
-            found = {n: v for n, v in found.items() if n in needed or "floor" in n or any(part in n for part in wanted)}
+            needed = {v.against for n, v in found.items() if any(part in n for part in wanted)} | {
+                "stock"
+            }
+            found = {
+                n: v
+                for n, v in found.items()
+                if n in needed or "floor" in n or any(part in n for part in wanted)
+            }
         for variant in found.values():
             variant.module.to(where, dtype)
         for mode in modes:
@@ -272,9 +327,15 @@ def benchmark(
             for phase in phases:
                 progress(f"{name}, {mode}, {phase}")
                 pieces = _pieces(chosen, phase, shape.hidden_size, tokens, where, dtype)
-                inputs = torch.randn(1, tokens, shape.hidden_size, device=where, dtype=dtype, requires_grad=True)
-                with torch._dynamo.config.patch(recompile_limit=len(chosen) + 1):  # one class, compiled for each variant
-                    rows += _measure(name, mode, phase, chosen, pieces, inputs, repeats, where, clock, bandwidth)
+                inputs = torch.randn(
+                    1, tokens, shape.hidden_size, device=where, dtype=dtype, requires_grad=True
+                )
+                with torch._dynamo.config.patch(
+                    recompile_limit=len(chosen) + 1
+                ):  # one class, compiled for each variant
+                    rows += _measure(
+                        name, mode, phase, chosen, pieces, inputs, repeats, where, clock, bandwidth
+                    )
                 torch._dynamo.reset()
             for variant in chosen.values():
                 if isinstance(variant.module, KernelFFN):
@@ -285,7 +346,9 @@ def benchmark(
     }  # fmt: skip
 
 
-def _fused(found: dict[str, Variant], device: torch.device, dtype: torch.dtype) -> dict[str, Variant]:
+def _fused(
+    found: dict[str, Variant], device: torch.device, dtype: torch.dtype
+) -> dict[str, Variant]:
     """Those of the readouts that Triton kernels can serve, from now on by them alone, and what they are set against.
 
     Raises:
@@ -296,7 +359,9 @@ def _fused(found: dict[str, Variant], device: torch.device, dtype: torch.dtype) 
         if isinstance(v.module, KernelFFN):
             with torch.no_grad():
                 x = torch.randn(1, 1, v.module.config.hidden_size, device=device, dtype=dtype)
-                reasons[n] = (reason_against_fused_gather if v.sparse else reason_against_fused_readout)(v.module, x)
+                reasons[n] = (
+                    reason_against_fused_gather if v.sparse else reason_against_fused_readout
+                )(v.module, x)
     served = {n for n, reason in reasons.items() if reason is None}
     if not served:
         raise InputError(f"found {next(iter(reasons.values()))}: leave the mode out")
@@ -306,12 +371,16 @@ def _fused(found: dict[str, Variant], device: torch.device, dtype: torch.dtype) 
     return {n: v for n, v in found.items() if n in needed}
 
 
-def _measure(name, mode, phase, chosen, pieces, inputs, repeats, device, clock, bandwidth) -> list[dict]:
+def _measure(
+    name, mode, phase, chosen, pieces, inputs, repeats, device, clock, bandwidth
+) -> list[dict]:
     times = interleaved(pieces, repeats, device, clock)
     real = {n: once for n, once in pieces.items() if "floor" not in n}
     peak = {n: peak_memory(once, device) for n, once in real.items()}
     memory = peak
-    if phase == "forward+backward":  # what the layer keeps until then: parameters' gradients are no activations
+    if (
+        phase == "forward+backward"
+    ):  # what the layer keeps until then: parameters' gradients are no activations
         memory = {n: memory_for_backward(partial(chosen[n].module, inputs), device) for n in real}
     rows = []
     for n, seconds in times.items():
@@ -320,7 +389,10 @@ def _measure(name, mode, phase, chosen, pieces, inputs, repeats, device, clock, 
         row["seconds"] = {k: seconds[k] for k in ("median", "low", "high")}
         row["against"], row["ratio"] = variant.against, ratio(times, n, variant.against)
         if n in memory:
-            row["memory"], row["memory_ratio"] = memory[n], memory[n] / max(memory[variant.against], 1)
+            row["memory"], row["memory_ratio"] = (
+                memory[n],
+                memory[n] / max(memory[variant.against], 1),
+            )
             row["peak_memory"] = peak[n]
         if mode != "compiled":  # what compiled code reads and writes is not seen
             row["bytes_moved"] = bytes_moved(pieces[n])
@@ -365,11 +437,16 @@ def checkpoint_ffns(model: Any, name: str) -> tuple[Shape, dict[str, nn.Module]]
     shapes: list[Shape] = []
     own: dict[str, nn.Module] = {}
     seen = set()
-    converted = model.config.kernel_ffn_layers() if getattr(model.config, "kernel_ffn", None) else {}
+    converted = (
+        model.config.kernel_ffn_layers() if getattr(model.config, "kernel_ffn", None) else {}
+    )
     for path in find_ffn_paths(model, architecture):
         if path in converted:
             ffn = model.base_model.get_submodule(path)
-            width, kind = int(ffn.units.abs().max()), (str(ffn.config.settings), ffn.config.prototypes)
+            width, kind = (
+                int(ffn.units.abs().max()),
+                (str(ffn.config.settings), ffn.config.prototypes),
+            )
             shapes.append(Shape(ffn.config.hidden_size, width, architecture.gated))
         else:
             stock = find_stock_ffn(model, path)
@@ -404,16 +481,35 @@ def main(
     shapes: Annotated[
         str, typer.Option(help="gpt2, llama-3.2-1b, llama-3-8b, mistral-7b, comma-separated")
     ] = "gpt2,llama-3.2-1b",
-    model: Annotated[Optional[str], typer.Option(help="a checkpoint whose FFNs are timed instead of named shapes")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="read at once, forward and backward; fewer are faster")] = 256,
+    model: Annotated[
+        Optional[str],
+        typer.Option(help="a checkpoint whose FFNs are timed instead of named shapes"),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="read at once, forward and backward; fewer are faster")
+    ] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="rounds; medians of them are reported")] = 7,
-    active: Annotated[int, typer.Option(min=1, help="prototypes per token of the sparse readouts")] = 64,
-    modes: Annotated[str, typer.Option(help="eager, compiled, fused (Triton kernels)")] = "eager,compiled",
-    phases: Annotated[str, typer.Option(help="forward, forward+backward, decode")] = "forward,forward+backward,decode",
-    only: Annotated[Optional[str], typer.Option(help="readouts whose name has one of these parts, comma-separated")] = None,
+    active: Annotated[
+        int, typer.Option(min=1, help="prototypes per token of the sparse readouts")
+    ] = 64,
+    modes: Annotated[
+        str, typer.Option(help="eager, compiled, fused (Triton kernels)")
+    ] = "eager,compiled",
+    phases: Annotated[
+        str, typer.Option(help="forward, forward+backward, decode")
+    ] = "forward,forward+backward,decode",
+    only: Annotated[
+        Optional[str],
+        typer.Option(help="readouts whose name has one of these parts, comma-separated"),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="of a CPU")] = 1,
-    clock: Annotated[str, typer.Option(help="wall, or cpu: this process's own time, on a machine that others use")] = "wall",
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write all of it")] = None,
+    clock: Annotated[
+        str,
+        typer.Option(help="wall, or cpu: this process's own time, on a machine that others use"),
+    ] = "wall",
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", help="where to write all of it")
+    ] = None,
     trust_remote_code: Trust = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",

@@ -29,7 +29,9 @@ def cells(rows: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, list
     centres = unit[torch.randperm(len(unit), generator=torch.Generator().manual_seed(seed))[:count]]
     for _ in range(ROUNDS):
         member = (unit @ centres.T).argmax(-1)
-        centres = torch.nn.functional.normalize(torch.zeros_like(centres).index_add_(0, member, unit), dim=-1)
+        centres = torch.nn.functional.normalize(
+            torch.zeros_like(centres).index_add_(0, member, unit), dim=-1
+        )
     return centres, [(member == cell).nonzero()[:, 0] for cell in range(count)]
 
 
@@ -42,7 +44,9 @@ def recall(rows, bias, x, kept: int, seed: int) -> list[dict]:
         place[numbers] = cell
     score = (x @ rows.T + bias).relu()
     best = score.topk(kept, -1)
-    order = (x @ centres.T).argsort(-1, descending=True).argsort(-1)  # each cell's rank for each token
+    order = (
+        (x @ centres.T).argsort(-1, descending=True).argsort(-1)
+    )  # each cell's rank for each token
     rank = order.gather(-1, place[best.indices])
     size = torch.tensor([len(numbers) for numbers in members]).float()
     found = []
@@ -87,7 +91,9 @@ def times(rows, x, repeats: int, seed: int) -> list[float]:
 
 @torch.no_grad()
 def main(
-    teacher: Annotated[str, typer.Argument(help="local folder or hub id of the model that is converted")],
+    teacher: Annotated[
+        str, typer.Argument(help="local folder or hub id of the model that is converted")
+    ],
     out: Annotated[Path, typer.Option(help="JSON file")],
     hidden_size: int = 4096,
     prototypes: int = 14336,
@@ -109,13 +115,23 @@ def main(
     for entry, ratio in zip(random, times(rows, x, repeats, seed)):
         entry["time_over_scoring_all"] = ratio
     model, tokenizer = load_teacher(teacher), load_tokenizer(teacher)
-    train, test = (read_token_ids(tokenizer, [f"recipes/text/books-{name}.txt"], 128, 4096) for name in ("distil", "test"))
-    student, _ = convert(model, KernelFFNConfig(expansion=8), calibration_ids=train, calibration_tokens=4096)
+    train, test = (
+        read_token_ids(tokenizer, [f"recipes/text/books-{name}.txt"], 128, 4096)
+        for name in ("distil", "test")
+    )
+    student, _ = convert(
+        model, KernelFFNConfig(expansion=8), calibration_ids=train, calibration_tokens=4096
+    )
     trained = []
     for path, ffn in student.kernel_ffns().items():
         inputs = torch.cat(list(read_ffn_inputs(model, path, test)))
-        trained.append(recall(ffn.input_prototypes.weight, ffn.input_prototypes.bias, inputs, kept, seed))
-    means = [{key: sum(layer[i][key] for layer in trained) / len(trained) for key in trained[0][i]} for i in range(len(PROBED))]
+        trained.append(
+            recall(ffn.input_prototypes.weight, ffn.input_prototypes.bias, inputs, kept, seed)
+        )
+    means = [
+        {key: sum(layer[i][key] for layer in trained) / len(trained) for key in trained[0][i]}
+        for i in range(len(PROBED))
+    ]
     report = {
         "shape": [hidden_size, prototypes],
         "kept": kept,

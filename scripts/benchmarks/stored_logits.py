@@ -15,13 +15,21 @@ import typer
 
 
 def main(
-    recipes: Annotated[list[str], typer.Argument(help="YAML files; their last stages are on the logits")],
-    tokens: Annotated[int, typer.Option(help="of the logits stage; the stages before it are left out")] = 100_000,
-    top_k: Annotated[str, typer.Option(help="tokens to record at every position, comma-separated")] = "64,16",
+    recipes: Annotated[
+        list[str], typer.Argument(help="YAML files; their last stages are on the logits")
+    ],
+    tokens: Annotated[
+        int, typer.Option(help="of the logits stage; the stages before it are left out")
+    ] = 100_000,
+    top_k: Annotated[
+        str, typer.Option(help="tokens to record at every position, comma-separated")
+    ] = "64,16",
     text: Annotated[str, typer.Option(help="text to compare on")] = "recipes/text/books-test.txt",
     repeats: Annotated[int, typer.Option(help="rounds of timing, interleaved")] = 7,
     clock: Annotated[str, typer.Option(help="wall or cpu")] = "cpu",
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write the figures")] = None,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", help="where to write the figures")
+    ] = None,
 ):
     """Convert each recipe's teacher, record it, and run the logits stage with the teacher running and with each record. Steps are timed
     without the price of write mass."""
@@ -41,7 +49,14 @@ def main(
     from hf_kernel_ffn.text.packing import read_token_ids
 
     torch.set_num_threads(1)
-    found: dict = {"tokens": tokens, "text": text, "clock": clock, "torch": torch.__version__, "records": {}, "recipes": {}}
+    found: dict = {
+        "tokens": tokens,
+        "text": text,
+        "clock": clock,
+        "torch": torch.__version__,
+        "records": {},
+        "recipes": {},
+    }
     for file in recipes:
         recipe = load_recipe(file)
         recipe.stages[-1].tokens = tokens
@@ -51,7 +66,9 @@ def main(
         start = student_of(recipe, teacher, tokenizer)
         held_out = read_token_ids(tokenizer, [text], length, 16_384)
         report = {"KL": {"converted": evaluate_student(start, teacher, held_out)["kl"]}}
-        batch = torch.stack(list(islice(PackedText(tokenizer, data, recipe.seed), stage.batch_size)))
+        batch = torch.stack(
+            list(islice(PackedText(tokenizer, data, recipe.seed), stage.batch_size))
+        )
 
         def step(objective, start=start, teacher=teacher, stage=stage, batch=batch):
             student = copy.deepcopy(start).requires_grad_(False)
@@ -60,7 +77,15 @@ def main(
             made = optimizers(student, parameters, stage)
 
             def once():
-                objective(stage, teacher, student, ffns, batch, lambda loss: loss.backward(), lambda path: 0.0)
+                objective(
+                    stage,
+                    teacher,
+                    student,
+                    ffns,
+                    batch,
+                    lambda loss: loss.backward(),
+                    lambda path: 0.0,
+                )
                 for one in made:
                     one.step()
                 student.zero_grad(set_to_none=True)
@@ -77,15 +102,27 @@ def main(
                 }  # fmt: skip
                 stages[f"top {k}"] = stage.model_copy(update={"stored_logits": str(out)})
                 known = Record(out)
-                work[f"top {k}"] = step(lambda *arguments, known=known: stored_logits(known, *arguments))
+                work[f"top {k}"] = step(
+                    lambda *arguments, known=known: stored_logits(known, *arguments)
+                )
             times = interleaved(work, repeats, torch.device("cpu"), clock)
             for name, one in stages.items():
                 student = copy.deepcopy(start)
-                train(recipe.model_copy(update={"stages": [one]}), tokenizer, teacher, student, progress=True)
+                train(
+                    recipe.model_copy(update={"stages": [one]}),
+                    tokenizer,
+                    teacher,
+                    student,
+                    progress=True,
+                )
                 report["KL"][name] = evaluate_student(student, teacher, held_out)["kl"]
         read = stage.batch_size * length
-        report["tokens_per_second"] = {name: read / seconds["median"] for name, seconds in times.items()}
-        report["throughput_over_running_teacher"] = {name: ratio(times, "teacher", name) for name in times if name != "teacher"}
+        report["tokens_per_second"] = {
+            name: read / seconds["median"] for name, seconds in times.items()
+        }
+        report["throughput_over_running_teacher"] = {
+            name: ratio(times, "teacher", name) for name in times if name != "teacher"
+        }
         found["recipes"][file] = report
     typer.echo(json.dumps(found, indent=1))
     if json_file is not None:

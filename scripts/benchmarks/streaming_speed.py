@@ -21,7 +21,9 @@ def main(
     gib: Annotated[float, typer.Option(help="size of the model")] = 3.0,
     layers: Annotated[Optional[str], typer.Option(help="such as 0-5,7  [default: all]")] = None,
     values: Annotated[str, typer.Option(help="fixed or gated")] = "fixed",
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="where to write the figures")] = None,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", help="where to write the figures")
+    ] = None,
     convert: Annotated[bool, typer.Option("--convert", hidden=True)] = False,
 ):
     """Make a random bfloat16 Llama in FOLDER, copy it, convert it block by block without calibration, and compare."""
@@ -35,9 +37,16 @@ def main(
         out.mkdir()
         before = peak_memory()
         start = time.perf_counter(), time.process_time()
-        convert_streamed(str(teacher), out, KernelFFNConfig(values=values), layers, calibration_tokens=0)
-        found = {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
-        print(json.dumps({**found, "peak_rss_bytes": peak_memory(), "rss_of_imports_bytes": before}))
+        convert_streamed(
+            str(teacher), out, KernelFFNConfig(values=values), layers, calibration_tokens=0
+        )
+        found = {
+            "seconds": time.perf_counter() - start[0],
+            "cpu_seconds": time.process_time() - start[1],
+        }
+        print(
+            json.dumps({**found, "peak_rss_bytes": peak_memory(), "rss_of_imports_bytes": before})
+        )
         return
     size = make_teacher(teacher, gib)
     start = time.perf_counter()
@@ -53,7 +62,9 @@ def main(
         *(["--layers", layers] if layers else []),
         "--convert",
     ]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    found = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
     found = {
         "teacher_bytes": size,
         "layers": layers or "all",
@@ -87,7 +98,9 @@ def make_teacher(folder: Path, gib: float) -> int:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
-    for parameter in model.parameters():  # random numbers, repeated: filling gigabytes takes longer than all the rest
+    for parameter in (
+        model.parameters()
+    ):  # random numbers, repeated: filling gigabytes takes longer than all the rest
         noise = torch.randn(2**20) * 0.02 if parameter.ndim > 1 else torch.ones(2**20)
         flat = parameter.data.view(-1)
         for low in range(0, len(flat), 2**20):

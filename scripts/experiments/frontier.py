@@ -42,7 +42,10 @@ def rows(units: int, gated: bool, family: str) -> dict[str, Row]:
         return {"simplex": simplex, "top_k": active, **more}
 
     relu, relu2 = f"{CONTROLS}:relu", f"{CONTROLS}:relu2"
-    mass, more_mass = {"layer-wise": {"write_mass": MASS}, "logits": {"write_mass": MASS / 2}}, {"*": {"write_mass": 3 * MASS}}
+    mass, more_mass = (
+        {"layer-wise": {"write_mass": MASS}, "logits": {"write_mass": MASS / 2}},
+        {"*": {"write_mass": 3 * MASS}},
+    )
     table = {
         f"{single}half-yat": Row("kernel"),
         f"{single}half-yat, {2 * pieces} per unit": Row("kernel", {"expansion": 2.0 * pieces}),
@@ -54,24 +57,36 @@ def rows(units: int, gated: bool, family: str) -> dict[str, Row]:
         f"half-yat, threshold {k}, write mass": Row("kernel", some(k), mass),
         f"half-yat, threshold {k}, write mass x3": Row("kernel", some(k), more_mass),
         f"half-yat, threshold {few}, write mass": Row("kernel", some(few), mass),
-        f"half-yat, {2 * pieces} per unit, threshold {k}, write mass": Row("kernel", some(k, expansion=2.0 * pieces), mass),
-        f"half-yat, data-scale, threshold {k}, write mass": Row("kernel", some(k, init="data-scale"), mass),
-        f"half-yat, firing means, threshold {k}, write mass": Row("kernel", some(k, init="firing-means"), mass),
+        f"half-yat, {2 * pieces} per unit, threshold {k}, write mass": Row(
+            "kernel", some(k, expansion=2.0 * pieces), mass
+        ),
+        f"half-yat, data-scale, threshold {k}, write mass": Row(
+            "kernel", some(k, init="data-scale"), mass
+        ),
+        f"half-yat, firing means, threshold {k}, write mass": Row(
+            "kernel", some(k, init="firing-means"), mass
+        ),
         f"ReLU², threshold {k}, write mass": Row("kernel", some(k, kernel=relu2), mass),
         f"ReLU, threshold {k}, write mass": Row("kernel", some(k, kernel=relu), mass),
-        "half-yat, entmax-1.5 with gate": Row("kernel", {"simplex": "entmax-1.5", "intensity": "gate"}),
+        "half-yat, entmax-1.5 with gate": Row(
+            "kernel", {"simplex": "entmax-1.5", "intensity": "gate"}
+        ),
         f"teacher truncated to {k}": Row("teacher", some(k, "top-k"), trained=False),
         f"teacher truncated to {few}": Row("teacher", some(few, "top-k"), trained=False),
         f"teacher, top-k {k}, trained": Row("teacher", some(k, "top-k")),
         f"teacher, threshold {k}, trained": Row("teacher", some(k)),
         f"teacher, threshold {k}, write mass, trained": Row("teacher", some(k), mass),
         f"teacher, threshold {few}, write mass, trained": Row("teacher", some(few), mass),
-        "teacher trained further": Row("teacher", {}, {"logits": {"kl": 0.0, "cross_entropy": 1.0}}),
+        "teacher trained further": Row(
+            "teacher", {}, {"logits": {"kl": 0.0, "cross_entropy": 1.0}}
+        ),
     }
     if gated:
         table["gated half-yat"] = Row("kernel", {"values": "gated"})
         table[f"gated half-yat, threshold {k}"] = Row("kernel", some(k, values="gated"))
-        table[f"gated half-yat, threshold {k}, write mass"] = Row("kernel", some(k, values="gated"), mass)
+        table[f"gated half-yat, threshold {k}, write mass"] = Row(
+            "kernel", some(k, values="gated"), mass
+        )
     for width in (1, 4):
         for skip in (False, True):
             name = f"transcoder, {width}m wide, top-k {k}{', skip' if skip else ''}"
@@ -98,17 +113,33 @@ def make_recipe(teacher: str, row: Row, train: str, tokens: int, seed: int):
 
     if row.kind == "recipe":
         return load_recipe(row.settings["file"])
-    rates = FRESH if row.kind == "transcoder" else SPARSE if row.settings.get("top_k") is not None else DENSE
+    rates = (
+        FRESH
+        if row.kind == "transcoder"
+        else SPARSE
+        if row.settings.get("top_k") is not None
+        else DENSE
+    )
     stages = []
     for name, share, optimizer in (("layer-wise", 0.5, "muon"), ("logits", 0.5, "adamw")):
-        stage = {"name": name, "tokens": round(share * tokens), "optimizer": optimizer, "batch_size": 4}
+        stage = {
+            "name": name,
+            "tokens": round(share * tokens),
+            "optimizer": optimizer,
+            "batch_size": 4,
+        }
         stage.update(rates[name])
         stages.append({**stage, **row.stages.get(name, {}), **row.stages.get("*", {})})
     if stages[1].get("kl") == 0.0:  # there is nothing to regress on
         stages = [{**stages[1], "tokens": tokens}]
     settings = row.settings if row.kind == "kernel" else {}
     return Recipe(
-        teacher=teacher, kernel_ffn=settings, data={"train": train}, stages=stages, seed=seed, output_dir="runs/frontier"
+        teacher=teacher,
+        kernel_ffn=settings,
+        data={"train": train},
+        stages=stages,
+        seed=seed,
+        output_dir="runs/frontier",
     )
 
 
@@ -119,7 +150,9 @@ def make_student(row: Row, recipe, teacher, tokenizer):
     from hf_kernel_ffn.text.packing import read_token_ids
 
     data = recipe.data
-    ids = read_token_ids(tokenizer, data.sources, data.sequence_length, recipe.calibration_tokens, spread=True)
+    ids = read_token_ids(
+        tokenizer, data.sources, data.sequence_length, recipe.calibration_tokens, spread=True
+    )
     if row.kind == "teacher":
         return teacher_as_student(teacher, ids=ids, **row.settings)
     if row.kind == "transcoder":
@@ -130,7 +163,9 @@ def make_student(row: Row, recipe, teacher, tokenizer):
     )[0]  # fmt: skip
 
 
-def measure(name: str, row: Row, teacher, tokenizer, recipe, test, questions, students: Path | None) -> dict:
+def measure(
+    name: str, row: Row, teacher, tokenizer, recipe, test, questions, students: Path | None
+) -> dict:
     """Build, train and evaluate one row; everything that its report says."""
     from hf_kernel_ffn.distillation.trainer import train
     from hf_kernel_ffn.evaluation.probes import multiple_choice
@@ -143,11 +178,20 @@ def measure(name: str, row: Row, teacher, tokenizer, recipe, test, questions, st
         for part in (student, tokenizer):
             part.save_pretrained(students / file_stem(name))
     ffns = list(student.kernel_ffns().values())
-    report: dict[str, Any] = {"row": name, **asdict(row), "seed": recipe.seed, "teacher": recipe.teacher}
+    report: dict[str, Any] = {
+        "row": name,
+        **asdict(row),
+        "seed": recipe.seed,
+        "teacher": recipe.teacher,
+    }
     report["regime"] = regime(row, ffns[0])
-    report["stages"] = [stage.model_dump(exclude_defaults=True) for stage in recipe.stages] if row.trained else []
+    report["stages"] = (
+        [stage.model_dump(exclude_defaults=True) for stage in recipe.stages] if row.trained else []
+    )
     report["tokens"] = sum(stage.tokens for stage in recipe.stages) if row.trained else 0
-    report["parameters_per_layer"] = sum(p.numel() for ffn in ffns for p in ffn.parameters()) // len(ffns)
+    report["parameters_per_layer"] = sum(
+        p.numel() for ffn in ffns for p in ffn.parameters()
+    ) // len(ffns)
     report["prototypes"] = ffns[0].config.prototypes
     report.update(summary(evaluate_student(student, teacher, test)))
     if questions:
@@ -175,29 +219,52 @@ def summary(report: dict) -> dict:
 
     kept = {k: report[k] for k in ("delta_cross_entropy", "kl", "top1_agreement", "loss_recovered")}
     kept["test_tokens"] = report["tokens"]
-    for name in ("fvu", "write_mass_ratio", *(name for name in Readability.FIGURES if name != "write_mass")):
-        for prefix, layers in (("", report["layers"]), ("teacher_", [layer["teacher"] for layer in report["layers"]])):
+    for name in (
+        "fvu",
+        "write_mass_ratio",
+        *(name for name in Readability.FIGURES if name != "write_mass"),
+    ):
+        for prefix, layers in (
+            ("", report["layers"]),
+            ("teacher_", [layer["teacher"] for layer in report["layers"]]),
+        ):
             kept[prefix + name] = sum(layer[name] for layer in layers) / len(layers)
     own = [layer["active_prototypes_student_inputs"] for layer in report["layers"]]
     kept["active_prototypes_student_inputs"] = sum(own) / len(own)
-    kept["dead_prototypes"] = sum(layer["dead_prototypes"] for layer in report["layers"]) / len(report["layers"])
+    kept["dead_prototypes"] = sum(layer["dead_prototypes"] for layer in report["layers"]) / len(
+        report["layers"]
+    )
     return {**kept, "teacher_cross_entropy": report["teacher"]["cross_entropy"]}
 
 
 @app.command()
 def run(
     teacher: Annotated[str, typer.Argument(help="local folder or hub id")],
-    out: Annotated[Path, typer.Option(help="folder of reports, one JSON file a row; rows found there are not run again")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="folder of reports, one JSON file a row; rows found there are not run again"
+        ),
+    ],
     tokens: Annotated[int, typer.Option(help="training tokens of every row")] = 400_000,
     train: Annotated[str, typer.Option(help="text to train on")] = "recipes/text/books-distil.txt",
     test: Annotated[str, typer.Option(help="text to evaluate on")] = "recipes/text/books-test.txt",
     test_tokens: Annotated[int, typer.Option(help="tokens of it")] = 16_384,
-    cloze: Annotated[str, typer.Option(help="multiple-choice questions; '' for none")] = "recipes/text/cloze.jsonl",
-    only: Annotated[str, typer.Option(help="the row of this name, or all whose name contains it")] = "",
+    cloze: Annotated[
+        str, typer.Option(help="multiple-choice questions; '' for none")
+    ] = "recipes/text/cloze.jsonl",
+    only: Annotated[
+        str, typer.Option(help="the row of this name, or all whose name contains it")
+    ] = "",
     part: Annotated[
-        str, typer.Option(help="such as 1/2: every second row from the first on; 2/2, for a second process, is the others")
+        str,
+        typer.Option(
+            help="such as 1/2: every second row from the first on; 2/2, for a second process, is the others"
+        ),
     ] = "1/1",
-    students: Annotated[Optional[Path], typer.Option(help="folder in which trained kernel readouts are saved too")] = None,
+    students: Annotated[
+        Optional[Path], typer.Option(help="folder in which trained kernel readouts are saved too")
+    ] = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> None:
@@ -211,7 +278,9 @@ def run(
     from hf_kernel_ffn.text.packing import read_token_ids
 
     model, tokenizer = load_teacher(teacher, device=device), load_tokenizer(teacher)
-    weights = read_stock_weights(model, next(iter(find_stock_ffns(model, get_architecture_of_model(model)).values())))
+    weights = read_stock_weights(
+        model, next(iter(find_stock_ffns(model, get_architecture_of_model(model)).values()))
+    )
     ids = read_token_ids(tokenizer, [test], 256, test_tokens)
     questions = load_questions(cloze)[:QUESTIONS] if cloze else []
     teacher_cloze = multiple_choice(model, tokenizer, questions)["accuracy"] if questions else None
@@ -232,7 +301,11 @@ def run(
             file, json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         )  # whole or not at all: what is there is not run again
         typer.echo(
-            "  " + "  ".join(f"{k} {report[k]:.4f}" for k in ("delta_cross_entropy", "kl", "top1_agreement", "coherence"))
+            "  "
+            + "  ".join(
+                f"{k} {report[k]:.4f}"
+                for k in ("delta_cross_entropy", "kl", "top1_agreement", "coherence")
+            )
         )
 
 
@@ -262,9 +335,14 @@ def show(out: Annotated[Path, typer.Argument(help="folder of reports that run ha
 
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
     if not found:
-        sys.exit(f"error: found no reports in {out}, expected those of 'frontier.py run': run it first")
+        sys.exit(
+            f"error: found no reports in {out}, expected those of 'frontier.py run': run it first"
+        )
     found.sort(key=lambda row: (group(row), row["kl"]))
-    with replace_file(out / "table.csv") as beside, beside.open("w", encoding="utf-8", newline="") as file:
+    with (
+        replace_file(out / "table.csv") as beside,
+        beside.open("w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)

@@ -37,7 +37,9 @@ SETTINGS = {
 def main(
     teacher: Annotated[str, typer.Argument(help="local folder or hub id")],
     out: Annotated[Path, typer.Option(help="folder of locality.json and table.md")],
-    train: Annotated[str, typer.Option(help="text to calibrate on")] = "recipes/text/books-distil.txt",
+    train: Annotated[
+        str, typer.Option(help="text to calibrate on")
+    ] = "recipes/text/books-distil.txt",
     test: Annotated[str, typer.Option(help="text to read")] = "recipes/text/books-test.txt",
     tokens: Annotated[int, typer.Option(help="tokens of each")] = 16_384,
     seed: int = 0,
@@ -56,11 +58,16 @@ def main(
     reports = {}
     for name, settings in SETTINGS.items():
         source = even if "standardised" in name else model
-        student, report = convert(source, KernelFFNConfig(**settings), calibration_ids=calibration, progress=True)
+        student, report = convert(
+            source, KernelFFNConfig(**settings), calibration_ids=calibration, progress=True
+        )
         fvus = [layer["fvu"] for layer in report.layers.values()]
         if "clusters" in name:
             fvus = at_clusters(student, source, calibration, seed)
-        reports[name] = {"fvu": sum(fvus) / len(fvus), **locality_report(student, source, text, seed)}
+        reports[name] = {
+            "fvu": sum(fvus) / len(fvus),
+            **locality_report(student, source, text, seed),
+        }
         typer.echo(name)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "locality.json", json.dumps(reports, indent=1) + "\n")
@@ -84,14 +91,20 @@ def standardised(teacher, ids):
     model, made = copy.deepcopy(teacher), {}
     before, after = {}, []
     hooks = [
-        module.register_forward_hook(lambda module, args, out: made.__setitem__(out.data_ptr(), (module, out)))
+        module.register_forward_hook(
+            lambda module, args, out: made.__setitem__(out.data_ptr(), (module, out))
+        )
         for module in model.modules()
         if "Norm" in type(module).__name__
     ]
     ffns = find_stock_ffns(model, get_architecture_of_model(model))
     for path in ffns:
         hooks.append(
-            watch_ffn_input(model.base_model, path, lambda x, path=path: before.__setitem__(path, made[x.data_ptr()][0]))
+            watch_ffn_input(
+                model.base_model,
+                path,
+                lambda x, path=path: before.__setitem__(path, made[x.data_ptr()][0]),
+            )
         )
     with torch.no_grad():
         after.append(model(ids[:1]).logits)
@@ -122,13 +135,20 @@ def at_clusters(student, teacher, ids, seed: int) -> list[float]:
     from scipy.cluster.vq import kmeans2
 
     from hf_kernel_ffn.conversion.ridge import calibrate_ffn
-    from hf_kernel_ffn.conversion.sampling import read_ffn_inputs, read_fit_sample, split_fitted_and_held
+    from hf_kernel_ffn.conversion.sampling import (
+        read_ffn_inputs,
+        read_fit_sample,
+        split_fitted_and_held,
+    )
     from hf_kernel_ffn.families.lookup import find_stock_ffn
 
     fvus = []
     for path, ffn in student.kernel_ffns().items():
         stock = find_stock_ffn(teacher, path)
-        fitted, held = (torch.cat(list(read_ffn_inputs(teacher, path, some))).float() for some in split_fitted_and_held(ids))
+        fitted, held = (
+            torch.cat(list(read_ffn_inputs(teacher, path, some))).float()
+            for some in split_fitted_and_held(ids)
+        )
         rows, nearest = kmeans2(fitted.numpy(), ffn.config.prototypes, minit="points", rng=seed)
         with torch.no_grad():
             rows, member = (
@@ -139,10 +159,16 @@ def at_clusters(student, teacher, ids, seed: int) -> list[float]:
             ffn.input_prototypes.weight.copy_(rows)
             if ffn.kernel.uses_bias:  # zero scores on average, as for firing means
                 ffn.input_prototypes.bias.copy_(-(rows @ fitted.mean(0)))
-            ffn.output_prototypes.weight.copy_((outputs - outputs.mean(0)).T @ member / member.sum(0).clamp_min(1))
+            ffn.output_prototypes.weight.copy_(
+                (outputs - outputs.mean(0)).T @ member / member.sum(0).clamp_min(1)
+            )
             ffn.output_prototypes.bias.copy_(outputs.mean(0))
             sample = read_fit_sample(teacher, path, ids)
-            fvus.append(calibrate_ffn(ffn, stock, sample, [fitted], [held], ffn.config.settings.temperature)["fvu"])
+            fvus.append(
+                calibrate_ffn(
+                    ffn, stock, sample, [fitted], [held], ffn.config.settings.temperature
+                )["fvu"]
+            )
     return fvus
 
 
@@ -154,8 +180,14 @@ def markdown(reports: dict[str, dict]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, report in reports.items():
-        denominator, contexts, support = report["denominator"], report["contexts"], report["support"]
-        purity = " / ".join(f"{contexts[who]['token']:.3f}" for who in ("student", "teacher", "chance"))
+        denominator, contexts, support = (
+            report["denominator"],
+            report["contexts"],
+            report["support"],
+        )
+        purity = " / ".join(
+            f"{contexts[who]['token']:.3f}" for who in ("student", "teacher", "chance")
+        )
         aucs = " | ".join(
             " / ".join(f"{support[other][score]:.2f}" for other in ("shuffled", "random"))
             for score in ("nearest", "mass", "control", "length")

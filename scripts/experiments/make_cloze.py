@@ -61,7 +61,12 @@ def context_before(paragraph: str, end: int) -> Optional[str]:
 
 
 def make_questions(
-    paragraphs: list[str], excluded: set[str], wanted: int, least: int, together: int, rng: random.Random
+    paragraphs: list[str],
+    excluded: set[str],
+    wanted: int,
+    least: int,
+    together: int,
+    rng: random.Random,
 ) -> list[dict]:
     """At most one question a paragraph, at most ``wanted``; the place of the answer goes round."""
     count = names_of(paragraphs, least)
@@ -85,7 +90,9 @@ def make_questions(
             if context is None or name.lower() in context.lower() or answered[name] == ANSWERED:
                 continue
             cues = {word for word in WORD.findall(context) if word in count}
-            cues = {cue for cue in cues if len((found_in[cue] & found_in[name]) - {number}) >= together}
+            cues = {
+                cue for cue in cues if len((found_in[cue] & found_in[name]) - {number}) >= together
+            }
             others = sorted(
                 other
                 for other, times in after[before].items()
@@ -114,20 +121,30 @@ def make_questions(
 def main(
     text: Annotated[Path, typer.Argument(help=".txt or .txt.xz, one paragraph a line")],
     out: Path,
-    exclude: Annotated[Optional[Path], typer.Option(help="text whose paragraphs are not asked about")] = None,
+    exclude: Annotated[
+        Optional[Path], typer.Option(help="text whose paragraphs are not asked about")
+    ] = None,
     questions: int = 500,
     least: Annotated[int, typer.Option(help="times that a name occurs in the text")] = 100,
-    together: Annotated[int, typer.Option(help="other paragraphs that have the answer and a name of the context")] = 20,
+    together: Annotated[
+        int, typer.Option(help="other paragraphs that have the answer and a name of the context")
+    ] = 20,
     seed: int = 0,
 ) -> None:
     excluded = set(paragraphs_of(exclude)) if exclude else set()
-    made = make_questions(paragraphs_of(text), excluded, questions, least, together, random.Random(seed))
+    made = make_questions(
+        paragraphs_of(text), excluded, questions, least, together, random.Random(seed)
+    )
     if len(made) < questions:
         raise typer.BadParameter(
             f"found {len(made)} questions in {text}, expected {questions}: give more text, or lower --least and --together"
         )
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
-    typer.echo(f"{len(made)} questions with {len({row['choices'][row['answer']] for row in made})} different answers in {out}")
+    out.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8"
+    )
+    typer.echo(
+        f"{len(made)} questions with {len({row['choices'][row['answer']] for row in made})} different answers in {out}"
+    )
 
 
 if __name__ == "__main__":

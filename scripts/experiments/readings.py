@@ -26,9 +26,13 @@ def main(
     teacher: Annotated[str, typer.Argument(help="local folder or hub id")],
     student: Annotated[str, typer.Argument(help="a distilled student of it")],
     out: Annotated[Path, typer.Option(help="folder of readings.json and table.md")],
-    train: Annotated[str, typer.Option(help="ordinary text, to find contexts on")] = "recipes/text/books-distil.txt",
+    train: Annotated[
+        str, typer.Option(help="ordinary text, to find contexts on")
+    ] = "recipes/text/books-distil.txt",
     test: Annotated[str, typer.Option(help="text to measure on")] = "recipes/text/books-test.txt",
-    code: Annotated[Path, typer.Option(help="a file of another domain")] = Path("hf_kernel_ffn/readout.py"),
+    code: Annotated[Path, typer.Option(help="a file of another domain")] = Path(
+        "hf_kernel_ffn/readout.py"
+    ),
     seed: int = 0,
 ) -> None:
     """Write the figures into OUT, and print the table."""
@@ -42,7 +46,11 @@ def main(
     from hf_kernel_ffn.storage.loading import load_student, load_teacher, load_tokenizer
     from hf_kernel_ffn.text.packing import read_token_ids
 
-    tokenizer, stock, converted = load_tokenizer(teacher), load_teacher(teacher), load_student(student)
+    tokenizer, stock, converted = (
+        load_tokenizer(teacher),
+        load_teacher(teacher),
+        load_student(student),
+    )
     ordinary = read_token_ids(tokenizer, [train], 256, 32_768, spread=True)
     ids = read_token_ids(tokenizer, [test], 256, 16_384)
     other = torch.tensor(tokenizer(code.read_text(encoding="utf-8"))["input_ids"])
@@ -60,7 +68,9 @@ def main(
         found[name] = entry = {
             "effective prototypes": fmean(layer["effective_prototypes"] for layer in layers),
             "coherence": fmean(layer["coherence"] for layer in layers),
-            "purity of the 100 most used": fmean(u.purity()[u.most_used(MOST_USED)].nanmean().item() for u in used.values()),
+            "purity of the 100 most used": fmean(
+                u.purity()[u.most_used(MOST_USED)].nanmean().item() for u in used.values()
+            ),
             **gaps(model, tokenizer, ids, seed),
             **edits(model, tokenizer, goals, used, ordinary[:12], ids[32:40], name == "student"),
         }
@@ -74,7 +84,9 @@ def main(
                     entry[f"AUC {score}, {against}"] = fmean(some)
         typer.echo(f"{name}: done")
     write_text(
-        out / "readings.json", json.dumps({"teacher": teacher, "student": student, "seed": seed, **found}, indent=1) + "\n"
+        out / "readings.json",
+        json.dumps({"teacher": teacher, "student": student, "seed": seed, **found}, indent=1)
+        + "\n",
     )
     table = markdown(found)
     write_text(out / "table.md", table)
@@ -109,7 +121,8 @@ def targets(teacher, tokenizer, ids, seed: int) -> list:
     generator, found = torch.Generator().manual_seed(seed), []
     for _ in range(EDITS):
         row, end, rank = (
-            int(torch.randint(*bounds, (1,), generator=generator)) for bounds in ((0, len(ids)), (20, 61), (10, 1001))
+            int(torch.randint(*bounds, (1,), generator=generator))
+            for bounds in ((0, len(ids)), (20, 61), (10, 1001))
         )
         order = trace(teacher, tokenizer, ids[row, :end], [-1]).logits[0].argsort(descending=True)
         found.append((ids[row, :end], order[rank - 1].item()))
@@ -132,7 +145,10 @@ def edits(model, tokenizer, goals, used, ordinary, others, additions: bool) -> d
         kl = [result[1].collateral_kl for result in done if result is not None]
         if kl:
             figures[f"{name} that reach 50%"] = len(kl) / len(done)
-            figures |= {f"{prefix}collateral KL, median": median(kl), f"{prefix}collateral KL, mean": fmean(kl)}
+            figures |= {
+                f"{prefix}collateral KL, median": median(kl),
+                f"{prefix}collateral KL, mean": fmean(kl),
+            }
     return figures
 
 
@@ -140,7 +156,10 @@ def markdown(found: dict) -> str:
     """The figures, one line each."""
     lines = ["| | teacher | truncated teacher | student |", "|---|---|---|---|"]
     for row, form in ROWS.items():
-        values = [format(found[who][row], form) if row in found[who] else "–" for who in ("teacher", "truncated", "student")]
+        values = [
+            format(found[who][row], form) if row in found[who] else "–"
+            for who in ("teacher", "truncated", "student")
+        ]
         lines.append(f"| {row} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
 

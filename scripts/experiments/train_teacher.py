@@ -88,7 +88,9 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(text[:12_000_000].splitlines(keepends=True), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END
+    )
 
 
 def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
@@ -105,7 +107,9 @@ def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
     if not model.can_generate():
-        prompt = tokenizer(f"The old man looked at {MASK} sea, and said {MASK} word.", return_tensors="pt")
+        prompt = tokenizer(
+            f"The old man looked at {MASK} sea, and said {MASK} word.", return_tensors="pt"
+        )
         return tokenizer.decode(model(input_ids=prompt.input_ids).logits[0].argmax(-1))
     prompt = tokenizer("The old man looked at", return_tensors="pt")
     output = model.generate(
@@ -165,7 +169,9 @@ def main(
     for step in range(steps):
         rows = order[step * batch_size : (step + 1) * batch_size]
         offset = int(torch.randint(sequence_length, ()))
-        batch = torch.stack([ids[i : i + sequence_length] for i in (rows * sequence_length + offset)])
+        batch = torch.stack(
+            [ids[i : i + sequence_length] for i in (rows * sequence_length + offset)]
+        )
         batch[: batch_size // 4, 0] = tok.bos_token_id  # so that it can start from nothing
         progress = step / steps
         scale = min(1.0, (step + 1) / 50) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * progress)))
@@ -175,7 +181,11 @@ def main(
         if family == "bert" and step in (0, round(CAUSAL_SHARE * steps)):
             look_back_only(model, step == 0)
         looks_both_ways = family == "bert" and not model.config.is_decoder
-        asked: Any = mask_tokens(batch, tok.mask_token_id, seed + step, MASKED_SHARE) if looks_both_ways else batch
+        asked: Any = (
+            mask_tokens(batch, tok.mask_token_id, seed + step, MASKED_SHARE)
+            if looks_both_ways
+            else batch
+        )
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden, answers = logits_with_answers(
                 body(**make_forward_arguments(model.base_model, asked)).last_hidden_state, asked

@@ -36,7 +36,9 @@ def distilled(recipe, teacher, tokenizer) -> Any:
 
 
 def main(
-    recipes: Annotated[list[str], typer.Argument(help="recipes whose teachers are in folders of different names")],
+    recipes: Annotated[
+        list[str], typer.Argument(help="recipes whose teachers are in folders of different names")
+    ],
     out: Annotated[Path, typer.Option(help="folder of reports")] = Path("recipes/results"),
     text: Annotated[str, typer.Option(help="text to evaluate on")] = "recipes/text/books-test.txt",
     max_tokens: Annotated[int, typer.Option(help="tokens of it")] = 16_384,
@@ -62,7 +64,9 @@ def main(
                 ffns = student.kernel_ffns().values()
                 about = {
                     "recipe": name,
-                    "training_tokens": sum(s.tokens for s in recipe.stages) if make is distilled else 0,
+                    "training_tokens": sum(s.tokens for s in recipe.stages)
+                    if make is distilled
+                    else 0,
                     "text": text,
                     "prototypes": [ffn.config.prototypes for ffn in ffns],
                     "parameters": [sum(p.numel() for p in ffn.parameters()) for ffn in ffns],

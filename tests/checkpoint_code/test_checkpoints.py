@@ -64,14 +64,19 @@ def own_kernel(tmp_path, monkeypatch, registry):
 @pytest.fixture(scope="module")
 def students(make_teacher, ids):
     """A converted causal LM of every family."""
-    return {family: convert(make_teacher(family), calibration_ids=ids, calibration_tokens=256)[0] for family in FAMILIES}
+    return {
+        family: convert(make_teacher(family), calibration_ids=ids, calibration_tokens=256)[0]
+        for family in FAMILIES
+    }
 
 
 @pytest.fixture(scope="module")
 def folders(students, tmp_path_factory):
     made = {}
     for family, student in students.items():
-        made[family] = tmp_path_factory.mktemp(family) / "student"  # one base name: the code cache must keep them apart
+        made[family] = (
+            tmp_path_factory.mktemp(family) / "student"
+        )  # one base name: the code cache must keep them apart
         student.save_pretrained(made[family])
     return made
 
@@ -124,20 +129,39 @@ def elsewhere(students, folders, make_teacher, ids, run_elsewhere, tmp_path_fact
         logits = output(student, ids)
         add(f"{family}-causal", "AutoModelForCausalLM", folders[family], logits)
         add(f"{family}-base", "AutoModel", folders[family], output(student.base_model, ids))
-        add(f"{family}-resaved", "AutoModelForCausalLM", folders[family], logits, resave=str(scratch / family / "again"))
-        add(f"{family}-untrusted", "AutoModelForCausalLM", folders[family], None, trust_remote_code=False)
+        add(
+            f"{family}-resaved",
+            "AutoModelForCausalLM",
+            folders[family],
+            logits,
+            resave=str(scratch / family / "again"),
+        )
+        add(
+            f"{family}-untrusted",
+            "AutoModelForCausalLM",
+            folders[family],
+            None,
+            trust_remote_code=False,
+        )
 
         teacher = make_teacher(family, "classify")
         classifier, _ = convert(teacher, calibration_ids=ids, calibration_tokens=256)
         folder = scratch / f"{family}-classify" / "student"
         classifier.save_pretrained(folder)
-        add(f"{family}-classify", "AutoModelForSequenceClassification", folder, output(classifier, ids))
+        add(
+            f"{family}-classify",
+            "AutoModelForSequenceClassification",
+            folder,
+            output(classifier, ids),
+        )
 
         settings = {
             0: KernelFFNConfig(simplex="top-k", top_k=5),
             2: KernelFFNConfig(kernel="imq", simplex="sparsemax", intensity="gate"),
         }
-        partial, _ = convert(make_teacher(family), settings, calibration_ids=ids, calibration_tokens=256)
+        partial, _ = convert(
+            make_teacher(family), settings, calibration_ids=ids, calibration_tokens=256
+        )
         folder = scratch / f"{family}-partial" / "student"
         partial.save_pretrained(folder, max_shard_size="30KB")
         assert (folder / "model.safetensors.index.json").exists()
@@ -175,11 +199,20 @@ def test_config_json_rebuilds_without_the_registry(student, folder, family):
     activation = "activation_function" if family == "gpt2" else "hidden_act"
     assert written["model_type"] == f"kernel_{family}"
     assert "trust_remote_code=True" in written[activation]
-    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"} <= set(written["auto_map"])
+    assert {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+    } <= set(written["auto_map"])
     assert list(written["kernel_ffn"]["layers"]) == list(student.kernel_ffns())
-    assert getattr(load(folder).config, activation) == written["kernel_ffn"]["activation"][activation]
+    assert (
+        getattr(load(folder).config, activation) == written["kernel_ffn"]["activation"][activation]
+    )
     code = {file.stem for file in folder.glob("*.py")}
-    assert {name for name in code if name.startswith("modeling_kernel_")} == {f"modeling_kernel_{family}"}
+    assert {name for name in code if name.startswith("modeling_kernel_")} == {
+        f"modeling_kernel_{family}"
+    }
 
 
 def test_ties_are_kept(student, folder, family):
@@ -189,11 +222,20 @@ def test_ties_are_kept(student, folder, family):
         assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
 
 
-@pytest.mark.parametrize("tensor", ["input_prototypes.weight", "output_prototypes.bias", "log_ratio.epsilon", "units"])
-@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification])
+@pytest.mark.parametrize(
+    "tensor", ["input_prototypes.weight", "output_prototypes.bias", "log_ratio.epsilon", "units"]
+)
+@pytest.mark.parametrize(
+    "auto", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification]
+)
 def test_missing_ffn_tensors_are_named(damaged, student, tensor, auto):
     path = list(student.kernel_ffns())[1]
-    rewrite_tensors(damaged, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.endswith(f"{path}.{tensor}")])
+    rewrite_tensors(
+        damaged,
+        lambda tensors: [
+            tensors.pop(key) for key in list(tensors) if key.endswith(f"{path}.{tensor}")
+        ],
+    )
     with pytest.raises(ValueError, match=f"{path}.{tensor}".replace(".", r"\.")):
         load(damaged, auto)
 
@@ -261,7 +303,9 @@ def test_generation_with_and_without_cache_agrees(folder, ids):
     model = load(folder)
     prompt = ids[:2, :12]  # longer than Mistral's window
     runs = [
-        model.generate(prompt, max_new_tokens=16, min_new_tokens=16, do_sample=False, use_cache=cache)
+        model.generate(
+            prompt, max_new_tokens=16, min_new_tokens=16, do_sample=False, use_cache=cache
+        )
         for cache in (True, False)
     ]
     assert runs[0].shape == (2, 28)
@@ -288,7 +332,9 @@ def test_bfloat16(student, folder, ids):
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     [ffn, *_] = half.kernel_ffns().values()
     [exact, *_] = student.kernel_ffns().values()
-    assert ffn.positive("scale").item() == exact.positive("scale").item()  # the reference values stay exact
+    assert (
+        ffn.positive("scale").item() == exact.positive("scale").item()
+    )  # the reference values stay exact
     expected, found = output(student, ids), output(half, ids).float()
     assert torch.isfinite(found).all()
     assert (found - expected).square().mean() < 0.02 * expected.var()
@@ -307,7 +353,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(folder, ids):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
-    assert all(g.abs().sum() > 0 for n, g in gradients[0].items() if n.endswith("prototypes.weight"))
+    assert all(
+        g.abs().sum() > 0 for n, g in gradients[0].items() if n.endswith("prototypes.weight")
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -315,27 +363,39 @@ def test_compiles_as_one_graph(student, ids, backend):
     torch._dynamo.reset()
     compiled = torch.compile(student, fullgraph=True, backend=backend)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(ids, use_cache=False).logits, student(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            compiled(ids, use_cache=False).logits, student(ids).logits, rtol=1e-4, atol=1e-4
+        )
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
-    "settings", [{"values": "gated"}, {"kernel": "gaussian", "simplex": "entmax-1.5", "intensity": "gate"}], ids=str
+    "settings",
+    [{"values": "gated"}, {"kernel": "gaussian", "simplex": "entmax-1.5", "intensity": "gate"}],
+    ids=str,
 )
 def test_other_forms_compile_as_one_graph(llama, ids, settings):
-    student, _ = convert(llama, KernelFFNConfig(**settings), layers="1", calibration_ids=ids, calibration_tokens=256)
+    student, _ = convert(
+        llama, KernelFFNConfig(**settings), layers="1", calibration_ids=ids, calibration_tokens=256
+    )
     torch._dynamo.reset()
     compiled = torch.compile(student, fullgraph=True, backend="eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(ids, use_cache=False).logits, student(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            compiled(ids, use_cache=False).logits, student(ids).logits, rtol=1e-4, atol=1e-4
+        )
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification])
+@pytest.mark.parametrize(
+    "auto", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification]
+)
 def test_one_record_per_converted_layer(folder, ids, auto):
     model, written = load(folder, auto), []
     ffns = [module for module in model.modules() if type(module).__name__ == KernelFFN.__name__]
-    hooks = [ffn.register_forward_hook(lambda module, args, out: written.append(out)) for ffn in ffns]
+    hooks = [
+        ffn.register_forward_hook(lambda module, args, out: written.append(out)) for ffn in ffns
+    ]
     with torch.no_grad():
         out = model(ids, output_readouts=True)
         as_tuple = model(ids, output_readouts=True, return_dict=False)
@@ -351,7 +411,9 @@ def test_one_record_per_converted_layer(folder, ids, auto):
     assert torch.equal(plain[0], out[0])
 
 
-def test_a_users_own_kernel_travels_as_its_own_file(own_kernel, llama, students, folders, ids, run_elsewhere, tmp_path):
+def test_a_users_own_kernel_travels_as_its_own_file(
+    own_kernel, llama, students, folders, ids, run_elsewhere, tmp_path
+):
     student, _ = convert(llama, own_kernel(), calibration_ids=ids, calibration_tokens=256)
     folder = tmp_path / "mine" / "student"
     student.save_pretrained(folder)
@@ -394,8 +456,16 @@ def test_a_kernel_of_the_main_script_does_not_travel(registry, llama, ids, tmp_p
         return 1 / (1 + distance2)
 
     kernel_class = type("Scratch", (Kernel,), {"value": value, "__module__": "__main__"})
-    register_kernel(kernel_class("scratch", nonnegative=True, positive_definite=True, uses_distance=True))
-    student, _ = convert(llama, KernelFFNConfig(kernel="scratch"), layers="0", calibration_ids=ids, calibration_tokens=256)
+    register_kernel(
+        kernel_class("scratch", nonnegative=True, positive_definite=True, uses_distance=True)
+    )
+    student, _ = convert(
+        llama,
+        KernelFFNConfig(kernel="scratch"),
+        layers="0",
+        calibration_ids=ids,
+        calibration_tokens=256,
+    )
     refused_at_save(student, tmp_path / "out", "'scratch' stands in '__main__'.*file of their own")
     assert "scratch" in KERNELS
 
@@ -408,7 +478,11 @@ def test_a_kernel_of_the_main_script_does_not_travel(registry, llama, ids, tmp_p
         "from hf_kernel_ffn import KernelFFNConfig",
     ],
 )
-def test_a_kernel_file_that_needs_more_of_the_package_does_not_travel(own_kernel, llama, ids, tmp_path, line):
-    settings = own_kernel(source=OWN_KERNEL.replace("from hf_kernel_ffn", f"{line}\nfrom hf_kernel_ffn", 1))
+def test_a_kernel_file_that_needs_more_of_the_package_does_not_travel(
+    own_kernel, llama, ids, tmp_path, line
+):
+    settings = own_kernel(
+        source=OWN_KERNEL.replace("from hf_kernel_ffn", f"{line}\nfrom hf_kernel_ffn", 1)
+    )
     student, _ = convert(llama, settings, layers="0", calibration_ids=ids, calibration_tokens=256)
     refused_at_save(student, tmp_path / "out", "hf_kernel_ffn")

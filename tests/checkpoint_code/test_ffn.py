@@ -13,19 +13,30 @@ from torch import nn
 from hf_kernel_ffn import register_kernel
 from hf_kernel_ffn.checkpoint_code.kernels import Kernel
 
-SIMPLEX, INTENSITY = ("softmax", "sparsemax", "entmax-1.5", "top-k", "threshold"), ("none", "mass", "gate")
+SIMPLEX, INTENSITY = (
+    ("softmax", "sparsemax", "entmax-1.5", "top-k", "threshold"),
+    ("none", "mass", "gate"),
+)
 COMBINATIONS = [
     {"kernel": kernel, "simplex": simplex, "intensity": intensity, "values": values}
     for kernel, simplex, intensity, values in itertools.product(
-        ("exponential", "gaussian", "imq", "yat", "exponential-yat", "half-yat"), SIMPLEX, INTENSITY, ("fixed", "gated")
+        ("exponential", "gaussian", "imq", "yat", "exponential-yat", "half-yat"),
+        SIMPLEX,
+        INTENSITY,
+        ("fixed", "gated"),
     )
 ]
 # Mass at τ ≠ 1, where coefficients are not the kernel itself.
 COMBINATIONS += [
-    {"kernel": "half-yat", "simplex": s, "intensity": "mass", "values": "fixed", "temperature": 0.6} for s in SIMPLEX
+    {"kernel": "half-yat", "simplex": s, "intensity": "mass", "values": "fixed", "temperature": 0.6}
+    for s in SIMPLEX
 ]
-combination = pytest.mark.parametrize("settings", COMBINATIONS, ids=lambda s: "-".join(map(str, s.values())))
-regime = pytest.mark.parametrize("settings", COMBINATIONS[-35:], ids=lambda s: "-".join(map(str, s.values())))  # half-yat
+combination = pytest.mark.parametrize(
+    "settings", COMBINATIONS, ids=lambda s: "-".join(map(str, s.values()))
+)
+regime = pytest.mark.parametrize(
+    "settings", COMBINATIONS[-35:], ids=lambda s: "-".join(map(str, s.values()))
+)  # half-yat
 
 
 def silence(ffn):
@@ -39,7 +50,9 @@ def test_forward_is_the_formula(settings):
     ffn, x = make_layer(**settings), inputs()
     expected = [reference.layer(ffn, row) for row in x.numpy()]
     with torch.no_grad():
-        np.testing.assert_allclose(ffn.coefficients(x), [c for c, _ in expected], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            ffn.coefficients(x), [c for c, _ in expected], rtol=1e-9, atol=1e-12
+        )
         np.testing.assert_allclose(ffn(x), [y for _, y in expected], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(ffn(x.reshape(2, 3, D)), ffn(x).reshape(2, 3, D))
 
@@ -55,7 +68,10 @@ def test_gradients_with_respect_to_input_and_every_parameter(settings):
 
     parameters = [p.detach().requires_grad_() for p in ffn.parameters()]
     assert torch.autograd.gradcheck(function, (x, *parameters), rtol=1e-4, atol=1e-6)
-    if not (settings["kernel"] == "half-yat" or settings["simplex"] in ("sparsemax", "entmax-1.5", "top-k", "threshold")):
+    if not (
+        settings["kernel"] == "half-yat"
+        or settings["simplex"] in ("sparsemax", "entmax-1.5", "top-k", "threshold")
+    ):
         gradients = torch.autograd.grad(function(x, *parameters).square().sum(), parameters)
         assert all(g.abs().sum() > 0 for g in gradients)  # every parameter takes part
 
@@ -81,7 +97,9 @@ def test_record_sums_to_the_output_and_obeys_its_regime(settings):
     else:
         torch.testing.assert_close(record.coefficients, mixture)
         assert (record.coefficients >= 0).all()
-        assert ffn.config.settings.regime == ("convex" if settings["intensity"] == "none" else "conic")
+        assert ffn.config.settings.regime == (
+            "convex" if settings["intensity"] == "none" else "conic"
+        )
     if settings["intensity"] == "none":
         torch.testing.assert_close(record.intensity, fires)
     if settings["simplex"] == "top-k":
@@ -142,12 +160,18 @@ def test_positive_parameters_never_reach_zero_or_infinity(push):
     nn.init.constant_(ffn.log_ratio["temperature"], push)
     assert 0 < ffn.positive("epsilon").item() < math.inf
     assert 0 < ffn.positive("temperature").item() < math.inf
-    x = torch.cat([inputs().float(), ffn.input_prototypes.weight.detach()])  # where ε keeps x = w from 1/0
+    x = torch.cat(
+        [inputs().float(), ffn.input_prototypes.weight.detach()]
+    )  # where ε keeps x = w from 1/0
     assert torch.isfinite(ffn(x)).all()
 
 
-@pytest.mark.parametrize("kernel", ["gaussian", "imq", "yat", "half-yat", "exponential", "exponential-yat"])
-@pytest.mark.parametrize("simplex, intensity", [("softmax", "mass"), ("entmax-1.5", "mass"), ("sparsemax", "none")])
+@pytest.mark.parametrize(
+    "kernel", ["gaussian", "imq", "yat", "half-yat", "exponential", "exponential-yat"]
+)
+@pytest.mark.parametrize(
+    "simplex, intensity", [("softmax", "mass"), ("entmax-1.5", "mass"), ("sparsemax", "none")]
+)
 def test_zero_input_and_zero_rows(kernel, simplex, intensity):
     ffn = make_layer(torch.float32, kernel=kernel, simplex=simplex, intensity=intensity)
     with torch.no_grad():
@@ -155,7 +179,10 @@ def test_zero_input_and_zero_rows(kernel, simplex, intensity):
         x = torch.stack([torch.zeros(D), ffn.input_prototypes.weight[1]]).requires_grad_()
     y = ffn(x)
     np.testing.assert_allclose(
-        y.detach(), [reference.layer(ffn, r)[1] for r in x.detach().double().numpy()], rtol=1e-4, atol=1e-5
+        y.detach(),
+        [reference.layer(ffn, r)[1] for r in x.detach().double().numpy()],
+        rtol=1e-4,
+        atol=1e-5,
     )
     y.sum().backward()
     assert all(torch.isfinite(t.grad).all() for t in (x, *ffn.parameters()))
@@ -163,10 +190,14 @@ def test_zero_input_and_zero_rows(kernel, simplex, intensity):
 
 @pytest.mark.parametrize("norm", [1e-6, 1e-3, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize("kernel", ["imq", "yat", "half-yat"])
-@pytest.mark.parametrize("simplex, intensity", [("softmax", "mass"), ("softmax", "none"), ("entmax-1.5", "gate")])
+@pytest.mark.parametrize(
+    "simplex, intensity", [("softmax", "mass"), ("softmax", "none"), ("entmax-1.5", "gate")]
+)
 def test_every_norm_on_prototypes_and_between_them(kernel, norm, simplex, intensity):
     """ε is relative to ‖x‖², as a conversion sets it; float32 then keeps three digits of the float64 answer."""
-    ffn = make_layer(torch.float32, kernel=kernel, simplex=simplex, intensity=intensity, epsilon=0.02 * norm**2)
+    ffn = make_layer(
+        torch.float32, kernel=kernel, simplex=simplex, intensity=intensity, epsilon=0.02 * norm**2
+    )
     with torch.no_grad():
         weight = ffn.input_prototypes.weight
         weight.mul_(norm / weight.norm(dim=-1, keepdim=True))
@@ -183,10 +214,14 @@ def test_every_norm_on_prototypes_and_between_them(kernel, norm, simplex, intens
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("settings", COMBINATIONS[::2], ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize(
+    "settings", COMBINATIONS[::2], ids=lambda s: "-".join(map(str, s.values()))
+)
 def test_half_precision_is_finite_and_keeps_its_dtype(dtype, settings):
     ffn = make_layer(dtype, **settings)
-    x = torch.cat([inputs().to(dtype), ffn.input_prototypes.weight.detach(), torch.zeros(1, D, dtype=dtype)]).requires_grad_()
+    x = torch.cat(
+        [inputs().to(dtype), ffn.input_prototypes.weight.detach(), torch.zeros(1, D, dtype=dtype)]
+    ).requires_grad_()
     y = ffn(x)
     assert y.dtype == dtype
     assert torch.isfinite(y).all()
@@ -196,7 +231,9 @@ def test_half_precision_is_finite_and_keeps_its_dtype(dtype, settings):
     assert np.abs(y.detach().double().numpy() - expected).max() <= 0.05 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("dtype, autocast", [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)])
+@pytest.mark.parametrize(
+    "dtype, autocast", [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)]
+)
 def test_half_precision_distances_do_not_cancel(dtype, autocast):
     """Inputs near a prototype of norm 12: the distance is small against ‖x‖², and what a rounded x·w leaves of it is noise."""
     ffn = make_layer(dtype, kernel="gaussian", simplex="softmax", intensity="none", size=64)
@@ -211,17 +248,23 @@ def test_half_precision_distances_do_not_cancel(dtype, autocast):
 
 @pytest.mark.parametrize("norm", [1e-6, 1e-3, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kernel", ["exponential", "gaussian", "imq", "yat", "exponential-yat", "half-yat"])
+@pytest.mark.parametrize(
+    "kernel", ["exponential", "gaussian", "imq", "yat", "exponential-yat", "half-yat"]
+)
 def test_convex_readouts_are_finite_at_every_norm(kernel, dtype, norm):
     """A mixture of the dictionary is representable whatever the kernel is, x·w beyond float16 included."""
-    ffn = make_layer(dtype, kernel=kernel, simplex="softmax", intensity="none", epsilon=0.02 * norm**2)
+    ffn = make_layer(
+        dtype, kernel=kernel, simplex="softmax", intensity="none", epsilon=0.02 * norm**2
+    )
     with torch.no_grad():
         weight = ffn.input_prototypes.weight
         weight.copy_(weight.float() * (norm / weight.float().norm(dim=-1, keepdim=True)))
         x = torch.cat([weight, (inputs().float() * norm / 2).to(dtype)])
         y = ffn(x)
         assert torch.isfinite(y).all()
-        largest = ffn.output_prototypes.weight.abs().amax() + ffn.output_prototypes.bias.abs().amax()
+        largest = (
+            ffn.output_prototypes.weight.abs().amax() + ffn.output_prototypes.bias.abs().amax()
+        )
         assert (y.abs() <= 1.01 * largest).all()
 
 
@@ -247,14 +290,18 @@ class Block(nn.Module):
         return self.ffn(x)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}], ids=str
+)
 def test_adapters_change_the_norms_too(options):
     """An adapted layer computes what it computes once the adapter is merged into the weights."""
     peft = pytest.importorskip("peft")
     block = Block(make_layer(kernel="half-yat", simplex="softmax", intensity="mass", size=8))
     x = inputs(6, 8)
     before = block(x).detach()
-    config = peft.LoraConfig(r=2, target_modules=["input_prototypes", "output_prototypes"], **options)
+    config = peft.LoraConfig(
+        r=2, target_modules=["input_prototypes", "output_prototypes"], **options
+    )
     adapted = peft.get_peft_model(block, config).eval()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -274,7 +321,9 @@ def test_adapters_change_the_norms_too(options):
 def test_adapters_train_through_the_norms():
     peft = pytest.importorskip("peft")
     block = Block(make_layer(kernel="gaussian", simplex="softmax", intensity="mass"))
-    adapted = peft.get_peft_model(block, peft.LoraConfig(r=2, target_modules=["input_prototypes"])).eval()
+    adapted = peft.get_peft_model(
+        block, peft.LoraConfig(r=2, target_modules=["input_prototypes"])
+    ).eval()
     weights = {n: p for n, p in adapted.named_parameters() if "lora_" in n}
     with torch.no_grad():
         for parameter in weights.values():
@@ -289,7 +338,9 @@ def test_adapters_train_through_the_norms():
                 parameter.add_(step * direction)
                 steps.append(adapted(x).square().sum())
                 parameter.sub_(step * direction)
-        assert ((steps[0] - steps[1]) / 2e-5).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-5), name
+        assert ((steps[0] - steps[1]) / 2e-5).item() == pytest.approx(
+            (gradient * direction).sum().item(), rel=1e-5
+        ), name
 
 
 def test_frozen_norms_would_be_stale():
@@ -298,7 +349,9 @@ def test_frozen_norms_would_be_stale():
     ffn(x)
     with torch.no_grad():
         ffn.input_prototypes.weight.mul_(3)
-    np.testing.assert_allclose(ffn(x).detach(), [reference.layer(ffn, row)[1] for row in x.numpy()], rtol=1e-9)
+    np.testing.assert_allclose(
+        ffn(x).detach(), [reference.layer(ffn, row)[1] for row in x.numpy()], rtol=1e-9
+    )
 
 
 def test_top_k_keeps_the_nearest_where_the_kernel_underflows():
@@ -319,4 +372,6 @@ def test_thresholds_are_fitted_where_the_kernel_under_or_overflows(kernel, scale
         assert torch.isfinite(ffn.log_threshold()).all()
         kept = (ffn.readout(x).shares > 0).sum().item()
     assert 1 <= kept <= TOP_K * len(x)
-    assert (ffn.kernel.log(*ffn.scores(x), **ffn.kernel_parameters()) >= ffn.log_threshold()).sum() == TOP_K * len(x)
+    assert (
+        ffn.kernel.log(*ffn.scores(x), **ffn.kernel_parameters()) >= ffn.log_threshold()
+    ).sum() == TOP_K * len(x)

@@ -39,10 +39,16 @@ BOXCAR = Boxcar("boxcar", nonnegative=True, positive_definite=False, uses_distan
 def gram(kernel, points, b=None, **parameters):
     """Gram matrix over augmented points (w, b) in float64."""
     points = torch.as_tensor(points, dtype=torch.float64)
-    b = torch.zeros(len(points), dtype=torch.float64) if b is None else torch.as_tensor(b, dtype=torch.float64)
+    b = (
+        torch.zeros(len(points), dtype=torch.float64)
+        if b is None
+        else torch.as_tensor(b, dtype=torch.float64)
+    )
     score = points @ points.T + b[:, None] * b * kernel.uses_bias
     distance2 = (points[:, None] - points).square().sum(-1)
-    parameters = {name: torch.tensor(value, dtype=torch.float64) for name, value in parameters.items()}
+    parameters = {
+        name: torch.tensor(value, dtype=torch.float64) for name, value in parameters.items()
+    }
     return kernel.value(score, distance2 if kernel.uses_distance else None, **parameters)
 
 
@@ -59,20 +65,34 @@ def points_and_biases(size=2.0):
 def test_value_and_log_are_the_formula(name):
     kernel, generator = KERNELS[name], torch.Generator().manual_seed(0)
     x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
-    w = torch.cat([torch.randn(5, 4, generator=generator, dtype=torch.float64), x[:1]])  # one prototype on an input
+    w = torch.cat(
+        [torch.randn(5, 4, generator=generator, dtype=torch.float64), x[:1]]
+    )  # one prototype on an input
     b = torch.randn(6, generator=generator, dtype=torch.float64) * kernel.uses_bias
     parameters = {key: torch.tensor([0.3], dtype=torch.float64) for key in kernel.parameters}
     score, distance2 = x @ w.T + b, (x[:, None] - w).square().sum(-1)
     plain = dict.fromkeys(parameters, 0.3)
-    expected = [[reference.KERNELS[name](x_.numpy(), w_.numpy(), b_.item(), **plain) for w_, b_ in zip(w, b)] for x_ in x]
+    expected = [
+        [
+            reference.KERNELS[name](x_.numpy(), w_.numpy(), b_.item(), **plain)
+            for w_, b_ in zip(w, b)
+        ]
+        for x_ in x
+    ]
     expected = torch.tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(kernel.value(score, distance2, **parameters), expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(kernel.log(score, distance2, **parameters).exp(), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        kernel.value(score, distance2, **parameters), expected, rtol=1e-12, atol=1e-14
+    )
+    torch.testing.assert_close(
+        kernel.log(score, distance2, **parameters).exp(), expected, rtol=1e-12, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("name", ["yat", "exponential-yat", "half-yat"])
 def test_log_is_minus_infinity_without_gradient_where_nothing_fires(name):
-    score = torch.tensor([0.0, -2.0 if name == "half-yat" else 0.0], dtype=torch.float64, requires_grad=True)
+    score = torch.tensor(
+        [0.0, -2.0 if name == "half-yat" else 0.0], dtype=torch.float64, requires_grad=True
+    )
     parameters = dict.fromkeys(KERNELS[name].parameters, torch.tensor(1.0))
     log = KERNELS[name].log(score, torch.ones(2, dtype=torch.float64), **parameters)
     assert (log == -math.inf).all()
@@ -146,7 +166,9 @@ def test_registration_refuses_what_it_cannot_use(registry):
     with pytest.raises(ValueError, match="'yat' is already registered"):
         register_kernel(Linear("yat", nonnegative=True, positive_definite=True))
     assert type(registry["yat"]).__name__ == "Yat"
-    with pytest.raises(ValueError, match="'cosine'.*exponential, gaussian, imq, yat, exponential-yat, half-yat"):
+    with pytest.raises(
+        ValueError, match="'cosine'.*exponential, gaussian, imq, yat, exponential-yat, half-yat"
+    ):
         get_kernel("cosine")
     with pytest.raises(NotImplementedError, match="'empty'"):
         Kernel("empty", nonnegative=True, positive_definite=True).value(torch.ones(1), None)

@@ -24,7 +24,10 @@ def compare(ffn, exact, x):
     expected = exact(double)
     coefficients = exact.coefficients(double).detach()
     limit = 0.5 * torch.finfo(dtype).max
-    if not all(torch.isfinite(t).all() and (t.numel() == 0 or t.abs().max() < limit) for t in (expected, coefficients)):
+    if not all(
+        torch.isfinite(t).all() and (t.numel() == 0 or t.abs().max() < limit)
+        for t in (expected, coefficients)
+    ):
         return False
     found = ffn(x)
     assert found.dtype == dtype and found.shape == expected.shape
@@ -34,31 +37,46 @@ def compare(ffn, exact, x):
         log_kernel = exact.kernel.log(score, distance2, **exact.kernel_parameters())
         log_size = torch.where(log_kernel.isfinite(), log_kernel.abs(), 0.0)
     # Distances are sums that cancel near a prototype: of ‖x − w‖² + ε, at least a hundredth of what is added up, this share is noise.
-    unsure = 8 * torch.finfo(torch.float32).eps / 0.01 if x.numel() and distance2 is not None else 0.0
-    if exact.config.settings.kernel == "exponential-yat":  # where log κ itself, not its exponential, goes with that sum
+    unsure = (
+        8 * torch.finfo(torch.float32).eps / 0.01 if x.numel() and distance2 is not None else 0.0
+    )
+    if (
+        exact.config.settings.kernel == "exponential-yat"
+    ):  # where log κ itself, not its exponential, goes with that sum
         unsure *= max(1.0, log_size.max().item()) if x.numel() else 0.0
     close = not undecided(exact, x) and unsure < 0.5
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     if close:  # within the roundings of one mixture: of what is added up, not of what is left of it
         scale = (
-            coefficients.abs() @ exact.output_prototypes.weight.detach().T.abs() + exact.output_prototypes.bias.detach().abs()
+            coefficients.abs() @ exact.output_prototypes.weight.detach().T.abs()
+            + exact.output_prototypes.bias.detach().abs()
         )
         room = 1e-3 if dtype == torch.float32 else 8 * eps
         if exact.config.settings.values == "gated":
             room = 4 * room  # u·x is one more rounded product
         room = room + 2 * unsure
         error = (found.detach().double() - expected.detach()).abs()
-        assert (error <= room * scale + tiny).all(), f"forward is off by {(error / (scale + tiny)).max():.2g}"
+        assert (error <= room * scale + tiny).all(), (
+            f"forward is off by {(error / (scale + tiny)).max():.2g}"
+        )
 
     natural = steep = through_score = 0.0
     direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    if close and expected.numel():  # what is added up in a gradient with respect to the logarithm of anything
+    if (
+        close and expected.numel()
+    ):  # what is added up in a gradient with respect to the logarithm of anything
         natural = (direction.double().abs() * scale).sum().item()
         with torch.no_grad():
-            written = direction.double().abs() @ exact.output_prototypes.weight.double().abs() * coefficients.abs()
+            written = (
+                direction.double().abs()
+                @ exact.output_prototypes.weight.double().abs()
+                * coefficients.abs()
+            )
             steep = (written * log_size).sum().item()  # where c goes with an exponential of log κ
             grows = log_size if exact.config.settings.kernel in EXPONENTIALS else 1.0
-            through_score = (written * grows / score.abs().clamp_min(1e-30)).sum().item()  # d log s = ds / s
+            through_score = (
+                (written * grows / score.abs().clamp_min(1e-30)).sum().item()
+            )  # d log s = ds / s
     expected.backward(direction.double())
     found.backward(direction)
     truth = {name: p.grad for name, p in exact.named_parameters()} | {"x": double.grad}
@@ -75,14 +93,30 @@ def compare(ffn, exact, x):
         assert mine is not None and torch.isfinite(mine).all(), f"gradient of {name} is not finite"
         if close:
             of = (
-                dict(exact.named_parameters()).get(name, double).detach().abs().max().item() if "log_ratio" not in name else 1.0
+                dict(exact.named_parameters()).get(name, double).detach().abs().max().item()
+                if "log_ratio" not in name
+                else 1.0
             )
-            added = natural + steep if exact.config.settings.kernel in EXPONENTIALS or "temperature" in name else natural
-            others = {"input_prototypes.bias": 1.0, "x": row_size, "input_prototypes.weight": input_size}
+            added = (
+                natural + steep
+                if exact.config.settings.kernel in EXPONENTIALS or "temperature" in name
+                else natural
+            )
+            others = {
+                "input_prototypes.bias": 1.0,
+                "x": row_size,
+                "input_prototypes.weight": input_size,
+            }
             added = added / max(of, 1e-30) + through_score * others.get(name, 0.0)
-            room = (BACKWARD_ROOM[dtype] + 2 * unsure) * largest + (8 * eps + 2 * unsure) * added + 1e3 * tiny
+            room = (
+                (BACKWARD_ROOM[dtype] + 2 * unsure) * largest
+                + (8 * eps + 2 * unsure) * added
+                + 1e3 * tiny
+            )
             off = (mine.double() - gradient).abs().max().item()
-            assert off <= room, f"gradient of {name} is off by {off:.2g} of {largest:.2g}, {added:.2g}"
+            assert off <= room, (
+                f"gradient of {name} is off by {off:.2g} of {largest:.2g}, {added:.2g}"
+            )
     return True
 
 
@@ -102,7 +136,9 @@ ANY = given(
 
 
 def check(kernel, simplex, intensity, values, dtype, kind, log_norm, log_row, seed):
-    ffn, exact, x = module(kernel, simplex, intensity, values, kind, 10**log_norm, 10**log_row, seed, dtype)
+    ffn, exact, x = module(
+        kernel, simplex, intensity, values, kind, 10**log_norm, 10**log_row, seed, dtype
+    )
     CASES["compared" if compare(ffn, exact, x) else "not representable"] += 1
 
 

@@ -49,7 +49,9 @@ def small_blocks(monkeypatch):
 
 
 @dense
-@pytest.mark.parametrize("limit", [2**28, 40 * P * 8, 1], ids=["kept", "in chunks", "token by token"])
+@pytest.mark.parametrize(
+    "limit", [2**28, 40 * P * 8, 1], ids=["kept", "in chunks", "token by token"]
+)
 def test_one_pass_is_the_plain_form_with_its_gradients(settings, limit, small_blocks):
     for seed in range(3):
         ffn, x = make_layer(**settings), inputs(50, seed=seed).reshape(2, 25, D)
@@ -57,7 +59,9 @@ def test_one_pass_is_the_plain_form_with_its_gradients(settings, limit, small_bl
         assert ffn._has_one_pass(x)
         found, expected = gradients(ffn, ffn, x), gradients(ffn, partial(plainly, ffn), x)
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
+            )
         with torch.no_grad():
             torch.testing.assert_close(ffn(x), expected["y"], rtol=1e-9, atol=1e-11)
 
@@ -142,7 +146,9 @@ def test_half_precision_and_autocast_keep_to_the_plain_form(dtype):
 
 def test_peak_memory_is_bounded_by_the_setting():
     measuring = pytest.importorskip("hf_kernel_ffn.gpu.measuring")
-    ffn = make_layer(torch.float32, size=16, count=512, kernel="half-yat", simplex="softmax", intensity="mass")
+    ffn = make_layer(
+        torch.float32, size=16, count=512, kernel="half-yat", simplex="softmax", intensity="mass"
+    )
     x = torch.randn(2048, 16)  # 4 MiB of scores
 
     def step():
@@ -163,12 +169,15 @@ def test_hooks_and_adapters_see_the_plain_form():
 
 
 @pytest.mark.parametrize(
-    "kernel, values", [("half-yat", "fixed"), ("half-yat", "gated"), ("yat", "fixed"), ("gaussian", "fixed")]
+    "kernel, values",
+    [("half-yat", "fixed"), ("half-yat", "gated"), ("yat", "fixed"), ("gaussian", "fixed")],
 )
 @pytest.mark.parametrize("simplex", SPARSE)
 @pytest.mark.parametrize("intensity", ["mass", "none"])
 def test_sparse_decode_reads_the_active_prototypes_alone(kernel, simplex, values, intensity):
-    ffn = make_layer(kernel=kernel, simplex=simplex, intensity=intensity, values=values, count=64).eval()
+    ffn = make_layer(
+        kernel=kernel, simplex=simplex, intensity=intensity, values=values, count=64
+    ).eval()
     x = inputs(8)
     with torch.no_grad():
         expected = ffn(x)
@@ -182,20 +191,32 @@ def test_sparse_decode_reads_the_active_prototypes_alone(kernel, simplex, values
 
 
 def test_a_model_that_has_decoded_is_saved_as_before(llama, ids, tmp_path):
-    student, _ = convert(llama, KernelFFNConfig(simplex="top-k", top_k=5), calibration_tokens=0, copy=True)
+    student, _ = convert(
+        llama, KernelFFNConfig(simplex="top-k", top_k=5), calibration_tokens=0, copy=True
+    )
     student.save_pretrained(tmp_path / "before")
     student.generate(ids[:1, :4], max_new_tokens=4, do_sample=False)
-    assert all(ffn.output_prototypes.weight.T.is_contiguous() for ffn in student.kernel_ffns().values())
+    assert all(
+        ffn.output_prototypes.weight.T.is_contiguous() for ffn in student.kernel_ffns().values()
+    )
     student.save_pretrained(tmp_path / "after")
     export_surgery(student, tmp_path / "after.safetensors")
-    assert (tmp_path / "before" / "model.safetensors").read_bytes() == (tmp_path / "after" / "model.safetensors").read_bytes()
+    assert (tmp_path / "before" / "model.safetensors").read_bytes() == (
+        tmp_path / "after" / "model.safetensors"
+    ).read_bytes()
     again = apply_surgery(tmp_path / "after.safetensors", llama)
     assert all(torch.equal(p, student.state_dict()[name]) for name, p in again.state_dict().items())
 
 
 def test_the_layout_for_decoding_changes_nothing_else():
-    ffn, x = make_layer(kernel="half-yat", simplex="top-k", intensity="mass", count=64).eval(), inputs(8)
-    before, weight = {n: p.clone() for n, p in ffn.state_dict().items()}, ffn.output_prototypes.weight
+    ffn, x = (
+        make_layer(kernel="half-yat", simplex="top-k", intensity="mass", count=64).eval(),
+        inputs(8),
+    )
+    before, weight = (
+        {n: p.clone() for n, p in ffn.state_dict().items()},
+        ffn.output_prototypes.weight,
+    )
     with torch.inference_mode():
         ffn(x[:1])
     assert ffn.output_prototypes.weight is weight and weight.T.is_contiguous()
@@ -205,7 +226,9 @@ def test_the_layout_for_decoding_changes_nothing_else():
 
 
 def assign(ffn):
-    ffn.load_state_dict({name: 2 * tensor for name, tensor in ffn.state_dict().items()}, assign=True)
+    ffn.load_state_dict(
+        {name: 2 * tensor for name, tensor in ffn.state_dict().items()}, assign=True
+    )
 
 
 def one_row(row):
@@ -217,7 +240,9 @@ def one_row(row):
 
 def merge_an_adapter(ffn):
     peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(ffn, peft.LoraConfig(target_modules=["input_prototypes"], init_lora_weights=False))
+    adapted = peft.get_peft_model(
+        ffn, peft.LoraConfig(target_modules=["input_prototypes"], init_lora_weights=False)
+    )
     adapted.merge_and_unload()
 
 
@@ -226,13 +251,17 @@ CHANGES = {
     "in place": lambda ffn: ffn.input_prototypes.weight.mul_(1.5),
     "through data": lambda ffn: ffn.input_prototypes.weight.data.mul_(1.5),
     **{f"row {row} through data": one_row(row) for row in range(P)},
-    "loaded": lambda ffn: ffn.load_state_dict({name: 2 * tensor for name, tensor in ffn.state_dict().items()}),
+    "loaded": lambda ffn: ffn.load_state_dict(
+        {name: 2 * tensor for name, tensor in ffn.state_dict().items()}
+    ),
     "assigned": assign,
     "a merged adapter": merge_an_adapter,
     "another layout": lambda ffn: setattr(
         ffn.input_prototypes.weight, "data", ffn.input_prototypes.weight.T.contiguous().T * 2
     ),
-    "a step": lambda ffn: torch.optim.SGD([p for p in ffn.parameters() if p.grad is not None], 0.1).step(),
+    "a step": lambda ffn: torch.optim.SGD(
+        [p for p in ffn.parameters() if p.grad is not None], 0.1
+    ).step(),
 }
 
 
@@ -270,7 +299,11 @@ def test_hidden_dropout_is_not_passed_over():
     assert ffn.eval()._has_one_pass(x)
 
 
-SETTINGS = [dict(simplex="softmax", values="gated"), dict(simplex="softmax"), dict(simplex="top-k", top_k=3)]
+SETTINGS = [
+    dict(simplex="softmax", values="gated"),
+    dict(simplex="softmax"),
+    dict(simplex="top-k", top_k=3),
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -305,14 +338,21 @@ def test_compiled_gradients_run_in_one_pass_too(settings):
         x = inputs(length, seed=length).float()[None]
         found, expected = gradients(ffn, compiled, x), gradients(ffn, ffn, x)
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-    assert any("mixture" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes)
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+            )
+    assert any(
+        "mixture" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes
+    )
     assert counter.frame_count <= 3
     torch._dynamo.reset()
 
 
 def test_sparse_gated_values_are_computed_once():
-    ffn, calls = make_layer(kernel="half-yat", simplex="top-k", intensity="mass", values="gated"), []
+    ffn, calls = (
+        make_layer(kernel="half-yat", simplex="top-k", intensity="mass", values="gated"),
+        [],
+    )
     ffn.value_proj.register_forward_hook(lambda *_: calls.append(1))
     ffn(inputs())
     assert len(calls) == 1
@@ -332,17 +372,36 @@ def test_only_linear_modules_are_plain():
 def test_one_token_of_any_length_is_close_to_float64(kernel, dtype, norm):
     compared = 0
     for kind in ("random", "zero", "at a prototype", "nothing fires"):
-        for simplex, values in (("softmax", "fixed"), ("top-k", "fixed"), ("top-k", "gated"), ("threshold", "fixed")):
-            ffn, exact, x = numbers_cases.module(kernel, simplex, "mass", values, kind, norm, 1.0, 0, dtype)
+        for simplex, values in (
+            ("softmax", "fixed"),
+            ("top-k", "fixed"),
+            ("top-k", "gated"),
+            ("threshold", "fixed"),
+        ):
+            ffn, exact, x = numbers_cases.module(
+                kernel, simplex, "mass", values, kind, norm, 1.0, 0, dtype
+            )
             x = x[:1, :1]
             for keep in (False, True):
                 ffn.eval().keep_norms = keep
                 with torch.no_grad():
-                    found, expected, coefficients = ffn(x), exact.eval()(x.double()), exact.coefficients(x.double())
+                    found, expected, coefficients = (
+                        ffn(x),
+                        exact.eval()(x.double()),
+                        exact.coefficients(x.double()),
+                    )
                 assert torch.isfinite(found).all() and found.dtype == dtype
-                if not numbers_cases.undecided(exact, x) and coefficients.max() < torch.finfo(dtype).max / 2:
+                if (
+                    not numbers_cases.undecided(exact, x)
+                    and coefficients.max() < torch.finfo(dtype).max / 2
+                ):
                     room = 1e-3 if dtype == torch.float32 else 32 * torch.finfo(dtype).eps
-                    among = coefficients.abs() @ exact.output_prototypes.weight.T.abs() + exact.output_prototypes.bias.abs()
-                    assert ((found.double() - expected).abs() <= room * among + torch.finfo(dtype).tiny).all(), (kind, simplex)
+                    among = (
+                        coefficients.abs() @ exact.output_prototypes.weight.T.abs()
+                        + exact.output_prototypes.bias.abs()
+                    )
+                    assert (
+                        (found.double() - expected).abs() <= room * among + torch.finfo(dtype).tiny
+                    ).all(), (kind, simplex)
                     compared += 1
     assert compared >= 16

@@ -51,10 +51,16 @@ def source_files():
 
 
 def dotted(node):
-    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+    return (
+        f"{dotted(node.value)}.{node.attr}"
+        if isinstance(node, ast.Attribute)
+        else getattr(node, "id", "")
+    )
 
 
-@pytest.mark.parametrize("file", source_files(), ids=lambda file: file.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize(
+    "file", source_files(), ids=lambda file: file.relative_to(PACKAGE).as_posix()
+)
 def test_nothing_reads_pickles_or_runs_strings(file):
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -70,7 +76,9 @@ def test_nothing_reads_pickles_or_runs_strings(file):
 @pytest.fixture(scope="module")
 def folder(make_teacher, ids, tmp_path_factory):
     out = tmp_path_factory.mktemp("carried") / "student"
-    convert(make_teacher("llama"), calibration_ids=ids, calibration_tokens=256)[0].save_pretrained(out)
+    convert(make_teacher("llama"), calibration_ids=ids, calibration_tokens=256)[0].save_pretrained(
+        out
+    )
     return out
 
 
@@ -84,12 +92,16 @@ def test_what_travels_imports_nothing_but_torch_and_transformers(folder):
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [str(node.module).split(".")[0]]
             elif isinstance(node, ast.ImportFrom):
-                assert node.level == 1 and node.module and (folder / f"{node.module}.py").is_file(), file.name
+                assert (
+                    node.level == 1 and node.module and (folder / f"{node.module}.py").is_file()
+                ), file.name
                 continue
             else:
                 continue
             for name in names:
-                assert name in ("torch", "transformers") or name in sys.stdlib_module_names, f"{name} in {file.name}"
+                assert name in ("torch", "transformers") or name in sys.stdlib_module_names, (
+                    f"{name} in {file.name}"
+                )
 
 
 def test_what_travels_writes_nothing_when_it_is_loaded(folder, tmp_path):
@@ -100,18 +112,31 @@ def test_what_travels_writes_nothing_when_it_is_loaded(folder, tmp_path):
         (carried / file.name).write_bytes(file.read_bytes())
     (carried / "__init__.py").touch()
     before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in folder.iterdir()}
-    environment = dict(os.environ, HF_MODULES_CACHE=str(cache), PYTHONDONTWRITEBYTECODE="1", PYTHONPATH="")
+    environment = dict(
+        os.environ, HF_MODULES_CACHE=str(cache), PYTHONDONTWRITEBYTECODE="1", PYTHONPATH=""
+    )
     command = [sys.executable, "-c", WATCH, folder, carried.parent, tmp_path / "events.json"]
-    done = subprocess.run(list(map(str, command)), env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, command)), env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     events = json.loads(done.stdout)
     assert events["ours"] == []
-    assert events["by transformers"] and all(str(cache) in event for event in events["by transformers"])
-    assert before == {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in folder.iterdir()}
+    assert events["by transformers"] and all(
+        str(cache) in event for event in events["by transformers"]
+    )
+    assert before == {
+        file: (file.stat().st_mtime_ns, file.stat().st_size) for file in folder.iterdir()
+    }
 
 
 @pytest.mark.parametrize(
-    "found, said", [("6.0.0", "found transformers 6.0.0, expected <6,>=5.17"), ("4.57.6", "4.57.6"), ("none", "none")]
+    "found, said",
+    [
+        ("6.0.0", "found transformers 6.0.0, expected <6,>=5.17"),
+        ("4.57.6", "4.57.6"),
+        ("none", "none"),
+    ],
 )
 def test_versions_out_of_range_are_named(monkeypatch, found, said):
     original = versions.version

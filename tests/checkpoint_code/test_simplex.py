@@ -23,10 +23,12 @@ def run(name, log_kernel, temperature=1.0, top_k=K):
 
 
 # Multiples of 1/8: differences are exact and no two scores are nearly equal. None: a unit that does not fire.
-scores = st.lists(st.integers(-80, 80), min_size=1, max_size=12, unique=True).map(lambda s: [v / 8 for v in s])
-scores_or_silent = st.lists(st.one_of(st.none(), st.integers(-80, 80)), min_size=1, max_size=12).map(
-    lambda s: [-math.inf if v is None else v / 8 for v in s]
+scores = st.lists(st.integers(-80, 80), min_size=1, max_size=12, unique=True).map(
+    lambda s: [v / 8 for v in s]
 )
+scores_or_silent = st.lists(
+    st.one_of(st.none(), st.integers(-80, 80)), min_size=1, max_size=12
+).map(lambda s: [-math.inf if v is None else v / 8 for v in s])
 temperatures = st.floats(0.05, 20)
 each_map = pytest.mark.parametrize("name", MAPS)
 
@@ -35,10 +37,14 @@ def test_every_map_is_tested():
     assert set(SIMPLEX_MAPS) == set(MAPS)
 
 
-@pytest.mark.parametrize("name, theirs", [("sparsemax", entmax.sparsemax), ("entmax-1.5", entmax.entmax15)])
+@pytest.mark.parametrize(
+    "name, theirs", [("sparsemax", entmax.sparsemax), ("entmax-1.5", entmax.entmax15)]
+)
 @pytest.mark.parametrize("spread", [0.1, 1.0, 10.0])
 def test_agrees_with_the_entmax_package(name, theirs, spread):
-    z = spread * torch.randn(40, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = spread * torch.randn(
+        40, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     mine, other = z.clone().requires_grad_(), z.clone().requires_grad_()
     pi, expected = compute_shares(name, mine, 0.7), theirs(other / 0.7, -1)
     torch.testing.assert_close(pi, expected, rtol=0, atol=1e-12)
@@ -63,19 +69,27 @@ def test_float32_rows_as_wide_as_an_ffn(name, size):
     log_kernel = torch.randn(4, size, generator=torch.Generator().manual_seed(0))
     pi = compute_shares(name, log_kernel, 0.2, K if name == "top-k" else None)
     assert pi.dtype == torch.float32
-    np.testing.assert_allclose(pi.numpy(), [reference.shares_of_logs(name, r.tolist(), 0.2, K) for r in log_kernel], atol=1e-5)
+    np.testing.assert_allclose(
+        pi.numpy(),
+        [reference.shares_of_logs(name, r.tolist(), 0.2, K) for r in log_kernel],
+        atol=1e-5,
+    )
 
 
 @each_map
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
 def test_gradients(name, temperature):
-    z = torch.randn(3, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    z = torch.randn(
+        3, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True
+    )
     silent = torch.zeros(3, 7, dtype=torch.bool)
     silent[0, 1] = silent[1, :5] = silent[2] = True
     tau = torch.tensor([temperature], dtype=torch.float64, requires_grad=True)
 
     def function(z, tau):
-        return compute_shares(name, z.masked_fill(silent, -math.inf), tau, K if name == "top-k" else None)
+        return compute_shares(
+            name, z.masked_fill(silent, -math.inf), tau, K if name == "top-k" else None
+        )
 
     assert torch.autograd.gradcheck(function, (z, tau))
 
@@ -95,13 +109,17 @@ def test_on_the_simplex_and_only_on_what_fires(name, log_kernel, temperature):
 def test_permutation_equivariant(name, log_kernel, temperature, data):
     order = data.draw(st.permutations(range(len(log_kernel))))
     permuted = run(name, [log_kernel[i] for i in order], temperature)
-    np.testing.assert_allclose(permuted, run(name, log_kernel, temperature)[list(order)], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        permuted, run(name, log_kernel, temperature)[list(order)], rtol=0, atol=1e-12
+    )
 
 
 @each_map
 @given(log_kernel=scores_or_silent, shift=st.integers(-4000, 4000).map(lambda v: v / 8))
 def test_shift_invariant(name, log_kernel, shift):
-    np.testing.assert_allclose(run(name, [v + shift for v in log_kernel]), run(name, log_kernel), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        run(name, [v + shift for v in log_kernel]), run(name, log_kernel), rtol=0, atol=1e-12
+    )
 
 
 @each_map

@@ -11,7 +11,11 @@ from hf_kernel_ffn import KernelFFNConfig, convert
 from hf_kernel_ffn.conversion import convert as surgery
 from hf_kernel_ffn.conversion import ridge as calibration
 from hf_kernel_ffn.conversion.ridge import Moments
-from hf_kernel_ffn.conversion.sampling import read_ffn_inputs, read_fit_sample, split_fitted_and_held
+from hf_kernel_ffn.conversion.sampling import (
+    read_ffn_inputs,
+    read_fit_sample,
+    split_fitted_and_held,
+)
 from hf_kernel_ffn.families.lookup import find_ffn_paths
 from hf_kernel_ffn.families.registry import get_architecture_of_model
 
@@ -31,19 +35,27 @@ def read(model, path, ids):
 def unexplained(ffn, teacher, inputs):
     with torch.no_grad():
         target = teacher(inputs)
-        return ((ffn(inputs) - target).square().sum() / (target - target.mean(0)).square().sum()).item()
+        return (
+            (ffn(inputs) - target).square().sum() / (target - target.mean(0)).square().sum()
+        ).item()
 
 
 def test_inputs_are_those_of_a_full_forward_pass_and_nothing_beyond_is_computed(teacher, text):
     path, other = find_ffn_paths(teacher, get_architecture_of_model(teacher))[1:]
     expected, beyond = [], []
     ffn = teacher.base_model.get_submodule(path)
-    hook = ffn.register_forward_pre_hook(lambda module, args: expected.append(args[0].flatten(0, -2)))
+    hook = ffn.register_forward_pre_hook(
+        lambda module, args: expected.append(args[0].flatten(0, -2))
+    )
     with torch.no_grad():
         teacher(text)
     hook.remove()
     hooks = [ffn.register_forward_hook(lambda *_: beyond.append(path))]
-    hooks += [teacher.base_model.get_submodule(other).register_forward_pre_hook(lambda *_: beyond.append(other))]
+    hooks += [
+        teacher.base_model.get_submodule(other).register_forward_pre_hook(
+            lambda *_: beyond.append(other)
+        )
+    ]
     torch.testing.assert_close(read(teacher, path, text), expected[0])
     for hook in hooks:
         hook.remove()
@@ -59,7 +71,9 @@ def test_a_layer_is_calibrated_on_what_the_student_feeds_it(teacher, text):
     seen, seen_by_teacher = read(student, path, held), read(teacher, path, held)
     assert (seen - seen_by_teacher).norm() > 0.1 * seen.norm()
     assert report.layers[path]["fvu"] == pytest.approx(unexplained(mine, stock, seen), rel=1e-3)
-    assert report.layers[path]["fvu"] != pytest.approx(unexplained(mine, stock, seen_by_teacher), rel=1e-3)
+    assert report.layers[path]["fvu"] != pytest.approx(
+        unexplained(mine, stock, seen_by_teacher), rel=1e-3
+    )
 
 
 def test_a_conversion_that_fails_leaves_the_teacher_as_it_was(teacher, text, monkeypatch):
@@ -80,7 +94,11 @@ def test_a_conversion_that_fails_leaves_the_teacher_as_it_was(teacher, text, mon
     assert all(not module._forward_pre_hooks for module in modules)
 
 
-@pytest.mark.parametrize("settings", [KernelFFNConfig(), KernelFFNConfig(simplex="sparsemax")], ids=["fixed τ", "fitted τ"])
+@pytest.mark.parametrize(
+    "settings",
+    [KernelFFNConfig(), KernelFFNConfig(simplex="sparsemax")],
+    ids=["fixed τ", "fitted τ"],
+)
 def test_inputs_are_held_one_batch_at_a_time(llama, text, monkeypatch, settings):
     batches, peak = [], []
     original = surgery.ffn_inputs
@@ -107,7 +125,9 @@ def test_batches_make_no_difference(llama, text, monkeypatch):
         torch.testing.assert_close(parts.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows, length", [(32, 32), (5, 8), (4, 3), (2, 10), (1, 4096), (1, 4), (1, 2)])
+@pytest.mark.parametrize(
+    "rows, length", [(32, 32), (5, 8), (4, 3), (2, 10), (1, 4096), (1, 4), (1, 2)]
+)
 def test_a_quarter_of_the_text_is_held_out(rows, length):
     ids = torch.arange(rows * length).view(rows, length)
     fitted, held = split_fitted_and_held(ids)
@@ -120,8 +140,19 @@ def test_the_sample_is_spread_over_the_text(llama, text, monkeypatch):
     monkeypatch.setattr(calibration, "FIT_TOKENS", 64)
     monkeypatch.setattr(calibration, "FIT_ROWS", 8)
     path = "layers.1.mlp"
-    rows = [0, 4, 8, 13, 17, 22, 26, 31]  # odd and even ones, since a teacher's own text begins differently in them
-    torch.testing.assert_close(read_fit_sample(llama, path, text), read(llama, path, text[rows])[::4])
+    rows = [
+        0,
+        4,
+        8,
+        13,
+        17,
+        22,
+        26,
+        31,
+    ]  # odd and even ones, since a teacher's own text begins differently in them
+    torch.testing.assert_close(
+        read_fit_sample(llama, path, text), read(llama, path, text[rows])[::4]
+    )
 
 
 def _sum_of_shares(rank, file, folder):
@@ -133,24 +164,42 @@ def _sum_of_shares(rank, file, folder):
         moments.add(given["coefficients"][batch], given["outputs"][batch])
     moments.all_reduce()
     converted = {
-        name: convert(given["teacher"], settings, calibration_ids=given["text"]) for name, settings in SETTINGS.items()
+        name: convert(given["teacher"], settings, calibration_ids=given["text"])
+        for name, settings in SETTINGS.items()
     }
-    found = {name: (student.state_dict(), report.to_dict()) for name, (student, report) in converted.items()}
+    found = {
+        name: (student.state_dict(), report.to_dict())
+        for name, (student, report) in converted.items()
+    }
     torch.save((vars(moments), found), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-SETTINGS = {"dense": KernelFFNConfig(), "sparse": KernelFFNConfig(simplex="entmax-1.5", intensity="gate")}
+SETTINGS = {
+    "dense": KernelFFNConfig(),
+    "sparse": KernelFFNConfig(simplex="entmax-1.5", intensity="gate"),
+}
 
 
 def test_two_processes_find_what_one_finds(llama, text, tmp_path):
     generator = torch.Generator().manual_seed(0)
     rows = torch.arange(52).view(13, 4)  # rows that two processes cannot share evenly
-    coefficients, outputs = torch.rand(52, 3, generator=generator), torch.randn(52, 2, generator=generator)
-    given = {"teacher": llama, "text": text[:13], "ids": rows, "coefficients": coefficients, "outputs": outputs}
+    coefficients, outputs = (
+        torch.rand(52, 3, generator=generator),
+        torch.randn(52, 2, generator=generator),
+    )
+    given = {
+        "teacher": llama,
+        "text": text[:13],
+        "ids": rows,
+        "coefficients": coefficients,
+        "outputs": outputs,
+    }
     torch.save(given, tmp_path / "given.pt")
     torch.multiprocessing.spawn(_sum_of_shares, (tmp_path / "rendezvous", tmp_path), nprocs=2)
-    (sums, found), (sums_again, found_again) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    (sums, found), (sums_again, found_again) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)
+    )
 
     moments = Moments(3, 2, torch.device("cpu"))
     fitted = split_fitted_and_held(rows)[0].flatten()

@@ -18,7 +18,9 @@ OWN_TOKENS = {"calibration_tokens": 256}
 @pytest.fixture(scope="module")
 def run(ids):
     """Convert with a given text, which spares the teacher's sampling."""
-    return lambda teacher, *args, **kwargs: convert(teacher, *args, calibration_ids=ids, calibration_tokens=256, **kwargs)
+    return lambda teacher, *args, **kwargs: convert(
+        teacher, *args, calibration_ids=ids, calibration_tokens=256, **kwargs
+    )
 
 
 def states(model):
@@ -59,7 +61,11 @@ def test_teacher_stays_as_it_is(teacher, ids):
 def test_every_ffn_is_replaced_and_the_rest_is_the_teachers_own_memory(teacher, run, ids):
     student, report = run(teacher)
     converted = student.kernel_ffns()
-    assert list(converted) == list(report.layers) == find_ffn_paths(teacher, get_architecture_of_model(teacher))
+    assert (
+        list(converted)
+        == list(report.layers)
+        == find_ffn_paths(teacher, get_architecture_of_model(teacher))
+    )
     assert len(ffns(student)) == 3
     mine = {n: p for n, p in student.named_parameters() if ".mlp." not in n}
     other = {n: p for n, p in teacher.named_parameters() if ".mlp." not in n}
@@ -100,7 +106,9 @@ def test_restore_keeps_what_the_student_learned_outside_its_ffns(gpt2, run):
         student.transformer.ln_f.bias.add_(1)
     stock = restore(student, gpt2)
     torch.testing.assert_close(stock.transformer.ln_f.bias, gpt2.transformer.ln_f.bias + 1)
-    assert torch.equal(stock.transformer.h[0].mlp.c_fc.weight, gpt2.transformer.h[0].mlp.c_fc.weight)
+    assert torch.equal(
+        stock.transformer.h[0].mlp.c_fc.weight, gpt2.transformer.h[0].mlp.c_fc.weight
+    )
 
 
 def test_restore_refuses_what_does_not_belong_together(llama, gpt2, run, make_teacher):
@@ -113,7 +121,10 @@ def test_restore_refuses_what_does_not_belong_together(llama, gpt2, run, make_te
         restore(student, make_teacher("llama", head="base"))
 
 
-@pytest.mark.parametrize("layers, chosen", [("1", [1]), ("0,2", [0, 2]), ("1-2", [1, 2]), ([2, 0], [0, 2]), (None, [0, 1, 2])])
+@pytest.mark.parametrize(
+    "layers, chosen",
+    [("1", [1]), ("0,2", [0, 2]), ("1-2", [1, 2]), ([2, 0], [0, 2]), (None, [0, 1, 2])],
+)
 def test_any_subset_of_layers(teacher, run, layers, chosen):
     student, report = run(teacher, layers=layers)
     paths = find_ffn_paths(teacher, get_architecture_of_model(teacher))
@@ -122,7 +133,9 @@ def test_any_subset_of_layers(teacher, run, layers, chosen):
         mine, other = (model.base_model.get_submodule(path) for model in (student, teacher))
         assert type(mine) is (KernelFFN if i in chosen else type(other))
         if i not in chosen:
-            assert [p.data_ptr() for p in mine.parameters()] == [p.data_ptr() for p in other.parameters()]
+            assert [p.data_ptr() for p in mine.parameters()] == [
+                p.data_ptr() for p in other.parameters()
+            ]
 
 
 def test_settings_per_layer(mistral, run):
@@ -185,7 +198,12 @@ def test_gated_settings_need_a_gate(gpt2, run, settings):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.mlp.down_proj.weight", "model.layers.2.self_attn.q_proj.weight", "model.norm.weight"]
+    "name",
+    [
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+        "model.norm.weight",
+    ],
 )
 def test_weights_that_are_not_finite_are_named(llama, run, name, value):
     broken = copy.deepcopy(llama)
@@ -211,14 +229,18 @@ def test_quantised_weights_are_refused(llama, run, dtype):
 
 def test_a_quantised_model_is_refused_whatever_its_tensors_say(llama, run):
     quantised = copy.deepcopy(llama)
-    quantised.config.quantization_config = {"quant_method": "torchao"}  # its tensors call themselves bfloat16
+    quantised.config.quantization_config = {
+        "quant_method": "torchao"
+    }  # its tensors call themselves bfloat16
     quantised.hf_quantizer = object()
     with pytest.raises(InputError, match="unquantised"):
         run(quantised)
 
 
 def test_unsupported_models_are_told_what_is_supported(run):
-    config = transformers.CodeGenConfig(vocab_size=300, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    config = transformers.CodeGenConfig(
+        vocab_size=300, n_embd=16, n_layer=1, n_head=2, rotary_dim=4
+    )
     with pytest.raises(InputError, match="'codegen'.*llama, mistral, gpt2.*register_architecture"):
         run(transformers.CodeGenForCausalLM(config))
 
@@ -273,16 +295,26 @@ def test_calibration_on_text_beats_the_mean_and_its_start(teacher, ids):
 def test_rows_come_from_the_rows_of_w_in(llama, run, ids, init):
     student, _ = run(llama, KernelFFNConfig(init=init), layers="1")
     [ffn] = ffns(student)
-    gate, rows, units = llama.model.layers[1].mlp.gate_proj.weight, ffn.input_prototypes.weight, ffn.units
+    gate, rows, units = (
+        llama.model.layers[1].mlp.gate_proj.weight,
+        ffn.input_prototypes.weight,
+        ffn.units,
+    )
     if init == "single":  # as long as the unit is loud
         torch.testing.assert_close(torch.cosine_similarity(rows, gate), torch.ones(48))
         assert torch.equal(units.abs(), torch.arange(1, 49))
-    elif init == "polarised":  # (g + ru)/2 and (g − ru)/2, as long as the unit is loud, written with opposite signs
-        torch.testing.assert_close(torch.cosine_similarity(rows[:48] + rows[48:], gate), torch.ones(48))
+    elif (
+        init == "polarised"
+    ):  # (g + ru)/2 and (g − ru)/2, as long as the unit is loud, written with opposite signs
+        torch.testing.assert_close(
+            torch.cosine_similarity(rows[:48] + rows[48:], gate), torch.ones(48)
+        )
         assert torch.equal(units[:48], -units[48:])
     else:
         norms = []
-        hook = llama.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: norms.append(args[0].norm(dim=-1)))
+        hook = llama.model.layers[1].mlp.register_forward_pre_hook(
+            lambda module, args: norms.append(args[0].norm(dim=-1))
+        )
         with torch.no_grad():
             llama(ids)
         hook.remove()
@@ -294,7 +326,9 @@ def test_polarised_prototype_counts(llama, run, expansion, prototypes):
     student, _ = run(llama, KernelFFNConfig(expansion=expansion), layers="1")
     [ffn] = ffns(student)
     assert ffn.input_prototypes.weight.shape == (prototypes, 32)
-    assert len(set(ffn.units.tolist())) == min(prototypes, 96)  # every unit and sign, once in every pair
+    assert len(set(ffn.units.tolist())) == min(
+        prototypes, 96
+    )  # every unit and sign, once in every pair
     if expansion == 1.5:
         matrices = ffn.input_prototypes.weight.numel() + ffn.output_prototypes.weight.numel()
         assert matrices == sum(p.numel() for p in llama.model.layers[1].mlp.parameters())
@@ -307,7 +341,9 @@ def test_a_teachers_own_record_sums_to_its_output(teacher):
     for path in find_ffn_paths(model, architecture):
         ffn = model.base_model.get_submodule(path)
         with torch.no_grad():
-            record = read_teacher_readout(read_ffn_weights(ffn, architecture, model.config, path), x)
+            record = read_teacher_readout(
+                read_ffn_weights(ffn, architecture, model.config, path), x
+            )
             torch.testing.assert_close(record.output(), ffn(x), rtol=1e-11, atol=1e-12)
         assert record.coefficients.shape == (2, 5, 48)
         assert record.dictionary.shape == (48, 32)

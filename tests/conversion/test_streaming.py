@@ -28,7 +28,12 @@ FAMILIES = {
     "olmoe": "AutoModelForCausalLM",
 }  # fmt: skip
 """Plain, gated, fused, split and expert FFNs; heads that generate, fill in and classify."""
-REFUSED = {"t5": "AutoModelForSeq2SeqLM", "vit": "AutoModel", "albert": "AutoModel", "clip": "AutoModel"}
+REFUSED = {
+    "t5": "AutoModelForSeq2SeqLM",
+    "vit": "AutoModel",
+    "albert": "AutoModel",
+    "clip": "AutoModel",
+}
 """Two stacks, patches, a shared FFN, two stacks side by side."""
 
 
@@ -80,15 +85,28 @@ def check_equal(expected, found):
 )
 def test_the_same_bytes_as_in_memory(stored, family, settings, layers, calibrated, tmp_path):
     source = stored(family)
-    options = dict(calibration_ids=IDS, calibration_tokens=384) if calibrated else dict(calibration_tokens=0)
+    options = (
+        dict(calibration_ids=IDS, calibration_tokens=384)
+        if calibrated
+        else dict(calibration_tokens=0)
+    )
     expected, found = both(source, tmp_path, KernelFFNConfig(**settings), layers, **options)
     check_equal(expected, found)
     assert all(finding.good for finding in verify_folder(tmp_path / "streamed"))
-    assert {"checksums.json", "README.md", "tokenizer.json", "conversion.json", f"modeling_kernel_{family}.py"} <= found.keys()
+    assert {
+        "checksums.json",
+        "README.md",
+        "tokenizer.json",
+        "conversion.json",
+        f"modeling_kernel_{family}.py",
+    } <= found.keys()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted({*tiny_families.FAMILIES} - {*FAMILIES} - {*REFUSED, "clip_vision_model", "whisper"}))
+@pytest.mark.parametrize(
+    "family",
+    sorted({*tiny_families.FAMILIES} - {*FAMILIES} - {*REFUSED, "clip_vision_model", "whisper"}),
+)
 def test_the_same_bytes_in_every_other_family(stored, family, tmp_path):
     auto = next(auto for auto in tiny_families.HEADS if auto in get_stock_heads(family))
     check_equal(*both(stored(family, auto), tmp_path, calibration_ids=IDS, calibration_tokens=384))
@@ -97,7 +115,9 @@ def test_the_same_bytes_in_every_other_family(stored, family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shards_and_half_precision(stored, family, dtype, tmp_path):
-    source = stored(family, max_shard_size="20KB", dtype=torch.bfloat16 if dtype == "float32" else torch.float32)
+    source = stored(
+        family, max_shard_size="20KB", dtype=torch.bfloat16 if dtype == "float32" else torch.float32
+    )
     assert len(list(source.glob("*.safetensors"))) > 2
     check_equal(*both(source, tmp_path, dtype=dtype, calibration_ids=IDS, calibration_tokens=384))
     assert load_student(str(tmp_path / "streamed")) is not None
@@ -109,7 +129,8 @@ def test_experts_in_the_names_that_they_have_on_the_hub(stored):
 
 
 @pytest.mark.parametrize(
-    "family, auto", [*REFUSED.items(), ("bart", "AutoModelForSeq2SeqLM"), ("clip_vision_model", "AutoModel")]
+    "family, auto",
+    [*REFUSED.items(), ("bart", "AutoModelForSeq2SeqLM"), ("clip_vision_model", "AutoModel")],
 )
 def test_models_that_are_not_one_stack_of_blocks_are_refused(stored, family, auto, tmp_path):
     assert auto in get_stock_heads(family)
@@ -138,8 +159,14 @@ LAST = "model.layers.1.mlp.down_proj.weight"
     [
         (lambda t: t.pop(LAST), "no whole tensor 'model.layers.1.mlp.down_proj.weight'"),
         (lambda t: t.update({LAST: t[LAST][:5].clone()}), "misshapen tensor"),
-        (lambda t: t[LAST].fill_(torch.nan), "NaN or infinite values in model.layers.1.mlp.down_proj.weight"),
-        (lambda t: t["model.embed_tokens.weight"].fill_(torch.inf), "NaN or infinite values in model.embed_tokens.weight"),
+        (
+            lambda t: t[LAST].fill_(torch.nan),
+            "NaN or infinite values in model.layers.1.mlp.down_proj.weight",
+        ),
+        (
+            lambda t: t["model.embed_tokens.weight"].fill_(torch.inf),
+            "NaN or infinite values in model.embed_tokens.weight",
+        ),
         (lambda t: t.update({LAST: t[LAST].to(torch.int8)}), "of dtype I8"),
     ],
     ids=["missing", "misshapen", "NaN", "infinite", "int8"],
@@ -195,11 +222,16 @@ def test_the_index_of_a_sharded_output_names_every_tensor(stored, tmp_path, monk
 
     plan = tensor_files.split_state_dict_into_shards_factory
     monkeypatch.setattr(
-        tensor_files, "split_state_dict_into_shards_factory", lambda *a, **k: plan(*a, **{**k, "max_shard_size": 20_000})
+        tensor_files,
+        "split_state_dict_into_shards_factory",
+        lambda *a, **k: plan(*a, **{**k, "max_shard_size": 20_000}),
     )
     convert_streamed(str(stored("llama")), tmp_path / "out", calibration_tokens=0)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert len(set(index["weight_map"].values())) > 2 and not (tmp_path / "out" / "model.safetensors").exists()
+    assert (
+        len(set(index["weight_map"].values())) > 2
+        and not (tmp_path / "out" / "model.safetensors").exists()
+    )
     assert all(finding.good for finding in verify_folder(tmp_path / "out"))
     assert load_student(str(tmp_path / "out")) is not None
 
@@ -214,7 +246,11 @@ def test_the_command(stored, text_file, tmp_path, monkeypatch, capsys):
         return end.value.code, capsys.readouterr().err
 
     options = ("--calibration-text", text_file, "--calibration-tokens", 256, "--layers", 1)
-    assert run(tmp_path / "whole", *options)[0] == run(tmp_path / "streamed", *options, "--stream")[0] == 0
+    assert (
+        run(tmp_path / "whole", *options)[0]
+        == run(tmp_path / "streamed", *options, "--stream")[0]
+        == 0
+    )
     check_equal(folder_bytes(tmp_path / "whole"), folder_bytes(tmp_path / "streamed"))
     assert run(tmp_path / "none", "--calibration-tokens", 0, "--stream")[0] == 0
     for options, said in (
@@ -233,7 +269,10 @@ def test_an_error_in_the_last_write_is_not_lost(tmp_path):
         yield torch.ones(2)
         raise OSError("full")
 
-    with pytest.raises(OSError, match="full"), Writer(tmp_path, {"a": torch.empty(4, device="meta")}) as writer:
+    with (
+        pytest.raises(OSError, match="full"),
+        Writer(tmp_path, {"a": torch.empty(4, device="meta")}) as writer,
+    ):
         writer.write("a", pieces())
     with Writer(tmp_path, {"a": torch.empty(4, device="meta")}) as writer:
         writer.write("a", [torch.ones(2), torch.zeros(2)])
@@ -247,7 +286,11 @@ def test_what_is_held_does_not_grow_with_the_blocks(tokenizer, tmp_path, monkeyp
     def weigh():
         gc.collect()
         # exactly these types: what an earlier test compiled leaves FakeTensors behind, which have no storage to ask
-        tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and not o.is_meta]
+        tensors = [
+            o
+            for o in gc.get_objects()
+            if type(o) in (torch.Tensor, torch.nn.Parameter) and not o.is_meta
+        ]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         held.append(sum(storages.values()))
 

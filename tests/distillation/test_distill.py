@@ -43,7 +43,14 @@ VARIANTS = {
     "groups": {"stages": [{**LAYER_WISE, "layers_at_once": 2}]},  # of three layers: two groups
     "lora": {"lora": LORA, "stages": [LOGITS, LOGITS]},
     "bfloat16": {"dtype": "bfloat16"},
-    "gated": {"kernel_ffn": {"values": "gated", "simplex": "entmax-1.5", "intensity": "gate", "layers": "0,2"}},
+    "gated": {
+        "kernel_ffn": {
+            "values": "gated",
+            "simplex": "entmax-1.5",
+            "intensity": "gate",
+            "layers": "0,2",
+        }
+    },
     "student": {},
 }
 
@@ -104,7 +111,9 @@ def objectives(monkeypatch):
     def through(wrap):
         count = iter(range(10**6))
         for name, objective in list(OBJECTIVES.items()):
-            monkeypatch.setitem(OBJECTIVES, name, lambda *a, objective=objective: wrap(next(count), objective, *a))
+            monkeypatch.setitem(
+                OBJECTIVES, name, lambda *a, objective=objective: wrap(next(count), objective, *a)
+            )
 
     yield through
 
@@ -115,11 +124,16 @@ def objectives(monkeypatch):
 def test_every_sequence_is_read_once_per_pass_in_another_order(short_text, tokenizer):
     data = Data(train=str(short_text), sequence_length=32, shuffle_buffer=16)
     text = [tuple(block.tolist()) for block in pack_blocks(tokenizer, [str(short_text)], 32)]
-    read = [tuple(block.tolist()) for block in islice(PackedText(tokenizer, data, seed=0), 2 * len(text))]
+    read = [
+        tuple(block.tolist())
+        for block in islice(PackedText(tokenizer, data, seed=0), 2 * len(text))
+    ]
     first, second = read[: len(text)], read[len(text) :]
     assert Counter(first) == Counter(second) == Counter(text)
     assert first != second and text not in (first, second)
-    other_seed = [tuple(block.tolist()) for block in islice(PackedText(tokenizer, data, seed=1), len(text))]
+    other_seed = [
+        tuple(block.tolist()) for block in islice(PackedText(tokenizer, data, seed=1), len(text))
+    ]
     assert other_seed != first
     skipped = islice(PackedText(tokenizer, data, seed=0, skip=len(text) + 3), 5)
     assert [tuple(block.tolist()) for block in skipped] == second[3:8]
@@ -127,7 +141,9 @@ def test_every_sequence_is_read_once_per_pass_in_another_order(short_text, token
 
 def test_a_buffer_of_one_keeps_the_order(short_text, tokenizer):
     data = Data(train=[str(short_text)], sequence_length=32, shuffle_buffer=1)
-    for block, read in zip(pack_blocks(tokenizer, [str(short_text)], 32), PackedText(tokenizer, data, seed=0)):
+    for block, read in zip(
+        pack_blocks(tokenizer, [str(short_text)], 32), PackedText(tokenizer, data, seed=0)
+    ):
         assert torch.equal(block, read)
 
 
@@ -141,13 +157,19 @@ def stage(**changes):
 @pytest.fixture
 def pair(teacher, ids):
     """A teacher and a student, everything in both trainable."""
-    student, _ = convert(teacher, layers="0,2", calibration_ids=ids, calibration_tokens=256, copy=True)
+    student, _ = convert(
+        teacher, layers="0,2", calibration_ids=ids, calibration_tokens=256, copy=True
+    )
     own = copy.deepcopy(teacher).requires_grad_(True)
     return own, student.requires_grad_(True)
 
 
 def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    return {
+        name: p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None and p.grad.abs().sum() > 0
+    }
 
 
 def fvu_of(ffn, stock, x):
@@ -159,7 +181,9 @@ def fvu_of(ffn, stock, x):
 def test_the_layer_wise_loss_is_the_unexplained_variance(pair, ids):
     teacher, student = pair
     ffns = student.kernel_ffns()
-    found = layer_wise(stage(name="layer-wise"), teacher, student, ffns, ids, lambda loss: loss.backward())
+    found = layer_wise(
+        stage(name="layer-wise"), teacher, student, ffns, ids, lambda loss: loss.backward()
+    )
     assert not found.requires_grad
     mine, trained = gradients(student), {f"{path}." for path in ffns}
     assert not gradients(teacher)
@@ -169,13 +193,17 @@ def test_the_layer_wise_loss_is_the_unexplained_variance(pair, ids):
     for path, ffn in ffns.items():
         seen = []
         stock = teacher.base_model.get_submodule(path)
-        hook = stock.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].detach()))
+        hook = stock.register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(args[0].detach())
+        )
         with torch.no_grad():
             teacher(ids)
         hook.remove()
         losses.append(fvu_of(ffn, stock, seen[0]))
         losses[-1].backward()
-    assert found.item() == pytest.approx(sum(loss.item() for loss in losses) / len(losses), rel=1e-4)
+    assert found.item() == pytest.approx(
+        sum(loss.item() for loss in losses) / len(losses), rel=1e-4
+    )
     assert found.item() > 0.001
     expected = gradients(student)
     assert mine.keys() == expected.keys()
@@ -195,9 +223,14 @@ def test_the_layer_wise_loss_trains_only_the_layers_it_is_given(pair, ids):
 def test_the_logits_loss_is_divergence_and_cross_entropy(pair, ids, temperature, weight):
     teacher, student = pair
     settings = stage(temperature=temperature, cross_entropy=weight)
-    found = logits(settings, teacher, student, student.kernel_ffns(), ids, lambda loss: loss.backward())
+    found = logits(
+        settings, teacher, student, student.kernel_ffns(), ids, lambda loss: loss.backward()
+    )
     with torch.no_grad():
-        p, q = ((model(ids).logits.double() / temperature).log_softmax(-1) for model in (teacher, student))
+        p, q = (
+            (model(ids).logits.double() / temperature).log_softmax(-1)
+            for model in (teacher, student)
+        )
         own_loss = student(ids, labels=ids).loss.item()
     divergence = (p.exp() * (p - q)).sum(-1).mean().item()
     assert found.item() == pytest.approx(temperature**2 * divergence + weight * own_loss, rel=1e-4)
@@ -217,7 +250,14 @@ def test_each_stage_lowers_its_loss(recipe, objectives, tmp_path, variant):
 
     objectives(note)
     stages = VARIANTS[variant].get("stages", [LAYER_WISE, LOGITS])
-    run(recipe(tmp_path / "out", variant, stages=[{**stage, "tokens": 2560} for stage in stages], save_every_tokens=10**6))
+    run(
+        recipe(
+            tmp_path / "out",
+            variant,
+            stages=[{**stage, "tokens": 2560} for stage in stages],
+            save_every_tokens=10**6,
+        )
+    )
     for name, values in losses.items():
         assert len(values) == 40
         assert sum(values[-10:]) < 0.95 * sum(values[:10]), name
@@ -227,12 +267,20 @@ def test_a_trained_teacher_is_approached_on_every_layer(tmp_path, tokenizer, ids
     shipped, text = RECIPES / "teachers" / "llama", RECIPES / "text"
     common = {
         "teacher": str(shipped),
-        "data": {"train": str(text / "books-distil.txt"), "sequence_length": 128, "shuffle_buffer": 32},
+        "data": {
+            "train": str(text / "books-distil.txt"),
+            "sequence_length": 128,
+            "shuffle_buffer": 32,
+        },
         "calibration_tokens": 512,
     }
     one, layer_wise, logits = (
         {**stage, "learning_rate": rate, "batch_size": 4, "tokens": tokens}
-        for stage, rate, tokens in ((LAYER_WISE, 1e-12, 1), (LAYER_WISE, 0.002, 4096), (LOGITS, 0.002, 2048))
+        for stage, rate, tokens in (
+            (LAYER_WISE, 1e-12, 1),
+            (LAYER_WISE, 0.002, 4096),
+            (LOGITS, 0.002, 2048),
+        )
     )
     before = {path.name: path.read_bytes() for path in shipped.iterdir()}
     start, middle, end = tmp_path / "start", tmp_path / "middle", tmp_path / "end"
@@ -247,7 +295,9 @@ def test_a_trained_teacher_is_approached_on_every_layer(tmp_path, tokenizer, ids
         assert later["fvu"] < earlier["fvu"]
     assert reports[2]["kl"] < reports[1]["kl"] < reports[0]["kl"]
     expected = load(end, dtype=torch.bfloat16)  # as it is stored
-    results, errors = run_elsewhere([{"name": "distilled", "auto": "AutoModelForCausalLM", "folder": str(end)}], ids, tmp_path)
+    results, errors = run_elsewhere(
+        [{"name": "distilled", "auto": "AutoModelForCausalLM", "folder": str(end)}], ids, tmp_path
+    )
     assert not errors
     with torch.no_grad():
         assert torch.equal(results["distilled"], expected(ids).logits)
@@ -290,7 +340,9 @@ def test_one_group_of_layers_after_the_other(recipe, objectives, tmp_path):
     assert changed(states[STEPS], states[-1]) == set(second)
 
 
-@pytest.mark.parametrize("variant, family", [("plain", "llama"), ("plain", "gpt2"), ("lora", "llama"), ("lora", "gpt2")])
+@pytest.mark.parametrize(
+    "variant, family", [("plain", "llama"), ("plain", "gpt2"), ("lora", "llama"), ("lora", "gpt2")]
+)
 def test_the_teachers_memory_is_left_alone(recipe, monkeypatch, tmp_path, variant, family):
     kept = []
 
@@ -313,11 +365,22 @@ def two_processes(tmp_path):
     def launch(recipe):
         file = tmp_path / "recipe.yaml"
         file.write_text(recipe.model_dump_json())  # JSON is YAML
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+        ]
         script = RECIPES.parent / "scripts" / "distill.py"
         environment = dict(os.environ, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
         done = subprocess.run(
-            [*launcher, script, file], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+            [*launcher, script, file],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         return loop_module.Path(recipe.output_dir)
@@ -325,18 +388,30 @@ def two_processes(tmp_path):
     return launch
 
 
-def test_two_processes_share_the_work_of_one(recipe, finished, two_processes, student_folder, tmp_path):
+def test_two_processes_share_the_work_of_one(
+    recipe, finished, two_processes, student_folder, tmp_path
+):
     halves = [{**stage, "batch_size": 1} for stage in (LAYER_WISE, LOGITS)]
-    one, two = finished("student"), two_processes(recipe(tmp_path / "two", "student", stages=halves))
-    start, one, two = (load_file(folder / "model.safetensors") for folder in (student_folder, one, two))
+    one, two = (
+        finished("student"),
+        two_processes(recipe(tmp_path / "two", "student", stages=halves)),
+    )
+    start, one, two = (
+        load_file(folder / "model.safetensors") for folder in (student_folder, one, two)
+    )
     for name in start:
         if name.endswith("prototypes.weight"):
             way = (one[name] - start[name]).norm()
-            assert 0 < (two[name] - one[name]).norm() < 0.3 * way  # the variance in a loss is that of one process's sequences
+            assert (
+                0 < (two[name] - one[name]).norm() < 0.3 * way
+            )  # the variance in a loss is that of one process's sequences
 
 
 def test_only_the_ffns_are_trained(finished, teacher_folder):
-    before, after = (load_file(folder / "model.safetensors") for folder in (teacher_folder("llama"), finished("plain")))
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (teacher_folder("llama"), finished("plain"))
+    )
     shared = [name for name in before if ".mlp." not in name]
     assert shared and all(torch.equal(after[name], before[name]) for name in shared)
 
@@ -358,7 +433,9 @@ def test_what_is_trained_shares_memory_and_is_float32(recipe, objectives, tmp_pa
 def test_the_finished_folder(finished, recipe):
     out = finished("plain")
     assert not [path for path in out.iterdir() if path.is_dir()]
-    assert json.loads((out / "recipe.json").read_text()) == json.loads(recipe(out).model_dump_json())
+    assert json.loads((out / "recipe.json").read_text()) == json.loads(
+        recipe(out).model_dump_json()
+    )
     assert (out / "tokenizer.json").is_file()
     converted = load(out)
     assert len(converted.kernel_ffns()) == 3
@@ -375,23 +452,37 @@ def test_the_same_recipe_gives_the_same_weights(finished, recipe, tmp_path):
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_student_goes_on_from_its_folder(recipe, student_folder, teacher_folder, tmp_path, text_file, tokenizer):
+def test_a_student_goes_on_from_its_folder(
+    recipe, student_folder, teacher_folder, tmp_path, text_file, tokenizer
+):
     longer = {**LAYER_WISE, "tokens": 2560}
     out = run(recipe(tmp_path / "out", "student", stages=[longer]))
     text = read_token_ids(tokenizer, [str(text_file)], 32, 1024)
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder("llama"), dtype=torch.float32)
-    before, after = (evaluate_student(load(folder), teacher, text) for folder in (student_folder, out))
+    before, after = (
+        evaluate_student(load(folder), teacher, text) for folder in (student_folder, out)
+    )
     for earlier, later in zip(before["layers"], after["layers"]):
         assert later["fvu"] < earlier["fvu"]
-    still = run(recipe(tmp_path / "still", "student", stages=[{**LAYER_WISE, "tokens": 1, "learning_rate": 1e-12}]))
+    still = run(
+        recipe(
+            tmp_path / "still",
+            "student",
+            stages=[{**LAYER_WISE, "tokens": 1, "learning_rate": 1e-12}],
+        )
+    )
     one, other = (load_file(folder / "model.safetensors") for folder in (student_folder, still))
-    assert all(torch.allclose(one[name], other[name]) for name in one)  # from there, not from a conversion of its own
+    assert all(
+        torch.allclose(one[name], other[name]) for name in one
+    )  # from there, not from a conversion of its own
 
 
 def test_bfloat16_is_the_computations_not_the_weights(finished):
     out, exact = finished("bfloat16"), finished("plain")
     one, other = (load_file(folder / "model.safetensors") for folder in (out, exact))
-    assert {tensor.dtype for name, tensor in one.items() if not name.endswith("units")} == {torch.float32}  # the teacher's
+    assert {tensor.dtype for name, tensor in one.items() if not name.endswith("units")} == {
+        torch.float32
+    }  # the teacher's
     name = "model.layers.1.mlp.output_prototypes.weight"
     assert not torch.equal(one[name], one[name].bfloat16().float())
     assert (one[name] - other[name]).norm() < 0.2 * other[name].norm()
@@ -400,7 +491,9 @@ def test_bfloat16_is_the_computations_not_the_weights(finished):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_lora_trains_the_rest_and_is_merged(recipe, teacher_folder, tmp_path, family, ids):
     out = run(recipe(tmp_path / "out", "lora", family))
-    before, after = (load_file(folder / "model.safetensors") for folder in (teacher_folder(family), out))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (teacher_folder(family), out)
+    )
     attention = [name for name in before if "attn" in name and name.endswith("weight")]
     assert attention and all(not torch.equal(after[name], before[name]) for name in attention)
     for name in attention:
@@ -428,10 +521,16 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(recipe, objective
 
     objectives(count)
     for name, checkpointing in (("a", False), ("b", True)):
-        outs.append(run(recipe(tmp_path / name, stages=[LOGITS], gradient_checkpointing=checkpointing)))
-    assert calls == [3] * STEPS + [6] * STEPS  # each of the three FFNs once more, in the backward pass
+        outs.append(
+            run(recipe(tmp_path / name, stages=[LOGITS], gradient_checkpointing=checkpointing))
+        )
+    assert (
+        calls == [3] * STEPS + [6] * STEPS
+    )  # each of the three FFNs once more, in the backward pass
     tensors, others = (load_file(out / "model.safetensors") for out in outs)
-    assert all(torch.allclose(tensors[name], others[name], rtol=1e-3, atol=1e-5) for name in tensors)
+    assert all(
+        torch.allclose(tensors[name], others[name], rtol=1e-3, atol=1e-5) for name in tensors
+    )
 
 
 # interruptions: two steps between saves, six steps to a stage
@@ -482,7 +581,9 @@ def test_a_run_may_be_interrupted_twice(recipe, finished, monkeypatch, tmp_path,
     with pytest.raises(Interrupted):
         run(same, resume=True)
     run(same, resume=True)
-    assert len(calls) == 6 + 2 * STEPS - 6  # resumed at steps 2 and 6: nothing is done again but what was lost
+    assert (
+        len(calls) == 6 + 2 * STEPS - 6
+    )  # resumed at steps 2 and 6: nothing is done again but what was lost
     assert_same_files(tmp_path / "out", finished("plain"))
 
 
@@ -532,7 +633,9 @@ def test_killed_while_finishing(recipe, finished, monkeypatch, tmp_path, move):
         patch.setattr(loop_module.os, "replace", killed)
         with pytest.raises(Interrupted):
             run(same)
-    assert len(moved) == move and not (tmp_path / "out" / "config.json").exists()  # nothing that would load
+    assert (
+        len(moved) == move and not (tmp_path / "out" / "config.json").exists()
+    )  # nothing that would load
     run(same, resume=True)
     assert_same_files(tmp_path / "out", finished("plain"))
 
@@ -543,7 +646,12 @@ def test_an_interrupted_folder_is_not_started_anew(recipe, monkeypatch, tmp_path
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     with pytest.raises(InputError, match="--resume"):
         run(same)
-    for changes in ({"seed": 1}, {"stages": [LAYER_WISE]}, {"lora": LORA}, {"kernel_ffn": {"kernel": "yat"}}):
+    for changes in (
+        {"seed": 1},
+        {"stages": [LAYER_WISE]},
+        {"lora": LORA},
+        {"kernel_ffn": {"kernel": "yat"}},
+    ):
         [key] = changes
         with pytest.raises(InputError, match=f"found {key} = .*same recipe"):
             run(recipe(tmp_path / "out", **changes), resume=True)
@@ -562,7 +670,9 @@ def test_there_has_to_be_something_to_resume_from(recipe, finished, tmp_path):
 
 @pytest.mark.parametrize("at, name, step", [(3, "layer-wise", 3), (STEPS + 2, "logits", 2)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run(recipe, finished, monkeypatch, tmp_path, at, name, step, value):
+def test_a_loss_that_is_not_finite_stops_the_run(
+    recipe, finished, monkeypatch, tmp_path, at, name, step, value
+):
     same = recipe(tmp_path / "out")
     message = str(interrupt(monkeypatch, same, at, value))
     assert str(value) in message and f"step {step} of stage {name!r}" in message
@@ -580,7 +690,9 @@ def test_what_the_message_advises_can_be_done(recipe, tmp_path):
 def test_weights_that_are_not_finite_are_never_saved(recipe, objectives, tmp_path):
     def spoil(number, objective, stage, teacher, student, ffns, ids, backward, price):
         loss = objective(stage, teacher, student, ffns, ids, backward, price)
-        if number == STEPS - 1:  # a finite loss with a gradient that is not, at the last step of all
+        if (
+            number == STEPS - 1
+        ):  # a finite loss with a gradient that is not, at the last step of all
             next(iter(ffns.values())).output_prototypes.weight.grad.fill_(float("nan"))
         return loss
 
@@ -591,7 +703,13 @@ def test_weights_that_are_not_finite_are_never_saved(recipe, objectives, tmp_pat
 
 
 def test_kernel_settings_are_the_recipes(recipe, tmp_path):
-    settings = {"kernel": "gaussian", "simplex": "sparsemax", "intensity": "none", "init": "single", "layers": [1]}
+    settings = {
+        "kernel": "gaussian",
+        "simplex": "sparsemax",
+        "intensity": "none",
+        "init": "single",
+        "layers": [1],
+    }
     out = run(recipe(tmp_path / "out", kernel_ffn=settings, stages=[{**LAYER_WISE, "tokens": 64}]))
     [(path, layer)] = load(out).config.kernel_ffn_layers().items()
     assert path == "layers.1.mlp"

@@ -32,14 +32,19 @@ def content(teacher_folder, text_file, tmp_path_factory):
     return {
         "teacher": str(teacher_folder("llama")),
         "data": {"train": str(text), "sequence_length": 32, "shuffle_buffer": 16},
-        "stages": [{"name": "layer-wise", **stage}, {"name": "logits", **stage, "optimizer": "adamw"}],
+        "stages": [
+            {"name": "layer-wise", **stage},
+            {"name": "logits", **stage, "optimizer": "adamw"},
+        ],
         "calibration_tokens": 256,
         "save_every_tokens": 128,  # two steps
     }
 
 
 def run(content, out, resume=False, **changes):
-    return distill(Recipe(**{**content, **changes}, output_dir=str(out)), resume=resume, progress=False)
+    return distill(
+        Recipe(**{**content, **changes}, output_dir=str(out)), resume=resume, progress=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,9 @@ def whole(content, tmp_path_factory):
 
 def same(folder, tensors):
     found = load_file(Path(folder) / "model.safetensors")
-    return found.keys() == tensors.keys() and all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    return found.keys() == tensors.keys() and all(
+        torch.equal(found[name], tensor) for name, tensor in tensors.items()
+    )
 
 
 @pytest.fixture
@@ -86,7 +93,10 @@ def test_thirty_kills_at_random_moments_lose_nothing(content, tmp_path):
     file = tmp_path / "work.json"
     file.write_text(json.dumps(work))
     done = subprocess.run(
-        [sys.executable, SUPPORT / "killed.py", file], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        [sys.executable, SUPPORT / "killed.py", file],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -96,7 +106,9 @@ def test_thirty_kills_at_random_moments_lose_nothing(content, tmp_path):
     expected = load_file(tmp_path / "whole" / "model.safetensors")
     for folder in found["finished"]:
         assert same(folder, expected), folder
-        assert not [path for path in Path(folder).iterdir() if path.is_dir() and path.name != "resume.done"]
+        assert not [
+            path for path in Path(folder).iterdir() if path.is_dir() and path.name != "resume.done"
+        ]
 
 
 def test_a_folder_killed_before_its_first_state_can_be_started_again(content, whole, tmp_path):
@@ -128,7 +140,9 @@ def test_a_state_half_removed_is_not_resumed_from(content, at_call, tmp_path, mo
 # told to stop
 
 
-@pytest.mark.parametrize("call", [2, STEPS - 1, STEPS + 2], ids=["layer-wise", "last step of a stage", "logits"])
+@pytest.mark.parametrize(
+    "call", [2, STEPS - 1, STEPS + 2], ids=["layer-wise", "last step of a stage", "logits"]
+)
 def test_sigterm_saves_the_state_and_stops(content, whole, at_call, tmp_path, call):
     at_call([call], lambda ffns: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
@@ -187,11 +201,20 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_leaves_the_last_state_whole(content, whole, at_call, small_disk, tmp_path):
     sizes = {}
-    at_call([3], lambda ffns: sizes.update(one=sum(f.stat().st_size for f in (tmp_path / "out" / "resume").iterdir())))
+    at_call(
+        [3],
+        lambda ffns: sizes.update(
+            one=sum(f.stat().st_size for f in (tmp_path / "out" / "resume").iterdir())
+        ),
+    )
     run(content, tmp_path / "out")
-    disk = small_disk(int(1.5 * sizes["one"]) // 1024)  # room for one state and not for the next beside it
+    disk = small_disk(
+        int(1.5 * sizes["one"]) // 1024
+    )  # room for one state and not for the next beside it
     at_call([], None)
-    with pytest.raises(InputError, match="could not write the state of the distillation.*make room") as caught:
+    with pytest.raises(
+        InputError, match="could not write the state of the distillation.*make room"
+    ) as caught:
         run(content, disk / "out")
     assert "\n" not in str(caught.value)
     assert [path.name for path in (disk / "out").iterdir()] == ["resume"]
@@ -202,11 +225,19 @@ def test_a_full_disk_leaves_the_last_state_whole(content, whole, at_call, small_
 def test_a_full_disk_stops_a_conversion_and_a_report(content, small_disk, monkeypatch, capsys):
     disk = small_disk(64)
     out = disk / "student"
-    monkeypatch.setattr(sys, "argv", ["hf-kernel-ffn", "convert", content["teacher"], str(out), "--calibration-tokens", "256"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["hf-kernel-ffn", "convert", content["teacher"], str(out), "--calibration-tokens", "256"],
+    )
     with pytest.raises(SystemExit) as end:
         main()
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: could not write") and error.count("\n") == 1
+    assert (
+        end.value.code == 2
+        and error.startswith("error: could not write")
+        and error.count("\n") == 1
+    )
     assert not list(disk.iterdir())
     write_text(disk / "report.json", "{}")
     with pytest.raises(InputError, match=r"could not write .*report\.json"):
@@ -230,13 +261,19 @@ def test_a_bad_loss_names_step_layer_and_last_state(content, at_call, tmp_path, 
         run(content, tmp_path / "out")
     message = str(caught.value)
     assert f"loss nan at step 3 of stage '{stage}', first in layers.2.mlp" in message
-    assert f"the last good state is {find_state(tmp_path / 'out')}, of step 2 of part {int(stage == 'logits')}" in message
+    assert (
+        f"the last good state is {find_state(tmp_path / 'out')}, of step 2 of part {int(stage == 'logits')}"
+        in message
+    )
     assert "\n" not in message
 
 
 def test_without_a_state_the_message_says_so(content, at_call, tmp_path):
     at_call([0], lambda ffns: torch.tensor(math.inf))
-    with pytest.raises(FloatingPointError, match="loss inf at step 0 .*in no FFN's own numbers.*no state was saved before"):
+    with pytest.raises(
+        FloatingPointError,
+        match="loss inf at step 0 .*in no FFN's own numbers.*no state was saved before",
+    ):
         run(content, tmp_path / "out")
 
 
@@ -245,17 +282,25 @@ def bad_gradient(ffns):
 
 
 def test_bad_steps_are_skipped_and_counted_if_the_recipe_says_so(content, at_call, tmp_path):
-    bad = {1: lambda ffns: torch.tensor(math.nan), 3: bad_gradient, STEPS + 1: lambda ffns: torch.tensor(math.inf)}
+    bad = {
+        1: lambda ffns: torch.tensor(math.nan),
+        3: bad_gradient,
+        STEPS + 1: lambda ffns: torch.tensor(math.inf),
+    }
     count = iter(range(10**6))
     at_call(range(100), lambda ffns: bad.get(next(count), lambda ffns: None)(ffns))
     out = run(content, tmp_path / "out", skip_steps=3)
     assert json.loads((out / "distillation.json").read_text()) == {"skipped_steps": 3}
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(out / "model.safetensors").values())
+    assert all(
+        torch.isfinite(tensor).all() for tensor in load_file(out / "model.safetensors").values()
+    )
 
 
 def test_one_bad_step_more_than_allowed_stops(content, at_call, tmp_path):
     at_call([1, 4], lambda ffns: torch.tensor(math.nan))
-    with pytest.raises(FloatingPointError, match="step 4 of stage 'layer-wise' after 1 skipped steps"):
+    with pytest.raises(
+        FloatingPointError, match="step 4 of stage 'layer-wise' after 1 skipped steps"
+    ):
         run(content, tmp_path / "out", skip_steps=1)
 
 

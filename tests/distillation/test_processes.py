@@ -27,7 +27,10 @@ def content(teacher_folder, text_file, tmp_path_factory, ids):
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder("llama"), dtype=torch.float32)
     folder = tmp_path_factory.mktemp("student")
     convert(teacher, calibration_ids=ids, calibration_tokens=256)[0].save_pretrained(folder)
-    stages = [{"name": "layer-wise", **STAGE, "write_mass": 0.01}, {"name": "logits", **STAGE, "cross_entropy": 0.5}]
+    stages = [
+        {"name": "layer-wise", **STAGE, "write_mass": 0.01},
+        {"name": "logits", **STAGE, "cross_entropy": 0.5},
+    ]
     return {
         "teacher": str(teacher_folder("llama")),
         "student": str(folder),
@@ -38,7 +41,10 @@ def content(teacher_folder, text_file, tmp_path_factory, ids):
 
 
 def of(content, out, processes=1, optimizer="adamw", **changes):
-    stages = [{**stage, "batch_size": 4 // processes, "optimizer": optimizer} for stage in content["stages"]]
+    stages = [
+        {**stage, "batch_size": 4 // processes, "optimizer": optimizer}
+        for stage in content["stages"]
+    ]
     return {**content, "stages": stages, "output_dir": str(out), **changes}
 
 
@@ -49,10 +55,29 @@ def start(work, processes, scratch):
     command = [sys.executable, SCRIPT, file]
     if processes > 1:
         # "--cpu" alone would start one process; "multi_gpu" means torchrun, and ACCELERATE_USE_CPU gloo
-        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
-        command = [sys.executable, *launch, "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPT, file]
+        launch = [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+        ]
+        command = [
+            sys.executable,
+            *launch,
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            SCRIPT,
+            file,
+        ]
     environment = dict(os.environ, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((scratch / "losses.json").read_text())
 
@@ -103,14 +128,20 @@ def test_two_processes_lose_as_one_does(one, two, content, tmp_path):
     # resumed on one
     here = of(content, together / "left", 1, shard=shard)
     (tmp_path / "one").mkdir()
-    rest = start({"jobs": [{"name": "rest", "dtype": "float64", "content": here}]}, 1, tmp_path / "one")["rest"]
+    rest = start(
+        {"jobs": [{"name": "rest", "dtype": "float64", "content": here}]}, 1, tmp_path / "one"
+    )["rest"]
     assert apart(double["left"] + rest, single["whole"]) < 1e-9
     # the finished model loads on one process, and is the same
-    mine, theirs = (load_file(folder / "whole" / "done" / "model.safetensors") for folder in (alone, together))
+    mine, theirs = (
+        load_file(folder / "whole" / "done" / "model.safetensors") for folder in (alone, together)
+    )
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-9, atol=1e-12)
-    loaded = AutoModelForCausalLM.from_pretrained(together / "whole" / "done", trust_remote_code=True)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        together / "whole" / "done", trust_remote_code=True
+    )
     assert torch.isfinite(loaded(torch.arange(3, 20)[None]).logits).all()
 
 
@@ -129,12 +160,21 @@ def test_the_multi_node_line_runs_with_two_machines_on_one(content, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(of(content, tmp_path / "out", 2)))
     environment = dict(
-        os.environ, CPU="1", ACCELERATE_USE_CPU="1", MACHINES="2", PROCESSES="2", PORT="29571", PYTHON=sys.executable
+        os.environ,
+        CPU="1",
+        ACCELERATE_USE_CPU="1",
+        MACHINES="2",
+        PROCESSES="2",
+        PORT="29571",
+        PYTHON=sys.executable,
     )
     command = ["bash", RECIPES / "launch" / "multi-node.sh"]
     running = [
         subprocess.Popen(
-            [*command, str(rank), "127.0.0.1", file, "shard=true"], env=environment, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), "127.0.0.1", file, "shard=true"],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in (0, 1)
     ]
@@ -142,7 +182,12 @@ def test_the_multi_node_line_runs_with_two_machines_on_one(content, tmp_path):
         _, error = process.communicate(timeout=600)
         assert process.returncode == 0, error[-3000:]
     assert torch.isfinite(
-        torch.cat([t.flatten().float() for t in load_file(tmp_path / "out" / "model.safetensors").values()])
+        torch.cat(
+            [
+                t.flatten().float()
+                for t in load_file(tmp_path / "out" / "model.safetensors").values()
+            ]
+        )
     ).all()
 
 
@@ -152,10 +197,24 @@ def test_the_launch_line_is_one_that_accelerate_takes():
     text = (RECIPES / "launch" / "multi-node.sh").read_text()
     line = text[text.index("accelerate.commands.launch") :].split()[2:]
     words = [word.strip('"') for word in line if word != "\\"]
-    values = {"${MACHINES:-2}": "2", "${PROCESSES:-16}": "16", "$rank": "1", "$main": "10.0.0.1", "${PORT:-29500}": "29500"}
+    values = {
+        "${MACHINES:-2}": "2",
+        "${PROCESSES:-16}": "16",
+        "$rank": "1",
+        "$main": "10.0.0.1",
+        "${PORT:-29500}": "29500",
+    }
     read = launch_command_parser().parse_args([values.get(word, word) for word in words])
-    assert (read.num_machines, read.num_processes, read.machine_rank, read.main_process_ip) == (2, 16, 1, "10.0.0.1")
-    assert read.training_script == "scripts/distill.py" and (RECIPES.parent / read.training_script).is_file()
+    assert (read.num_machines, read.num_processes, read.machine_rank, read.main_process_ip) == (
+        2,
+        16,
+        1,
+        "10.0.0.1",
+    )
+    assert (
+        read.training_script == "scripts/distill.py"
+        and (RECIPES.parent / read.training_script).is_file()
+    )
 
 
 def test_the_deepspeed_configuration_is_valid():
@@ -164,19 +223,25 @@ def test_the_deepspeed_configuration_is_valid():
     file = RECIPES / "launch" / "zero2.json"
     read = HfDeepSpeedConfig(str(file))
     assert read.is_zero2() and read.is_offload() and not read.is_zero3()
-    deepspeed = pytest.importorskip("deepspeed", reason="deepspeed is not installed: its own check of the file does not run")
+    deepspeed = pytest.importorskip(
+        "deepspeed", reason="deepspeed is not installed: its own check of the file does not run"
+    )
     content = {k: v for k, v in json.loads(file.read_text()).items() if v != "auto" and k != "bf16"}
     deepspeed.DeepSpeedConfig({**content, "train_batch_size": 2, "gradient_clipping": 1.0})
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
-def test_a_launch_whose_gradients_would_go_unshared_is_refused(content, tmp_path, monkeypatch, kind):
+def test_a_launch_whose_gradients_would_go_unshared_is_refused(
+    content, tmp_path, monkeypatch, kind
+):
     from accelerate import Accelerator
     from accelerate.utils import DistributedType
 
     from hf_kernel_ffn.distillation import Recipe
     from hf_kernel_ffn.distillation.trainer import make_accelerator
 
-    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType[kind]))
+    monkeypatch.setattr(
+        Accelerator, "distributed_type", property(lambda self: DistributedType[kind])
+    )
     with pytest.raises(InputError, match="shard: true"):
         make_accelerator(Recipe(**of(content, tmp_path / "out")))

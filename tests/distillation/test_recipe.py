@@ -49,7 +49,9 @@ def refusal(recipe):
 def test_three_operating_points_per_family_are_shipped():
     points = ("faithful", "readable", "mercer")
     expected = {f"{family}-{point}.yaml" for family in FAMILIES for point in points}
-    assert expected | {"bert-faithful.yaml", "qwen3-faithful.yaml"} == {file.name for file in SHIPPED}
+    assert expected | {"bert-faithful.yaml", "qwen3-faithful.yaml"} == {
+        file.name for file in SHIPPED
+    }
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
@@ -59,7 +61,9 @@ def test_shipped_recipes_are_valid(file):
     for key, value in raw.get("kernel_ffn", {}).items():
         assert getattr(settings, key) == value
     assert [stage.name for stage in recipe.stages] == [stage["name"] for stage in raw["stages"]]
-    assert sum(stage.tokens for stage in recipe.stages) <= 5_000_000  # as much as the README's figures may take
+    assert (
+        sum(stage.tokens for stage in recipe.stages) <= 5_000_000
+    )  # as much as the README's figures may take
 
 
 def test_what_is_left_out_has_a_default(recipe):
@@ -183,7 +187,10 @@ def test_an_override_that_is_no_yaml_is_named(refusal):
         (["kernel_ffn.simplex=argmax"], "simplex='argmax'"),
         (["kernel_ffn.simplex=top-k"], "top_k=None"),
         (["kernel_ffn.top_k=4"], "only 'top-k'"),
-        (["kernel_ffn.values=gated", "kernel_ffn.init=polarised"], "values 'gated' with init 'polarised'"),
+        (
+            ["kernel_ffn.values=gated", "kernel_ffn.init=polarised"],
+            "values 'gated' with init 'polarised'",
+        ),
         (["kernel_ffn.expansion=9"], "expansion=9"),
         (["kernel_ffn.kernel=nowhere.py:mine"], "'nowhere.py'"),
     ],
@@ -195,14 +202,25 @@ def test_a_refused_combination_says_why(refusal, overrides, reason):
 
 @pytest.mark.parametrize(
     "content",
-    [b"teacher: [x", b"teacher: x\n\tdata: y", b"\xff\xfe", b"teacher: 2020-13-45", b"teacher: *nobody", b"!!python/none x: 1"],
+    [
+        b"teacher: [x",
+        b"teacher: x\n\tdata: y",
+        b"\xff\xfe",
+        b"teacher: 2020-13-45",
+        b"teacher: *nobody",
+        b"!!python/none x: 1",
+    ],
 )
 def test_an_unreadable_file_is_named(tmp_path, content):
     file = tmp_path / "recipe.yaml"
     file.write_bytes(content)
     with pytest.raises(InputError) as caught:
         load_recipe(file)
-    assert str(file) in str(caught.value) and "YAML" in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(file) in str(caught.value)
+        and "YAML" in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 @pytest.mark.parametrize("content", ["", "- teacher", "teacher"])

@@ -37,7 +37,9 @@ quietly = partial(record, say=lambda line: None)
 def short_text(tmp_path_factory):
     """Some twenty sequences of 32 tokens."""
     file = tmp_path_factory.mktemp("text") / "short.txt"
-    file.write_text((TEXT / "books-distil.txt").read_text(encoding="utf-8")[:2500], encoding="utf-8")
+    file.write_text(
+        (TEXT / "books-distil.txt").read_text(encoding="utf-8")[:2500], encoding="utf-8"
+    )
     return file
 
 
@@ -51,7 +53,9 @@ def student_folder(stock, tokenizer, tmp_path_factory):
     """A conversion that has much to learn, of a gated FFN without its pairs; smooth, so that roundings stay what they are."""
     folder = tmp_path_factory.mktemp("student")
     ids = read_token_ids(tokenizer, [str(TEXT / "books-distil.txt")], 128, 512)
-    convert(stock, KernelFFNConfig(init="single"), calibration_ids=ids, calibration_tokens=512)[0].save_pretrained(folder)
+    convert(stock, KernelFFNConfig(init="single"), calibration_ids=ids, calibration_tokens=512)[
+        0
+    ].save_pretrained(folder)
     return folder
 
 
@@ -120,7 +124,10 @@ def distributions(draw):
     vocabulary = draw(st.integers(2, 30))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([0.1, 1.0, 10.0, 100.0]))
-    student, teacher = (scale * torch.randn(3, vocabulary, generator=generator, dtype=torch.float64) for _ in range(2))
+    student, teacher = (
+        scale * torch.randn(3, vocabulary, generator=generator, dtype=torch.float64)
+        for _ in range(2)
+    )
     top = teacher.topk(draw(st.integers(1, vocabulary))).indices.sort().values
     return student.requires_grad_(True), teacher, top
 
@@ -133,7 +140,10 @@ def full(student, teacher):
 @given(distributions())
 def test_the_lumped_divergence_is_a_lower_bound(drawn):
     student, teacher, top = drawn
-    found, bound = kl(top_and_rest_log_probs(student, top), top_and_rest_log_probs(teacher, top)), full(student, teacher)
+    found, bound = (
+        kl(top_and_rest_log_probs(student, top), top_and_rest_log_probs(teacher, top)),
+        full(student, teacher),
+    )
     assert (found <= bound + 1e-12 * (1 + bound)).all() and (found >= -1e-12).all()
     if top.shape[-1] >= student.shape[-1] - 1:  # nothing is lumped
         torch.testing.assert_close(found, bound, rtol=1e-10, atol=1e-12)
@@ -143,13 +153,18 @@ def test_the_lumped_divergence_is_a_lower_bound(drawn):
 def test_the_lumped_divergence_has_the_gradient_of_its_formula(drawn):
     student, teacher, top = drawn
     k, vocabulary = top.shape[-1], student.shape[-1]
-    [mine] = torch.autograd.grad(kl(top_and_rest_log_probs(student, top), top_and_rest_log_probs(teacher, top)).sum(), student)
+    [mine] = torch.autograd.grad(
+        kl(top_and_rest_log_probs(student, top), top_and_rest_log_probs(teacher, top)).sum(),
+        student,
+    )
     p, q = (logits.softmax(-1).gather(-1, top) for logits in (teacher, student))
     naive = (p * (p / q).log()).sum(-1)
     if k < vocabulary:
         naive = naive + (1 - p.sum(-1)) * ((1 - p.sum(-1)) / (1 - q.sum(-1))).log()
     [expected] = torch.autograd.grad(naive.sum(), student)
-    trusted = expected.isfinite() & ((1 - q.sum(-1, keepdim=True) > 1e-6) | (k == vocabulary))  # where 1 - x has digits left
+    trusted = expected.isfinite() & (
+        (1 - q.sum(-1, keepdim=True) > 1e-6) | (k == vocabulary)
+    )  # where 1 - x has digits left
     assert mine.isfinite().all()
     torch.testing.assert_close(mine[trusted], expected[trusted], rtol=1e-6, atol=1e-8)
 
@@ -168,25 +183,49 @@ def test_what_is_left_of_a_sure_prediction_is_not_rounded_away():
 
 def test_a_record_has_what_the_stages_read_once(recipe, monkeypatch, tmp_path):
     """Behind three layer-wise parts, in two logits stages; the text is read more than once."""
-    layer_wise = {"name": "layer-wise", "tokens": 65, "learning_rate": 1e-9, "batch_size": 1, "layers_at_once": 2}
-    stages = [layer_wise, LOGITS, {**layer_wise, "layers_at_once": None}, {**LOGITS, "tokens": 800, "batch_size": 3}]
+    layer_wise = {
+        "name": "layer-wise",
+        "tokens": 65,
+        "learning_rate": 1e-9,
+        "batch_size": 1,
+        "layers_at_once": 2,
+    }
+    stages = [
+        layer_wise,
+        LOGITS,
+        {**layer_wise, "layers_at_once": None},
+        {**LOGITS, "tokens": 800, "batch_size": 3},
+    ]
     read = []
 
     def note(stage, teacher, student, ffns, ids, *more):
         read.extend(map(tuple, ids.tolist()))
-        return OBJECTIVES["layer-wise"](stage, teacher, student, ffns, ids, *more)  # the quicker one
+        return OBJECTIVES["layer-wise"](
+            stage, teacher, student, ffns, ids, *more
+        )  # the quicker one
 
     monkeypatch.setitem(OBJECTIVES, "logits", note)
     short = recipe(tmp_path / "out", stages=stages)
     run(short)
     quietly(short, tmp_path / "record", 2)
-    recorded = Counter(map(tuple, load_file(tmp_path / "record" / "00000.safetensors")["input_ids"].tolist()))
+    recorded = Counter(
+        map(tuple, load_file(tmp_path / "record" / "00000.safetensors")["input_ids"].tolist())
+    )
     assert set(recorded) == set(read) and set(recorded.values()) == {1}
     assert len(read) > len(recorded)
 
 
 def test_without_a_student_the_layers_to_convert_are_counted(recipe, stock, tmp_path):
-    stages = [{"name": "layer-wise", "tokens": 32, "learning_rate": 1, "batch_size": 1, "layers_at_once": 1}, LOGITS]
+    stages = [
+        {
+            "name": "layer-wise",
+            "tokens": 32,
+            "learning_rate": 1,
+            "batch_size": 1,
+            "layers_at_once": 1,
+        },
+        LOGITS,
+    ]
     for layers, parts in ((None, 4), ("1-3", 3), ([2], 1)):
         settings = {} if layers is None else {"layers": layers}
         whole = recipe(tmp_path, stages=stages, student=None, kernel_ffn=settings)
@@ -218,15 +257,23 @@ def test_a_record_is_the_teachers_predictions(recipe, folder, stock):
     assert torch.equal(top, likeliest)
     expected = p.gather(-1, likeliest)
     torch.testing.assert_close(found[..., :-1].double().exp(), expected, rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(found[..., -1].double().exp(), 1 - expected.sum(-1), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        found[..., -1].double().exp(), 1 - expected.sum(-1), rtol=1e-5, atol=1e-9
+    )
 
 
 def test_the_command_states_the_size(recipe, short_text, tokenizer, capsys, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe(tmp_path / "out", {"tokens": 6400}).model_dump_json())  # JSON is YAML
-    cli.app(["record", str(file), str(tmp_path / "record"), "stages.0.tokens=3200", "--top-k", "3"], standalone_mode=False)
+    cli.app(
+        ["record", str(file), str(tmp_path / "record"), "stages.0.tokens=3200", "--top-k", "3"],
+        standalone_mode=False,
+    )
     printed = capsys.readouterr().out
-    assert "at most 100 sequences of 32 tokens, 32 bytes per token" in printed and "0.1 MiB in all" in printed
+    assert (
+        "at most 100 sequences of 32 tokens, 32 bytes per token" in printed
+        and "0.1 MiB in all" in printed
+    )
     count = len(list(pack_blocks(tokenizer, [str(short_text)], 32)))
     assert (
         "the recorded tokens hold" in printed
@@ -254,8 +301,14 @@ def losses(monkeypatch):
     return seen
 
 
-def test_all_of_the_vocabulary_is_the_running_teacher(recipe, losses, stock, student_folder, tokenizer, monkeypatch, tmp_path):
-    settings = {"temperature": 2.0, "cross_entropy": 0.25, "optimizer": "adamw"}  # Muon turns roundings into directions
+def test_all_of_the_vocabulary_is_the_running_teacher(
+    recipe, losses, stock, student_folder, tokenizer, monkeypatch, tmp_path
+):
+    settings = {
+        "temperature": 2.0,
+        "cross_entropy": 0.25,
+        "optimizer": "adamw",
+    }  # Muon turns roundings into directions
     quietly(recipe("nowhere", settings), tmp_path / "record", VOCABULARY)
     start, one, other = (load(student_folder) for _ in range(3))
     train(recipe("nowhere", settings), tokenizer, stock, one)
@@ -264,7 +317,12 @@ def test_all_of_the_vocabulary_is_the_running_teacher(recipe, losses, stock, stu
         raise AssertionError("the teacher ran")
 
     monkeypatch.setattr(stock, "forward", never)
-    train(recipe("nowhere", {**settings, "stored_logits": str(tmp_path / "record")}), tokenizer, stock, other)
+    train(
+        recipe("nowhere", {**settings, "stored_logits": str(tmp_path / "record")}),
+        tokenizer,
+        stock,
+        other,
+    )
     # Losses and gradients of one step differ by 1e-6 of themselves: roundings of 4096 log-probabilities in another order. AdamW
     # divides every number of a gradient by its own size, the least exact ones too.
     assert losses[STEPS:] == pytest.approx(losses[:STEPS], rel=1e-5) and len(losses) == 2 * STEPS
@@ -288,7 +346,17 @@ def test_64_tokens_of_4096_teach_nearly_as_much(recipe, student_folder, stock, t
 
     start = divergence(load(student_folder))
     complete = divergence(load(run(recipe(tmp_path / "complete", stage, data=data))))
-    stored = divergence(load(run(recipe(tmp_path / "stored", {**stage, "stored_logits": str(tmp_path / "record")}, data=data))))
+    stored = divergence(
+        load(
+            run(
+                recipe(
+                    tmp_path / "stored",
+                    {**stage, "stored_logits": str(tmp_path / "record")},
+                    data=data,
+                )
+            )
+        )
+    )
     assert complete < 0.8 * start
     assert abs(stored - complete) < 0.15 * (start - complete)
 
@@ -312,24 +380,34 @@ def test_a_resumed_run_ends_bit_equal(recipe, folder, finished, monkeypatch, tmp
         with pytest.raises(Interrupted):
             run(same)
     one = weights(run(same, resume=True))
-    assert one.keys() == finished.keys() and all(torch.equal(one[name], finished[name]) for name in one)
+    assert one.keys() == finished.keys() and all(
+        torch.equal(one[name], finished[name]) for name in one
+    )
 
 
 @pytest.fixture(scope="module")
 def finished(recipe, folder, tmp_path_factory):
     """Weights of an uninterrupted run."""
-    return weights(run(recipe(tmp_path_factory.mktemp("finished") / "out", {"stored_logits": str(folder)})))
+    return weights(
+        run(recipe(tmp_path_factory.mktemp("finished") / "out", {"stored_logits": str(folder)}))
+    )
 
 
 def test_a_loss_that_is_not_finite_is_looked_into(recipe, folder, monkeypatch, tmp_path):
     monkeypatch.setattr(training, "stored_logits", lambda *arguments: torch.tensor(float("nan")))
-    with pytest.raises(FloatingPointError, match="loss nan at step 0 of stage 'logits', in no FFN's own numbers"):
+    with pytest.raises(
+        FloatingPointError, match="loss nan at step 0 of stage 'logits', in no FFN's own numbers"
+    ):
         run(recipe(tmp_path / "out", {"stored_logits": str(folder)}))
 
 
 @pytest.mark.slow
 def test_two_processes_look_up_their_own(recipe, student_folder, tmp_path):
-    stage = {"tokens": 320, "batch_size": 2, "optimizer": "adamw"}  # twelve sequences; one process would read ten
+    stage = {
+        "tokens": 320,
+        "batch_size": 2,
+        "optimizer": "adamw",
+    }  # twelve sequences; one process would read ten
     files = []
     for name, stored in (("running", None), ("stored", str(tmp_path / "record"))):
         whole = recipe(tmp_path / name, {**stage, "stored_logits": stored})
@@ -337,15 +415,26 @@ def test_two_processes_look_up_their_own(recipe, student_folder, tmp_path):
             quietly(whole, stored, VOCABULARY, 2)
         file = tmp_path / f"{name}.yaml"
         file.write_text(whole.model_dump_json())
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+        ]
         environment = dict(os.environ, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1")
         command = [*launcher, RECIPES.parent / "scripts" / "distill.py", file]
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         files.append(weights(tmp_path / name))
     start, (one, other) = weights(student_folder), files
     for name in start:
-        if name.endswith("prototypes.weight"):  # stored in bfloat16: a rounding is a large part of a short way
+        if name.endswith(
+            "prototypes.weight"
+        ):  # stored in bfloat16: a rounding is a large part of a short way
             way = (one[name] - start[name]).float().norm()
             assert way > 0 and (other[name] - one[name]).float().norm() < 0.2 * way
 
@@ -363,8 +452,13 @@ def refusal(call, *arguments):
 def test_only_a_logits_stage_has_stored_logits(recipe, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe(tmp_path / "out").model_dump_json())
-    message = refusal(load_recipe, file, ["stages.0.name=layer-wise", "stages.0.stored_logits=there"])
-    assert "stages.0: stored_logits 'there' in a layer-wise stage" in message and "leave it out" in message
+    message = refusal(
+        load_recipe, file, ["stages.0.name=layer-wise", "stages.0.stored_logits=there"]
+    )
+    assert (
+        "stages.0: stored_logits 'there' in a layer-wise stage" in message
+        and "leave it out" in message
+    )
 
 
 def test_a_folder_that_is_no_record_is_refused(recipe, tmp_path):
@@ -405,10 +499,14 @@ SPOILT = {
     "a tensor is missing": lambda tensors: tensors.pop("top"),
     "a tensor is too many": lambda tensors: tensors.update(more=torch.zeros(1)),
     "other ids": lambda tensors: tensors.update(input_ids=tensors["input_ids"].long()),
-    "other probabilities": lambda tensors: tensors.update(log_probabilities=tensors["log_probabilities"].half()),
+    "other probabilities": lambda tensors: tensors.update(
+        log_probabilities=tensors["log_probabilities"].half()
+    ),
     "fewer tokens": lambda tensors: tensors.update(top=tensors["top"][..., :3].contiguous()),
     "fewer sequences": lambda tensors: tensors.update(top=tensors["top"][:3].contiguous()),
-    "ids that are one": lambda tensors: tensors.update(input_ids=torch.tensor(1, dtype=torch.int32)),
+    "ids that are one": lambda tensors: tensors.update(
+        input_ids=torch.tensor(1, dtype=torch.int32)
+    ),
     "ids that are flat": lambda tensors: tensors.update(input_ids=tensors["input_ids"].flatten()),
     "a token below the vocabulary": lambda tensors: tensors["top"][..., 0].fill_(-1),
     "a token above the vocabulary": lambda tensors: tensors["top"][..., -1].fill_(VOCABULARY),
@@ -424,7 +522,9 @@ def test_a_tampered_record_is_refused(copy, edit):
     Record(copy.folder).look_up(ids, VOCABULARY)  # whole so far
     spoilt = copy(edit)
     message = refusal(lambda: Record(spoilt).look_up(ids, VOCABULARY))
-    assert f"found {spoilt} damaged" in message and "make it again by hf-kernel-ffn record" in message
+    assert (
+        f"found {spoilt} damaged" in message and "make it again by hf-kernel-ffn record" in message
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])
@@ -445,7 +545,15 @@ def test_a_shard_that_is_lost_on_the_way_is_named(copy):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"format": 2}, {"shards": 2}, {"shards": 0}, {"top_k": "16"}, {"top_k": 15}, {"temperature": None}, {"more": 1}],
+    [
+        {"format": 2},
+        {"shards": 2},
+        {"shards": 0},
+        {"top_k": "16"},
+        {"top_k": 15},
+        {"temperature": None},
+        {"more": 1},
+    ],
     ids=str,
 )
 def test_facts_that_are_none_are_refused(copy, changes):
@@ -454,7 +562,9 @@ def test_facts_that_are_none_are_refused(copy, changes):
     assert f"found {copy.folder} damaged" in refusal(Record, copy.folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 100_000], ids=["empty", "list", "no text", "nested"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"\xff", b"[" * 100_000], ids=["empty", "list", "no text", "nested"]
+)
 def test_facts_that_are_no_json_are_refused(copy, content):
     (copy.folder / "record.json").write_bytes(content)
     assert f"found {copy.folder} damaged" in refusal(Record, copy.folder)
@@ -462,7 +572,13 @@ def test_facts_that_are_no_json_are_refused(copy, content):
 
 def test_masked_models_are_refused(recipe, folder, tmp_path):
     bert = str(RECIPES / "teachers" / "bert")
-    stored = recipe(tmp_path / "out", {"stored_logits": str(folder)}, teacher=bert, student=None, calibration_tokens=256)
+    stored = recipe(
+        tmp_path / "out",
+        {"stored_logits": str(folder)},
+        teacher=bert,
+        student=None,
+        calibration_tokens=256,
+    )
     for call in (lambda: run(stored), lambda: quietly(stored, tmp_path / "record")):
         assert "found a BertForMaskedLM, whose masks are drawn anew" in refusal(call)
     assert not (tmp_path / "record").exists()
@@ -472,12 +588,16 @@ def test_what_cannot_be_recorded_is_refused(recipe, folder, monkeypatch, tmp_pat
     one, out = recipe("nowhere"), tmp_path / "record"
     assert "not empty" in refusal(quietly, one, folder)
     layer_wise = {**LOGITS, "name": "layer-wise"}
-    assert "found logits stages at 0 temperatures" in refusal(quietly, recipe("nowhere", layer_wise), out)
+    assert "found logits stages at 0 temperatures" in refusal(
+        quietly, recipe("nowhere", layer_wise), out
+    )
     two = recipe("nowhere", stages=[LOGITS, {**LOGITS, "temperature": 2}])
     assert "found logits stages at 2 temperatures [1.0, 2.0]" in refusal(quietly, two, out)
     assert "expected 4097 tokens to choose from" in refusal(quietly, one, out, VOCABULARY + 1)
     long = recipe("nowhere", data={**one.data.model_dump(), "sequence_length": 1024})
-    assert "found sequence_length 1024, expected at most the teacher's 512" in refusal(quietly, long, out)
+    assert "found sequence_length 1024, expected at most the teacher's 512" in refusal(
+        quietly, long, out
+    )
 
     nowhere = recipe("nowhere", data={**one.data.model_dump(), "train": "nowhere.txt"})
     assert "found nowhere.txt unreadable as text" in refusal(quietly, nowhere, out)

@@ -32,14 +32,25 @@ KINDS = [
     {"kernel": "exponential", "intensity": "gate"},
     {"kernel": "exponential-yat", "intensity": "none"},
 ]
-kind = pytest.mark.parametrize("settings", KINDS, ids=lambda s: "-".join(map(str, s.values())) or "default")
+kind = pytest.mark.parametrize(
+    "settings", KINDS, ids=lambda s: "-".join(map(str, s.values())) or "default"
+)
 
 
 def make_layer(top_k=TOP_K, **settings):
     """A layer of 40 prototypes with random weights, half of which fire at a time if the kernel is half-yat."""
-    reference = {"epsilon": 0.7, "bandwidth": 2.0, "rate": 0.5, "scale": 1.3, "temperature": 0.8, "threshold": 0.02}
+    reference = {
+        "epsilon": 0.7,
+        "bandwidth": 2.0,
+        "rate": 0.5,
+        "scale": 1.3,
+        "temperature": 0.8,
+        "threshold": 0.02,
+    }
     torch.manual_seed(0)
-    ffn = KernelFFN(LayerConfig(KernelFFNConfig(simplex="threshold", top_k=top_k, **settings), 8, 40, reference))
+    ffn = KernelFFN(
+        LayerConfig(KernelFFNConfig(simplex="threshold", top_k=top_k, **settings), 8, 40, reference)
+    )
     with torch.no_grad():
         for parameter in ffn.parameters():
             parameter.normal_(std=0.5)
@@ -65,7 +76,10 @@ def active(ffn, x):
 
 def layers_and_inputs(student, reader, ids):
     """Path, FFN and its inputs (tokens, hidden_size) when ``reader`` reads ``ids``, for each layer of ``student``."""
-    return [(path, ffn, torch.cat(list(read_ffn_inputs(reader, path, ids)))) for path, ffn in student.kernel_ffns().items()]
+    return [
+        (path, ffn, torch.cat(list(read_ffn_inputs(reader, path, ids))))
+        for path, ffn in student.kernel_ffns().items()
+    ]
 
 
 # thresholds
@@ -92,7 +106,9 @@ def test_below_the_threshold_coefficients_are_zero(settings):
     torch.testing.assert_close(ffn.coefficients(x), record.coefficients)
     torch.testing.assert_close(record.output(), ffn(x))
     if not settings:  # nothing else has changed
-        torch.testing.assert_close(record.coefficients, loudness(ffn, x) * passes * ffn.positive("scale"))
+        torch.testing.assert_close(
+            record.coefficients, loudness(ffn, x) * passes * ffn.positive("scale")
+        )
 
 
 def test_the_rate_is_the_share_of_the_way():
@@ -149,31 +165,43 @@ def test_what_does_not_fire_cannot_pass():
 
 
 def test_conversion_fits_the_threshold_on_its_text(teacher, ids):
-    student, _ = convert(teacher, KernelFFNConfig(**SPARSE), calibration_ids=ids, calibration_tokens=256)
+    student, _ = convert(
+        teacher, KernelFFNConfig(**SPARSE), calibration_ids=ids, calibration_tokens=256
+    )
     for _, ffn, x in layers_and_inputs(student, student, ids):
         assert active(ffn, x).float().mean().item() == pytest.approx(TOP_K, abs=0.05)
-        assert ffn.threshold_log_ratio == 0  # in the config, exactly, and not in a weight that may be rounded
+        assert (
+            ffn.threshold_log_ratio == 0
+        )  # in the config, exactly, and not in a weight that may be rounded
         assert ffn.threshold().item() == pytest.approx(ffn.config.reference["threshold"], rel=1e-6)
 
 
 def test_a_threshold_is_saved_and_loaded(llama, ids, tmp_path):
-    student, _ = convert(llama, KernelFFNConfig(**SPARSE), calibration_ids=ids, calibration_tokens=256)
+    student, _ = convert(
+        llama, KernelFFNConfig(**SPARSE), calibration_ids=ids, calibration_tokens=256
+    )
     for _, ffn, x in layers_and_inputs(student, llama, ids):
         ffn.fit_threshold(2 * x)
     student.save_pretrained(tmp_path)
     own = type(student).from_pretrained(tmp_path)
     for one, other in zip(student.kernel_ffns().values(), own.kernel_ffns().values()):
-        assert one.threshold_log_ratio != 0 and torch.equal(one.threshold_log_ratio, other.threshold_log_ratio)
+        assert one.threshold_log_ratio != 0 and torch.equal(
+            one.threshold_log_ratio, other.threshold_log_ratio
+        )
         assert one.reference["threshold"] == other.reference["threshold"] != 1
         assert torch.equal(one.threshold(), other.threshold()) and other.top_k == TOP_K
     with torch.no_grad():
         assert torch.equal(own(ids).logits, student(ids).logits)
-        assert torch.equal(load(tmp_path)(ids).logits, student(ids).logits)  # by the folder's own code
+        assert torch.equal(
+            load(tmp_path)(ids).logits, student(ids).logits
+        )  # by the folder's own code
 
 
 def test_half_precision_keeps_as_many(make_teacher, ids):
     teacher = make_teacher("llama").bfloat16()
-    student, _ = convert(teacher, KernelFFNConfig(**SPARSE), calibration_ids=ids, calibration_tokens=256)
+    student, _ = convert(
+        teacher, KernelFFNConfig(**SPARSE), calibration_ids=ids, calibration_tokens=256
+    )
     for _, ffn, x in layers_and_inputs(student, student, ids):
         assert x.dtype == torch.bfloat16 and ffn.threshold().dtype == torch.float32
         assert active(ffn, x).float().mean().item() == pytest.approx(TOP_K, rel=0.05)
@@ -223,8 +251,12 @@ def test_thresholds_follow_what_was_seen():
         watch.after(10_000, given.append)  # slowly
         moved = abs((ffn.threshold_log_ratio - expected.threshold_log_ratio).item())
         expected.fit_threshold(x)
-        assert 0 < moved < 0.2 * abs((ffn.threshold_log_ratio - expected.threshold_log_ratio).item())
-    assert len(given) == 3 and all(tensor is ffn.threshold_log_ratio for tensor in given)  # to be averaged over processes
+        assert (
+            0 < moved < 0.2 * abs((ffn.threshold_log_ratio - expected.threshold_log_ratio).item())
+        )
+    assert len(given) == 3 and all(
+        tensor is ffn.threshold_log_ratio for tensor in given
+    )  # to be averaged over processes
 
 
 @kind
@@ -237,14 +269,23 @@ def test_the_price_is_the_mass_written_over_the_length_of_its_sum(settings):
     price.backward()
     gradients = {name: p.grad.clone() for name, p in ffn.named_parameters() if p.grad is not None}
     ffn.zero_grad()
-    mass = sum(abs(c) * v.norm() for row in ffn.coefficients(x) for c, v in zip(row, ffn.output_prototypes.weight.T)) / 50
+    mass = (
+        sum(
+            abs(c) * v.norm()
+            for row in ffn.coefficients(x)
+            for c, v in zip(row, ffn.output_prototypes.weight.T)
+        )
+        / 50
+    )
     flat = y.detach().reshape(50, 8)
     expected = 0.3 * mass / (flat - flat.mean(0)).norm(dim=-1).mean()
     torch.testing.assert_close(price, expected)
     expected.backward()  # the length is no way to lower it
     assert {"input_prototypes.weight", "output_prototypes.weight"} <= gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, dict(ffn.named_parameters())[name].grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            gradient, dict(ffn.named_parameters())[name].grad, rtol=1e-3, atol=1e-5
+        )
 
 
 def test_nothing_is_charged_where_nothing_is_asked():
@@ -295,7 +336,9 @@ def test_after_training_top_k_prototypes_are_active(trained, pair):
         assert active(ffn, x).float().mean().item() == pytest.approx(TOP_K, rel=0.15)
         stale = copy.deepcopy(ffn)
         stale.threshold_log_ratio.copy_(before[f"model.{path}.threshold_log_ratio"])
-        assert active(stale, x).float().mean().item() != pytest.approx(TOP_K, rel=0.15)  # so they had to follow
+        assert active(stale, x).float().mean().item() != pytest.approx(
+            TOP_K, rel=0.15
+        )  # so they had to follow
 
 
 @torch.no_grad()
@@ -335,8 +378,13 @@ def test_training_in_memory_leaves_the_rest_alone(pair, tokenizer):
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert not any(p.requires_grad for p in teacher.parameters())
     for name, parameter in student.named_parameters():
-        assert parameter.requires_grad == (".mlp." in name) != torch.equal(parameter, mine[name]), name
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in (*teacher.modules(), *student.modules()))
+        assert parameter.requires_grad == (".mlp." in name) != torch.equal(parameter, mine[name]), (
+            name
+        )
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks
+        for module in (*teacher.modules(), *student.modules())
+    )
 
 
 @pytest.fixture(scope="module")
@@ -382,9 +430,14 @@ def test_a_finished_sparse_student_has_its_thresholds(finished):
 
 def test_gradient_checkpointing_changes_nothing(recipe, tmp_path):
     logits = {**LOGITS, "write_mass": 0.1}
-    outs = [run(recipe(tmp_path / str(on), stages=[logits], gradient_checkpointing=on)) for on in (False, True)]
+    outs = [
+        run(recipe(tmp_path / str(on), stages=[logits], gradient_checkpointing=on))
+        for on in (False, True)
+    ]
     tensors, others = (load_file(out / "model.safetensors") for out in outs)
-    assert all(torch.allclose(tensors[name], others[name], rtol=1e-3, atol=1e-5) for name in tensors)
+    assert all(
+        torch.allclose(tensors[name], others[name], rtol=1e-3, atol=1e-5) for name in tensors
+    )
 
 
 # what never fires
@@ -394,18 +447,33 @@ def test_gradient_checkpointing_changes_nothing(recipe, tmp_path):
 def test_dead_prototypes_fire_on_no_token(llama, ids):
     teacher = copy.deepcopy(llama)
     teacher.model.layers[1].mlp.up_proj.weight[:4] = 0
-    student, _ = convert(teacher, KernelFFNConfig(simplex="top-k", top_k=2), calibration_ids=ids, calibration_tokens=256)
+    student, _ = convert(
+        teacher,
+        KernelFFNConfig(simplex="top-k", top_k=2),
+        calibration_ids=ids,
+        calibration_tokens=256,
+    )
     ffns = student.kernel_ffns()
     ffns["layers.1.mlp"].input_prototypes.bias[:5] = -1e3
-    layers = {layer["path"]: layer for layer in evaluate_student(student, teacher, ids, batch_tokens=64)["layers"]}
+    layers = {
+        layer["path"]: layer
+        for layer in evaluate_student(student, teacher, ids, batch_tokens=64)["layers"]
+    }
     for path, ffn, x in layers_and_inputs(student, teacher, ids):
         never = ~(ffn.coefficients(x) != 0).any(0)
         assert layers[path]["dead_prototypes"] == never.sum()
         weights = read_ffn_weights(
-            teacher.base_model.get_submodule(path), get_architecture_of_model(teacher), teacher.config, path
+            teacher.base_model.get_submodule(path),
+            get_architecture_of_model(teacher),
+            teacher.config,
+            path,
         )
-        assert layers[path]["teacher"]["dead_prototypes"] == (~(weights.coefficients(x) != 0).any(0)).sum()
+        assert (
+            layers[path]["teacher"]["dead_prototypes"]
+            == (~(weights.coefficients(x) != 0).any(0)).sum()
+        )
     assert layers["layers.1.mlp"]["dead_prototypes"] >= 5
     assert (
-        layers["layers.1.mlp"]["teacher"]["dead_prototypes"] == 4 and not layers["layers.0.mlp"]["teacher"]["dead_prototypes"]
+        layers["layers.1.mlp"]["teacher"]["dead_prototypes"] == 4
+        and not layers["layers.0.mlp"]["teacher"]["dead_prototypes"]
     )

@@ -9,7 +9,12 @@ from hf_kernel_ffn import InputError, evaluate_student
 from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation.trainer import train
-from hf_kernel_ffn.evaluation.baselines import TeacherFFN, Transcoder, teacher_as_student, transcoder_student
+from hf_kernel_ffn.evaluation.baselines import (
+    TeacherFFN,
+    Transcoder,
+    teacher_as_student,
+    transcoder_student,
+)
 from hf_kernel_ffn.families.lookup import find_ffn_paths
 from hf_kernel_ffn.families.registry import get_architecture_of_model
 from hf_kernel_ffn.families.weights import read_ffn_weights
@@ -49,11 +54,15 @@ def test_truncated_it_keeps_the_loudest_contributions(teacher):
     found = TeacherFFN(weights, "top-k", TOP_K).coefficients(x)
     coefficients, loudness = truth(weights, x)
     order = loudness.argsort(-1, descending=True)
-    expected = torch.zeros_like(coefficients).scatter(-1, order[..., :TOP_K], coefficients.gather(-1, order[..., :TOP_K]))
+    expected = torch.zeros_like(coefficients).scatter(
+        -1, order[..., :TOP_K], coefficients.gather(-1, order[..., :TOP_K])
+    )
     assert ((found != 0).sum(-1) == TOP_K).all()
     torch.testing.assert_close(found, expected)
     by_size = coefficients.abs().topk(TOP_K).indices.sort(-1).values
-    assert not torch.equal(by_size, order[..., :TOP_K].sort(-1).values)  # the lengths of the columns decide too
+    assert not torch.equal(
+        by_size, order[..., :TOP_K].sort(-1).values
+    )  # the lengths of the columns decide too
 
 
 @torch.no_grad()
@@ -67,7 +76,9 @@ def test_a_threshold_keeps_the_loudest_of_all_tokens(teacher):
     least = loudness.flatten().topk(TOP_K * 40).values[-1]
     torch.testing.assert_close(ffn.coefficients(x), coefficients * (loudness >= least))
     assert (ffn.coefficients(x) != 0).sum() == TOP_K * 40
-    assert (ffn.coefficients(x) != 0).sum(-1).unique().numel() > 3  # more for a token that needs more
+    assert (ffn.coefficients(x) != 0).sum(
+        -1
+    ).unique().numel() > 3  # more for a token that needs more
 
 
 @torch.no_grad()
@@ -83,13 +94,18 @@ def test_the_rate_is_the_share_of_the_way(llama):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("simplex, top_k", [("softmax", None), ("top-k", TOP_K), ("threshold", TOP_K)])
+@pytest.mark.parametrize(
+    "simplex, top_k", [("softmax", None), ("top-k", TOP_K), ("threshold", TOP_K)]
+)
 def test_the_record_of_a_teachers_ffn_sums_to_its_output(teacher, simplex, top_k):
     ffn, x = TeacherFFN(stock_layer(teacher)[1], simplex, top_k), inputs(4, 10)
     ffn.fit_threshold(x) if simplex == "threshold" else None
     record = ffn.readout(x)
     torch.testing.assert_close(record.output(), ffn(x))
-    assert record.coefficients.shape == (4, 10, 48) and len(record.names) == len(record.dictionary) == 48
+    assert (
+        record.coefficients.shape == (4, 10, 48)
+        and len(record.names) == len(record.dictionary) == 48
+    )
     assert top_k or (record.coefficients < 0).any()  # signed
 
 
@@ -102,7 +118,11 @@ def test_a_teacher_as_student_has_ffns_of_its_own(teacher, ids):
     assert len(student.kernel_ffns()) == 3 and own
     assert not [p for p in own if p.untyped_storage().data_ptr() in theirs]
     inside = {id(p) for p in own}
-    assert all(p.untyped_storage().data_ptr() in theirs for p in student.parameters() if id(p) not in inside)
+    assert all(
+        p.untyped_storage().data_ptr() in theirs
+        for p in student.parameters()
+        if id(p) not in inside
+    )
 
 
 @torch.no_grad()
@@ -155,11 +175,18 @@ def test_the_record_of_a_transcoder_sums_to_its_output(transcoder, skip):
     assert record.dictionary.shape == (60, 32) and len(record.names) == 60
     latents = (x @ ffn.coder.encoder.weight.T + ffn.coder.encoder.bias).relu()
     kept, places = latents.topk(TOP_K)
-    torch.testing.assert_close(record.coefficients, torch.zeros_like(latents).scatter(-1, places, kept))
+    torch.testing.assert_close(
+        record.coefficients, torch.zeros_like(latents).scatter(-1, places, kept)
+    )
     active = (record.coefficients != 0).sum(-1)
     assert active.max() == TOP_K
     skipped = x @ ffn.coder.W_skip.T if skip else 0
-    torch.testing.assert_close(ffn(x), record.coefficients @ ffn.coder.W_dec + ffn.coder.b_dec + skipped, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ffn(x),
+        record.coefficients @ ffn.coder.W_dec + ffn.coder.b_dec + skipped,
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @torch.no_grad()
@@ -169,14 +196,18 @@ def test_a_transcoder_may_keep_more_for_a_while(transcoder):
         ffn.top_k = top_k
         latents = (x @ ffn.coder.encoder.weight.T + ffn.coder.encoder.bias).relu()
         assert ffn.top_k == kept
-        assert torch.equal((ffn.readout(x).coefficients != 0).sum(-1), (latents > 0).sum(-1).clamp_max(kept))
+        assert torch.equal(
+            (ffn.readout(x).coefficients != 0).sum(-1), (latents > 0).sum(-1).clamp_max(kept)
+        )
 
 
 @pytest.mark.parametrize("family, skip", [("llama", False), ("mistral", True), ("gpt2", True)])
 def test_a_transcoder_starts_from_the_mean_output(request, ids, family, skip):
     pytest.importorskip("sparsify")
     teacher = request.getfixturevalue(family)
-    layers = evaluate_student(transcoder_student(teacher, ids, 60, TOP_K, skip), teacher, ids)["layers"]
+    layers = evaluate_student(transcoder_student(teacher, ids, 60, TOP_K, skip), teacher, ids)[
+        "layers"
+    ]
     assert len(layers) == 3
     for layer in layers:
         assert layer["fvu"] == pytest.approx(1, abs=1e-4)  # it writes nothing yet, beside the mean
@@ -185,7 +216,9 @@ def test_a_transcoder_starts_from_the_mean_output(request, ids, family, skip):
 
 def test_the_seed_draws_a_transcoder(llama, ids):
     pytest.importorskip("sparsify")
-    one, same, other = (transcoder_student(llama, ids, 60, TOP_K, False, seed).state_dict() for seed in (0, 0, 1))
+    one, same, other = (
+        transcoder_student(llama, ids, 60, TOP_K, False, seed).state_dict() for seed in (0, 0, 1)
+    )
     assert all(torch.equal(value, same[name]) for name, value in one.items())
     assert any(not torch.equal(value, other[name]) for name, value in one.items())
 
@@ -202,7 +235,12 @@ def test_the_stages_train_a_control(make_teacher, tokenizer, ids, text_file, tmp
     stage = {"name": "layer-wise", "tokens": 60 * 128, "learning_rate": 0.01, "batch_size": 4}
     data = {"train": str(text_file), "sequence_length": 32, "shuffle_buffer": 16}
     start = evaluate_student(student, teacher, ids)
-    train(Recipe(teacher="", data=data, stages=[stage], output_dir=str(tmp_path)), tokenizer, teacher, student)
+    train(
+        Recipe(teacher="", data=data, stages=[stage], output_dir=str(tmp_path)),
+        tokenizer,
+        teacher,
+        student,
+    )
     end = evaluate_student(student, teacher, ids)
     for earlier, later in zip(start["layers"], end["layers"]):
         assert later["fvu"] < 0.97 * earlier["fvu"]

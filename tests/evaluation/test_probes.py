@@ -23,7 +23,11 @@ LEAST, TOGETHER = 10, 3
 ASKED = [
     {"context": "The detective was Mr.", "choices": ["Watson", "Holmes", "Moriarty"], "answer": 1},
     {"context": "His friend, the doctor, was", "choices": ["Holmes", "Watson"], "answer": 1},
-    {"context": "The", "choices": ["professor was Mr. Moriarty", "professor was Mr. Holmes"], "answer": 0},
+    {
+        "context": "The",
+        "choices": ["professor was Mr. Moriarty", "professor was Mr. Holmes"],
+        "answer": 0,
+    },
 ]
 
 
@@ -53,23 +57,33 @@ def test_the_likeliest_choice_is_chosen_wherever_it_stands(tokenizer, bonus, cho
 
 def test_a_long_choice_is_as_likely_as_all_its_tokens(tokenizer):
     """Where every token is as likely as any other, the fewest tokens win; a mean over them would find a tie."""
-    question = {"context": "Then came", "choices": ["unquestionably", "he", "Nebuchadnezzar"], "answer": 1}
+    question = {
+        "context": "Then came",
+        "choices": ["unquestionably", "he", "Nebuchadnezzar"],
+        "answer": 1,
+    }
     assert len(tokenizer(" he")["input_ids"]) == 1 < len(tokenizer(" unquestionably")["input_ids"])
     assert multiple_choice(Rigged(tokenizer), tokenizer, [question])["choices"] == [1]
 
 
 def test_a_choice_may_begin_with_another_choice(tokenizer):
     question = {"context": "They sailed to", "choices": ["New York", "New"], "answer": 0}
-    assert multiple_choice(Rigged(tokenizer, " York"), tokenizer, [question])["choices"] == [1]  # a mean would choose the other
+    assert multiple_choice(Rigged(tokenizer, " York"), tokenizer, [question])["choices"] == [
+        1
+    ]  # a mean would choose the other
 
 
 @pytest.fixture(scope="module")
 def models(teacher_folder):
     """Random ones whose answers hang on the whole context; GPT-2 has only 64 positions. And a converted one."""
-    made = {family: AutoModelForCausalLM.from_pretrained(teacher_folder(family)) for family in FAMILIES}
+    made = {
+        family: AutoModelForCausalLM.from_pretrained(teacher_folder(family)) for family in FAMILIES
+    }
     stock = AutoModelForCausalLM.from_pretrained(teacher_folder("llama"))
     ids = torch.randint(0, 4096, (8, 64), generator=torch.Generator().manual_seed(0))
-    made["student"], _ = convert(stock, KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256)
+    made["student"], _ = convert(
+        stock, KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256
+    )
     return made
 
 
@@ -77,7 +91,9 @@ def chosen_one_by_one(model, tokenizer, question):
     """Each choice alone in a batch, without padding, by the model's own loss."""
     context = tokenizer(question["context"])["input_ids"]
     choices = [tokenizer(" " + choice)["input_ids"] for choice in question["choices"]]
-    context = context[max(0, len(context) + max(map(len, choices)) - model.config.max_position_embeddings) :]
+    context = context[
+        max(0, len(context) + max(map(len, choices)) - model.config.max_position_embeddings) :
+    ]
     totals = []
     for choice in choices:
         labels = torch.tensor([[-100] * len(context) + choice])
@@ -90,7 +106,10 @@ def chosen_one_by_one(model, tokenizer, question):
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
 @pytest.mark.parametrize("name", [*FAMILIES, "student"])
 def test_padding_and_batches_change_nothing(models, tokenizer, name, batch_size):
-    questions = [*load_questions(SHIPPED)[:12], *ASKED]  # long and short, and not all with four choices
+    questions = [
+        *load_questions(SHIPPED)[:12],
+        *ASKED,
+    ]  # long and short, and not all with four choices
     expected = [chosen_one_by_one(models[name], tokenizer, question) for question in questions]
     assert len(set(expected)) > 1
     models[name].train()
@@ -141,7 +160,9 @@ def test_a_file_without_questions_is_refused(tmp_path):
     assert "nowhere" in refusal(tmp_path / "nowhere.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n\n")
     assert "no question" in refusal(tmp_path / "empty.jsonl")
-    (tmp_path / "latin.jsonl").write_bytes(json.dumps({**GOOD, "context": "café"}, ensure_ascii=False).encode("latin-1"))
+    (tmp_path / "latin.jsonl").write_bytes(
+        json.dumps({**GOOD, "context": "café"}, ensure_ascii=False).encode("latin-1")
+    )
     assert "UTF-8" in refusal(tmp_path / "latin.jsonl")
 
 
@@ -153,7 +174,9 @@ def check_questions(questions):
     for question in questions:
         assert 40 <= len(question["context"].split()) <= 80
         assert len(set(question["choices"])) == 4
-        assert not any(choice.lower() in question["context"].lower() for choice in question["choices"])
+        assert not any(
+            choice.lower() in question["context"].lower() for choice in question["choices"]
+        )
     places = Counter(question["answer"] for question in questions)
     assert max(places.values()) - min(places[place] for place in range(4)) <= 1
 
@@ -163,13 +186,18 @@ def test_the_shipped_questions_are_balanced_and_not_of_the_text_for_distillation
     assert len(questions) == 500 and SHIPPED.stat().st_size < 300_000
     check_questions(questions)
     assert len({question["context"] for question in questions}) == 500
-    assert max(Counter(question["choices"][question["answer"]] for question in questions).values()) <= 3
+    assert (
+        max(Counter(question["choices"][question["answer"]] for question in questions).values())
+        <= 3
+    )
     distilled_on = (RECIPES / "text" / "books-distil.txt").read_text(encoding="utf-8")
     assert not [question for question in questions if question["context"] in distilled_on]
 
 
 def test_a_shipped_teacher_knows_more_than_chance(tokenizer):
-    teacher = AutoModelForCausalLM.from_pretrained(RECIPES / "teachers" / "gpt2", dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(
+        RECIPES / "teachers" / "gpt2", dtype=torch.float32
+    )
     result = multiple_choice(teacher, tokenizer, load_questions(SHIPPED)[:100])
     assert 0.45 < result["accuracy"] < 0.95  # chance is 0.25, give or take 0.04
 
@@ -187,7 +215,14 @@ def book(tmp_path_factory):
 
 
 def make(out, *options, hash_seed="0", questions=10):
-    command = [sys.executable, SCRIPT, RECIPES / "text" / "books-test.txt", out, "--questions", questions]
+    command = [
+        sys.executable,
+        SCRIPT,
+        RECIPES / "text" / "books-test.txt",
+        out,
+        "--questions",
+        questions,
+    ]
     command += ["--least", LEAST, "--together", TOGETHER, *options]
     environment = dict(os.environ, PYTHONHASHSEED=hash_seed)
     return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
@@ -207,13 +242,18 @@ def test_the_answer_is_what_follows_in_a_paragraph_not_excluded(made, book):
     check_questions(questions)
     excluded = set(half.read_text(encoding="utf-8").split("\n"))
     for question in questions:
-        follows = re.compile(re.escape(f"{question['context']} {question['choices'][question['answer']]}") + r"\b")
+        follows = re.compile(
+            re.escape(f"{question['context']} {question['choices'][question['answer']]}") + r"\b"
+        )
         sources = [paragraph for paragraph in paragraphs if follows.search(paragraph)]
         assert sources and not excluded & set(sources)
 
 
 def test_only_the_answer_is_found_with_names_of_the_context(made, book):
-    words = [set(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", paragraph)) for paragraph in dict.fromkeys(book[0])]
+    words = [
+        set(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", paragraph))
+        for paragraph in dict.fromkeys(book[0])
+    ]
 
     def together(*names):
         return sum(set(names) <= paragraph for paragraph in words)

@@ -13,14 +13,32 @@ import torch
 from teachers import RECIPES, tiny_teacher
 from transformers import AutoModelForCausalLM
 
-from hf_kernel_ffn import InputError, Kernel, KernelFFNConfig, Readout, convert, evaluate_student, register_kernel, restore
+from hf_kernel_ffn import (
+    InputError,
+    Kernel,
+    KernelFFNConfig,
+    Readout,
+    convert,
+    evaluate_student,
+    register_kernel,
+    restore,
+)
 from hf_kernel_ffn.evaluation.fidelity import Fidelity
 from hf_kernel_ffn.evaluation.readability import Readability, readability
 from hf_kernel_ffn.families.registry import get_architecture_of_model
 from hf_kernel_ffn.families.weights import read_ffn_weights, read_teacher_readout
 from hf_kernel_ffn.text.packing import read_token_ids
 
-FIDELITY = {"tokens", "teacher", "student", "ablated", "delta_cross_entropy", "kl", "top1_agreement", "loss_recovered"}
+FIDELITY = {
+    "tokens",
+    "teacher",
+    "student",
+    "ablated",
+    "delta_cross_entropy",
+    "kl",
+    "top1_agreement",
+    "loss_recovered",
+}
 LAYER = {
     "fvu",
     "fvu_student_inputs",
@@ -35,7 +53,9 @@ LAYER = {
 READABLE = LAYER - {"fvu", "fvu_student_inputs", "dead_prototypes"}
 SETTINGS = {
     "polarised": KernelFFNConfig(),
-    "convex": KernelFFNConfig(kernel="imq", simplex="entmax-1.5", intensity="none", temperature=0.05),
+    "convex": KernelFFNConfig(
+        kernel="imq", simplex="entmax-1.5", intensity="none", temperature=0.05
+    ),
     "gate": KernelFFNConfig(kernel="yat", simplex="top-k", top_k=7, intensity="gate"),
     "gated values": KernelFFNConfig(values="gated"),
 }
@@ -44,10 +64,15 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def student_of(ids):
     """A student of ``teacher`` with settings by name; its own to change."""
-    return lambda teacher, name: convert(teacher, SETTINGS[name], calibration_ids=ids, calibration_tokens=256, copy=True)[0]
+    return lambda teacher, name: convert(
+        teacher, SETTINGS[name], calibration_ids=ids, calibration_tokens=256, copy=True
+    )[0]
 
 
-@pytest.fixture(scope="module", params=[("llama", name) for name in SETTINGS] + [("gpt2", "gate"), ("mistral", "polarised")])
+@pytest.fixture(
+    scope="module",
+    params=[("llama", name) for name in SETTINGS] + [("gpt2", "gate"), ("mistral", "polarised")],
+)
 def case(request, make_teacher, student_of, ids):
     """A teacher, a student, and the report on them."""
     family, name = request.param
@@ -71,7 +96,12 @@ def stock_ffns(teacher, student):
 def inputs_of(model, ffns, ids):
     """What each FFN reads, (tokens, hidden_size), by path."""
     seen = {}
-    with torch.no_grad(), hooked(ffns.values(), lambda module, args, output: seen.update({module: args[0].flatten(0, 1)})):
+    with (
+        torch.no_grad(),
+        hooked(
+            ffns.values(), lambda module, args, output: seen.update({module: args[0].flatten(0, 1)})
+        ),
+    ):
         model(ids)
     return {path: seen[ffn] for path, ffn in ffns.items()}
 
@@ -102,15 +132,22 @@ def test_the_report_has_every_key(case):
             assert layer["active_prototypes_student_inputs"] == settings.top_k
         for figures in (layer, layer["teacher"]):
             assert all(math.isfinite(figures[name]) for name in LAYER)
-            assert all(0 <= figures[name] <= 1 for name in ("coherence", "opposed_share", "orthogonal_coherence"))
+            assert all(
+                0 <= figures[name] <= 1
+                for name in ("coherence", "opposed_share", "orthogonal_coherence")
+            )
             assert 1 <= figures["effective_prototypes"] <= figures["active_prototypes"]
 
 
 def test_cross_entropies_are_the_models_own_losses(case, ids):
     teacher, student, report = case
     assert report["tokens"] == ids.numel() - len(ids)
-    assert report["teacher"]["cross_entropy"] == pytest.approx(cross_entropy(teacher, ids), abs=1e-5)
-    assert report["student"]["cross_entropy"] == pytest.approx(cross_entropy(student, ids), abs=1e-5)
+    assert report["teacher"]["cross_entropy"] == pytest.approx(
+        cross_entropy(teacher, ids), abs=1e-5
+    )
+    assert report["student"]["cross_entropy"] == pytest.approx(
+        cross_entropy(student, ids), abs=1e-5
+    )
     delta = cross_entropy(student, ids) - cross_entropy(teacher, ids)
     assert report["delta_cross_entropy"] == pytest.approx(delta, abs=1e-5)
 
@@ -120,7 +157,9 @@ def test_divergence_and_agreement_against_float64(case, ids):
     with torch.no_grad():
         p, q = (model(ids).logits[:, :-1].double().log_softmax(-1) for model in (teacher, student))
     assert report["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
-    assert report["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert report["top1_agreement"] == pytest.approx(
+        (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    )
     assert report["kl"] > 0 and 0 < report["top1_agreement"] < 1
 
 
@@ -146,7 +185,9 @@ def test_unexplained_variance_on_both_inputs(case, ids):
         path = layer["path"]
         for name, x in (("fvu", on_teacher[path]), ("fvu_student_inputs", on_student[path])):
             with torch.no_grad():
-                assert layer[name] == pytest.approx(fvu(kernels[path](x), stock[path](x)), rel=1e-4), name
+                assert layer[name] == pytest.approx(
+                    fvu(kernels[path](x), stock[path](x)), rel=1e-4
+                ), name
             assert layer["teacher"][name] == 0
     assert all(layer["fvu"] > 0.001 for layer in report["layers"])
 
@@ -155,17 +196,29 @@ def test_readability_against_plain_loops(case, ids):
     teacher, student, report = case
     path, layer = list(student.kernel_ffns())[1], report["layers"][1]
     x = inputs_of(teacher, stock_ffns(teacher, student), ids)[path]
-    weights = read_ffn_weights(teacher.base_model.get_submodule(path), get_architecture_of_model(teacher), teacher.config, path)
+    weights = read_ffn_weights(
+        teacher.base_model.get_submodule(path),
+        get_architecture_of_model(teacher),
+        teacher.config,
+        path,
+    )
     with torch.no_grad():
-        records = {"student": student.kernel_ffns()[path].readout(x), "teacher": read_teacher_readout(weights, x)}
+        records = {
+            "student": student.kernel_ffns()[path].readout(x),
+            "teacher": read_teacher_readout(weights, x),
+        }
     masses = {}
     for who, figures in (("student", layer), ("teacher", layer["teacher"])):
         c, v = (tensor.detach().double().numpy() for tensor in records[who][:2])
         tokens = [reference.readability(row, v, (c @ v).mean(0)) for row in c]
         for name in READABLE - {"write_mass_ratio"}:
-            assert figures[name] == pytest.approx(sum(t[name] for t in tokens) / len(tokens), rel=1e-4), (who, name)
+            assert figures[name] == pytest.approx(
+                sum(t[name] for t in tokens) / len(tokens), rel=1e-4
+            ), (who, name)
         masses[who] = sum(t["write_mass"] for t in tokens)
-    assert layer["write_mass_ratio"] == pytest.approx(masses["student"] / masses["teacher"], rel=1e-4)
+    assert layer["write_mass_ratio"] == pytest.approx(
+        masses["student"] / masses["teacher"], rel=1e-4
+    )
     assert layer["teacher"]["write_mass_ratio"] == 1
 
 
@@ -196,7 +249,9 @@ def test_half_precision(llama, student_of, ids):
     teacher, student = copy.deepcopy(llama), student_of(llama, "gate")
     exact = evaluate_student(student, teacher, ids)
     half = evaluate_student(student.bfloat16(), teacher.bfloat16(), ids)
-    assert half["teacher"]["cross_entropy"] == pytest.approx(exact["teacher"]["cross_entropy"], abs=0.05)
+    assert half["teacher"]["cross_entropy"] == pytest.approx(
+        exact["teacher"]["cross_entropy"], abs=0.05
+    )
     for layer, other in zip(half["layers"], exact["layers"]):
         assert layer["active_prototypes"] == pytest.approx(7)
         assert layer["coherence"] == pytest.approx(other["coherence"], rel=0.1)
@@ -240,7 +295,13 @@ class Relu2(Kernel):
 def test_an_exact_readout_of_the_same_units_has_the_teachers_own_figures(registry, ids):
     register_kernel(Relu2("relu2", nonnegative=True, positive_definite=False, uses_bias=True))
     teacher = tiny_teacher("gpt2", activation_function="relu2")
-    student, _ = convert(teacher, KernelFFNConfig(kernel="relu2"), calibration_ids=ids, calibration_tokens=256, copy=True)
+    student, _ = convert(
+        teacher,
+        KernelFFNConfig(kernel="relu2"),
+        calibration_ids=ids,
+        calibration_tokens=256,
+        copy=True,
+    )
     with torch.no_grad():
         for path, ffn in student.kernel_ffns().items():
             stock = teacher.base_model.get_submodule(path)
@@ -268,7 +329,9 @@ def test_a_student_of_mean_outputs_recovers_nothing(teacher, student_of, ids):
             prototypes.bias.copy_(stock[path](x).mean(0))
     report = evaluate_student(student, teacher, ids)
     assert report["loss_recovered"] == pytest.approx(0, abs=1e-4)
-    assert report["student"]["cross_entropy"] == pytest.approx(report["ablated"]["cross_entropy"], abs=1e-5)
+    assert report["student"]["cross_entropy"] == pytest.approx(
+        report["ablated"]["cross_entropy"], abs=1e-5
+    )
     assert [layer["fvu"] for layer in report["layers"]] == pytest.approx([1, 1, 1], abs=1e-4)
     for layer in report["layers"]:  # nothing is written by prototypes
         assert layer["coherence"] == layer["opposed_share"] == layer["write_mass_ratio"] == 0
@@ -278,7 +341,9 @@ def test_a_student_of_mean_outputs_recovers_nothing(teacher, student_of, ids):
 
 
 def record(coefficients, dictionary):
-    return Readout(coefficients, dictionary, None, None, None, tuple(map(str, range(len(dictionary)))))
+    return Readout(
+        coefficients, dictionary, None, None, None, tuple(map(str, range(len(dictionary))))
+    )
 
 
 @pytest.fixture(params=["nonnegative", "signed", "sparse"])
@@ -302,7 +367,9 @@ def test_readability_is_its_definition(sample):
     mean = (c.double() @ v.double()).mean(0).numpy()
     for token, row in enumerate(c.double().numpy()):
         expected = reference.readability(row, v.double().numpy(), mean)
-        assert {name: values[token].item() for name, values in found.items()} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert {name: values[token].item() for name, values in found.items()} == pytest.approx(
+            expected, rel=1e-4, abs=1e-6
+        )
 
 
 def test_known_readings():
@@ -310,7 +377,11 @@ def test_known_readings():
     nothing_removed = torch.zeros(4)
     one, four, pair = (
         readability(record(torch.tensor([c]), d), nothing_removed)
-        for c, d in (([0.0, 0, 3, 0], v), ([1.0] * 4, v), ([3.0, 1], torch.tensor([[1.0, 0, 0, 0], [-1, 0, 0, 0]])))
+        for c, d in (
+            ([0.0, 0, 3, 0], v),
+            ([1.0] * 4, v),
+            ([3.0, 1], torch.tensor([[1.0, 0, 0, 0], [-1, 0, 0, 0]])),
+        )
     )
     assert [one[n].item() for n in one] == pytest.approx([1, 1, 1, 1, 0, 3])
     assert [four[n].item() for n in four] == pytest.approx([4, 4, 0.5, 0.5, 0, 4])
@@ -358,7 +429,9 @@ def test_the_report_is_blind_to_a_shift_between_rows_and_bias(llama, student_of,
             ffn.output_prototypes.weight.add_(shift[:, None])
             ffn.output_prototypes.bias.sub_(shift)
     after = evaluate_student(student, llama, ids)
-    assert after["student"]["cross_entropy"] == pytest.approx(before["student"]["cross_entropy"], abs=1e-3)
+    assert after["student"]["cross_entropy"] == pytest.approx(
+        before["student"]["cross_entropy"], abs=1e-3
+    )
     for one, other in zip(after["layers"], before["layers"]):
         for name in ("fvu", "coherence", "opposed_share", "active_prototypes"):
             assert one[name] == pytest.approx(other[name], rel=1e-2), name
@@ -387,7 +460,9 @@ def test_metrics_are_evaluate_metrics():
     fidelity, readable = Fidelity(keep_in_memory=True), Readability(keep_in_memory=True)
     assert isinstance(fidelity, evaluate.Metric) and isinstance(readable, evaluate.Metric)
     for nll in (1.0, 2.0):  # token by token, as evaluate allows
-        fidelity.add(teacher_nll=nll, student_nll=nll + 0.5, ablated_nll=nll + 2, kl=nll / 10, agrees=nll < 2)
+        fidelity.add(
+            teacher_nll=nll, student_nll=nll + 0.5, ablated_nll=nll + 2, kl=nll / 10, agrees=nll < 2
+        )
     found = fidelity.compute()
     assert found["tokens"] == 2
     assert found["teacher"]["cross_entropy"] == 1.5 and found["student"]["cross_entropy"] == 2
@@ -395,7 +470,10 @@ def test_metrics_are_evaluate_metrics():
     assert found["kl"] == pytest.approx(0.15) and found["top1_agreement"] == 0.5
     columns = {name: [1.0, 3.0] for name in Readability.FIGURES}
     means = readable.compute(**columns, teacher_write_mass=[1.0, 7.0])
-    assert means == {**{name: 2.0 for name in Readability.FIGURES if name != "write_mass"}, "write_mass_ratio": 0.5}
+    assert means == {
+        **{name: 2.0 for name in Readability.FIGURES if name != "write_mass"},
+        "write_mass_ratio": 0.5,
+    }
 
 
 OFFLINE = """
@@ -421,13 +499,17 @@ def test_metrics_need_no_network_and_no_cache(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment.update(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "empty"), HOME=str(tmp_path))
     root = RECIPES.parent
-    done = subprocess.run([sys.executable, "-c", OFFLINE], cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE], cwd=root, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_figures_of_a_trained_teacher(tokenizer):
     """The untouched Llama reads as measured: every unit at work, and far from coherent."""
-    teacher = AutoModelForCausalLM.from_pretrained(RECIPES / "teachers" / "llama", dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(
+        RECIPES / "teachers" / "llama", dtype=torch.float32
+    )
     text = read_token_ids(tokenizer, [str(RECIPES / "text" / "books-test.txt")], 128, 1024)
     student, _ = convert(teacher, layers="1", calibration_ids=text[:4])
     report = evaluate_student(student, teacher, text[4:])

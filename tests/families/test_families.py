@@ -38,7 +38,9 @@ def inputs_of(model):
     if "pixel_values" in takes:
         made["pixel_values"] = torch.randn(8, 3, 16, 16, generator=generator)
     if "input_features" in takes:
-        made["input_features"] = torch.randn(8, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+        made["input_features"] = torch.randn(
+            8, config.num_mel_bins, 2 * config.max_source_positions, generator=generator
+        )
     if config.is_encoder_decoder and "decoder_input_ids" in takes and "labels" not in made:
         made["decoder_input_ids"] = torch.randint(3, 300, (8, 12), generator=generator)
         made["decoder_input_ids"][:, -1] = 2
@@ -59,7 +61,9 @@ class Made:
         self.auto = next(auto for auto in HEADS if auto in self.heads)
         self.teacher = tiny(family, self.auto)
         self.inputs = inputs_of(self.teacher)
-        self.student, self.report = convert(self.teacher, calibration_ids=self.inputs, calibration_tokens=4096, copy=True)
+        self.student, self.report = convert(
+            self.teacher, calibration_ids=self.inputs, calibration_tokens=4096, copy=True
+        )
         self.output = output(self.student, self.inputs)
         self.student.save_pretrained(self.folder)
         save_file(self.inputs, self.folder.with_name("inputs.safetensors"))
@@ -79,12 +83,16 @@ def made(tmp_path_factory):
 
 
 def test_the_list_covers_the_table():
-    assert set(FAMILIES) == set(ARCHITECTURES) - {"gemma3"}  # gemma3: tested by its language part, below
+    assert set(FAMILIES) == set(ARCHITECTURES) - {
+        "gemma3"
+    }  # gemma3: tested by its language part, below
 
 
 def test_every_head_is_described_and_read_exactly(family):
     for name in dict.fromkeys(list(get_stock_heads(family).values())[1:]):
-        model = tiny(family, next(auto for auto, head in get_stock_heads(family).items() if head == name)).double()
+        model = tiny(
+            family, next(auto for auto, head in get_stock_heads(family).items() if head == name)
+        ).double()
         model.config._experts_implementation = "eager"  # the others have no float64
         ffns = find_stock_ffns(model, get_architecture_of_model(model))
         assert not find_undescribed_ffns(model.base_model, ffns), name
@@ -93,7 +101,9 @@ def test_every_head_is_described_and_read_exactly(family):
             x = torch.randn(5, weights.up.shape[1], dtype=torch.float64)
             with torch.no_grad():
                 record = read_teacher_readout(weights, x)
-                torch.testing.assert_close(record.output(), ffn(x), rtol=1e-9, atol=1e-11, msg=f"{name} {path}")
+                torch.testing.assert_close(
+                    record.output(), ffn(x), rtol=1e-9, atol=1e-11, msg=f"{name} {path}"
+                )
 
 
 def test_the_record_is_what_the_running_model_writes(family, made):
@@ -104,14 +114,23 @@ def test_the_record_is_what_the_running_model_writes(family, made):
     assert seen.keys() == ffns.keys()
     for path, (x, y) in seen.items():
         torch.testing.assert_close(
-            read_teacher_readout(read_stock_weights(teacher, ffns[path]), x).output(), y, rtol=1e-3, atol=1e-4
+            read_teacher_readout(read_stock_weights(teacher, ffns[path]), x).output(),
+            y,
+            rtol=1e-3,
+            atol=1e-4,
         )
 
 
 def test_converts_and_comes_back(family, made):
     it = made(family)
-    assert list(it.student.kernel_ffns()) == list(it.report.layers) == find_ffn_paths(it.student, ARCHITECTURES[family])
-    assert torch.isfinite(it.output).all() and not torch.equal(it.output, output(it.teacher, it.inputs))
+    assert (
+        list(it.student.kernel_ffns())
+        == list(it.report.layers)
+        == find_ffn_paths(it.student, ARCHITECTURES[family])
+    )
+    assert torch.isfinite(it.output).all() and not torch.equal(
+        it.output, output(it.teacher, it.inputs)
+    )
     for path, ffn in it.student.kernel_ffns().items():
         for absorbed in ffn.config.absorbed:
             left = get_attribute_at(it.student.base_model, absorbed)
@@ -124,12 +143,20 @@ def test_converts_and_comes_back(family, made):
 def test_layer_wise_training_lowers_the_loss_of_every_layer(family, made):
     it = made(family)
     ffns = it.student.kernel_ffns()
-    state = {path: {name: t.clone() for name, t in ffn.state_dict().items()} for path, ffn in ffns.items()}
+    state = {
+        path: {name: t.clone() for name, t in ffn.state_dict().items()}
+        for path, ffn in ffns.items()
+    }
     parameters = [p for ffn in ffns.values() for p in ffn.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=1e-3)
 
     def losses():
-        return {p: layer_wise(None, it.teacher, it.student, {p: ffns[p]}, it.inputs, lambda loss: None).item() for p in ffns}
+        return {
+            p: layer_wise(
+                None, it.teacher, it.student, {p: ffns[p]}, it.inputs, lambda loss: None
+            ).item()
+            for p in ffns
+        }
 
     before = losses()
     for _ in range(8):
@@ -151,7 +178,9 @@ def test_every_head_runs_converted(family, made):
         entry = dict(it.student.config.kernel_ffn)
         entry["layers"] = {path: layer for path, layer in entry["layers"].items() if path in here}
         if not entry["layers"]:  # the head has one stack, under a name of its own
-            student, _ = convert(teacher, calibration_ids=inputs_of(teacher), calibration_tokens=4096)
+            student, _ = convert(
+                teacher, calibration_ids=inputs_of(teacher), calibration_tokens=4096
+            )
         else:
             student = make_student_from_entry(teacher, entry)
         assert type(student).__name__ == f"Kernel{name}"
@@ -160,14 +189,23 @@ def test_every_head_runs_converted(family, made):
 
 def test_generation_with_and_without_cache_agrees(family, made):
     it = made(family)
-    if not it.student.can_generate() or it.auto == "AutoModelForMaskedLM" or not getattr(it.student.config, "use_cache", False):
+    if (
+        not it.student.can_generate()
+        or it.auto == "AutoModelForMaskedLM"
+        or not getattr(it.student.config, "use_cache", False)
+    ):
         pytest.skip("does not generate")
     if it.auto == "AutoModelForCausalLM" and family in ("bert", "roberta", "electra"):
         pytest.skip("an encoder")
     if it.auto == "AutoModelForCausalLM" and it.student.config.is_encoder_decoder:
         pytest.skip("half of an encoder with a decoder")
-    prompt = {name: tensor[:2] for name, tensor in it.inputs.items() if not name.startswith("decoder")}
-    runs = [it.student.generate(**prompt, max_new_tokens=4, do_sample=False, use_cache=cache) for cache in (True, False)]
+    prompt = {
+        name: tensor[:2] for name, tensor in it.inputs.items() if not name.startswith("decoder")
+    }
+    runs = [
+        it.student.generate(**prompt, max_new_tokens=4, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    ]
     assert torch.equal(*runs)
 
 
@@ -196,7 +234,9 @@ def test_stock_classes_refuse(family, made):
 def test_a_checkpoint_names_one_stock_family(family, made):
     text = (made(family).folder / f"modeling_kernel_{family}.py").read_text()
     imports = [line for line in text.splitlines() if line.startswith(("from", "import"))]
-    assert len(imports) == 4 and all(line.startswith(("from transformers import", "from .")) for line in imports)
+    assert len(imports) == 4 and all(
+        line.startswith(("from transformers import", "from .")) for line in imports
+    )
     assert len(list(made(family).folder.glob("*.py"))) == len(carried_file_names()) + 1
 
 
@@ -223,7 +263,10 @@ def test_an_ffn_that_no_entry_describes_is_refused(llama, ids):
 def test_a_part_is_converted_by_a_pattern(made):
     it = made("clip")
     student, report = convert(it.teacher, layers="text_model.*", calibration_ids=it.inputs)
-    assert list(report.layers) == ["text_model.encoder.layers.0.mlp", "text_model.encoder.layers.1.mlp"]
+    assert list(report.layers) == [
+        "text_model.encoder.layers.0.mlp",
+        "text_model.encoder.layers.1.mlp",
+    ]
 
 
 def test_explain_says_what_matches_and_what_does_not(llama):
@@ -231,7 +274,10 @@ def test_explain_says_what_matches_and_what_does_not(llama):
 
     rows = explain_ffns(llama)
     assert [row["path"] for row in rows] == [f"layers.{i}.mlp" for i in range(3)]
-    assert rows[0]["sizes"] == "32 → 48" and rows[0]["entry"] == "llama: W_in up_proj, gate gate_proj, W_out down_proj"
+    assert (
+        rows[0]["sizes"] == "32 → 48"
+        and rows[0]["entry"] == "llama: W_in up_proj, gate gate_proj, W_out down_proj"
+    )
     wider = copy.deepcopy(llama)
     wider.model.layers[1].second = copy.deepcopy(wider.model.layers[1].mlp)
     assert "layers.1.second.down_proj" in explain_ffns(wider)[-1]["entry"]
@@ -244,7 +290,10 @@ def test_explain_says_what_matches_and_what_does_not(llama):
 
 def test_the_language_part_of_gemma3_is_converted(made):
     text = {**COMMON, **FAMILIES["gemma3_text"], "num_key_value_heads": 2}
-    vision = {name: COMMON[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    vision = {
+        name: COMMON[name]
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    }
     config = transformers.Gemma3Config(
         text_config=text,
         vision_config={**vision, "image_size": 16, "patch_size": 4},
@@ -255,7 +304,11 @@ def test_the_language_part_of_gemma3_is_converted(made):
     ids = torch.randint(3, 290, (8, 12))
     assert len(find_stock_ffns(teacher, get_architecture_of_model(teacher))) == 4
     student, report = convert(teacher, layers="language_model.*", calibration_ids=ids)
-    assert len(report.layers) == 2 and all(path.startswith("language_model.") for path in report.layers)
+    assert len(report.layers) == 2 and all(
+        path.startswith("language_model.") for path in report.layers
+    )
     assert torch.isfinite(output(student, {"input_ids": ids})).all()
-    with pytest.raises(InputError, match="no input that comes to vision_tower.*give the model all that it reads"):
+    with pytest.raises(
+        InputError, match="no input that comes to vision_tower.*give the model all that it reads"
+    ):
         convert(teacher, calibration_ids=ids)

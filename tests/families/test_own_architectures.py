@@ -20,7 +20,9 @@ EXAMPLE = Path(__file__).parents[2] / "recipes" / "examples" / "architectures" /
 
 def entry():
     """The example's own."""
-    spec = importlib.util.spec_from_file_location("example_architecture", EXAMPLE / "architecture.py")
+    spec = importlib.util.spec_from_file_location(
+        "example_architecture", EXAMPLE / "architecture.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.CAUSAL_MEAN
@@ -47,7 +49,9 @@ def teacher_at(tmp_path_factory):
         "AutoModel": "modeling_causal_mean.CausalMeanModel",
         "AutoModelForCausalLM": "modeling_causal_mean.CausalMeanForCausalLM",
     }
-    (folder / "config.json").write_text(json.dumps({"model_type": "causal_mean", "auto_map": auto_map}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "causal_mean", "auto_map": auto_map})
+    )
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
@@ -61,7 +65,9 @@ def teacher_at(tmp_path_factory):
     return folder
 
 
-def test_it_converts_saves_and_loads_like_the_built_in_ones(table, teacher_at, ids, run_elsewhere, tmp_path):
+def test_it_converts_saves_and_loads_like_the_built_in_ones(
+    table, teacher_at, ids, run_elsewhere, tmp_path
+):
     register_architecture(entry())
     teacher = load_teacher(str(teacher_at), trust_remote_code=True)
     student, report = convert(teacher, calibration_ids=ids, calibration_tokens=256)
@@ -78,7 +84,12 @@ def test_it_converts_saves_and_loads_like_the_built_in_ones(table, teacher_at, i
     assert type(again).__name__ == "KernelCausalMeanForCausalLM"
     jobs = [
         {"name": "saved", "auto": "AutoModelForCausalLM", "folder": str(folder)},
-        {"name": "again", "auto": "AutoModelForCausalLM", "folder": str(folder), "resave": str(tmp_path / "again")},
+        {
+            "name": "again",
+            "auto": "AutoModelForCausalLM",
+            "folder": str(folder),
+            "resave": str(tmp_path / "again"),
+        },
     ]
     results, errors = run_elsewhere(jobs, ids, tmp_path)
     assert not errors
@@ -86,9 +97,15 @@ def test_it_converts_saves_and_loads_like_the_built_in_ones(table, teacher_at, i
 
 
 def test_an_entry_point_of_another_package_is_found(table, monkeypatch):
-    point = EntryPoint("causal_mean", "example_architecture:CAUSAL_MEAN", registry_module.ENTRY_POINTS)
+    point = EntryPoint(
+        "causal_mean", "example_architecture:CAUSAL_MEAN", registry_module.ENTRY_POINTS
+    )
     monkeypatch.setattr(EntryPoint, "load", lambda self: entry())
-    monkeypatch.setattr(registry_module, "entry_points", lambda group, name: [point] if name == "causal_mean" else [])
+    monkeypatch.setattr(
+        registry_module,
+        "entry_points",
+        lambda group, name: [point] if name == "causal_mean" else [],
+    )
     assert registry_module.get_architecture("causal_mean").up == "expand"
     with pytest.raises(InputError, match="found model type 'nothing'"):
         registry_module.get_architecture("nothing")

@@ -14,7 +14,11 @@ HERE = Path(__file__).parents[1] / "support"
 def python(*arguments, **environment):
     """Standard output of another interpreter; what it said, if it failed."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=HERE.parents[1], env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, *arguments],
+        cwd=HERE.parents[1],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     return done.stdout
@@ -24,7 +28,17 @@ def test_cases():
     """On a GPU where there is one; elsewhere by Triton's interpreter, which must be asked for before Triton is imported."""
     pytest.importorskip("triton")
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    print(python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "fused_cases.py"), **interpret))
+    print(
+        python(
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            str(HERE / "fused_cases.py"),
+            **interpret,
+        )
+    )
 
 
 COMPILE = """
@@ -87,7 +101,9 @@ try:
 except InputError as error:
     print(error)
 """
-    assert "found no Triton, expected triton 3.6 or newer (pip install triton)" in python("-c", code)
+    assert "found no Triton, expected triton 3.6 or newer (pip install triton)" in python(
+        "-c", code
+    )
 
 
 def test_on_a_cpu_nothing_is_fused_unless_asked_for():

@@ -82,7 +82,9 @@ def test_half_yat_has_a_witness_against_it():
 def test_the_matrix_is_the_kernel_between_rows():
     ffn = make_ffn("gaussian")
     rows = ffn.input_prototypes.weight
-    kernel = ffn.kernel.value(*ffn.scores(rows), **ffn.kernel_parameters())  # no bias: a row is an input like any other
+    kernel = ffn.kernel.value(
+        *ffn.scores(rows), **ffn.kernel_parameters()
+    )  # no bias: a row is an input like any other
     torch.testing.assert_close(prototype_kernel(ffn).float(), kernel, atol=1e-5, rtol=1e-4)
 
 
@@ -95,7 +97,9 @@ def test_the_function_norm_is_the_inner_product_with_itself(seed, kernel):
         ffn.input_prototypes.bias.fill_(1.0)
     ffn.input_prototypes.weight.mul_(0.5)
     ffn.double()
-    f = ffn.coefficients(ffn.input_prototypes.weight) @ ffn.output_prototypes.weight.T  # b_out left out
+    f = (
+        ffn.coefficients(ffn.input_prototypes.weight) @ ffn.output_prototypes.weight.T
+    )  # b_out left out
     expected = ffn.positive("scale").item() * (f * ffn.output_prototypes.weight.T).sum().item()
     assert function_norm(ffn) == pytest.approx(expected, rel=1e-6)
     assert function_norm(ffn) >= 0
@@ -151,13 +155,22 @@ def test_embedding_distances_are_a_metric(seed, kernel, intensity):
     assert torch.equal(own, own.T)
     assert (own[:, None] <= own[:, :, None] + own[None] + 1e-9 * own.max()).all()
     difference = (record.shares[0] - other.shares[1]).double()
-    assert across[0, 1].item() == pytest.approx((difference @ gram @ difference).clamp_min(0).sqrt().item(), rel=1e-4, abs=1e-6)
+    assert across[0, 1].item() == pytest.approx(
+        (difference @ gram @ difference).clamp_min(0).sqrt().item(), rel=1e-4, abs=1e-6
+    )
     pi = record.shares.double()
-    torch.testing.assert_close(embedding_norms(ffn, record), torch.einsum("ti,ij,tj->t", pi, gram, pi))
+    torch.testing.assert_close(
+        embedding_norms(ffn, record), torch.einsum("ti,ij,tj->t", pi, gram, pi)
+    )
 
 
 def test_embeddings_ask_for_shares_and_a_space_only():
-    for changes in ({"simplex": "top-k", "top_k": 3}, {"values": "gated"}, {"intensity": "gate"}, {"temperature": 0.5}):
+    for changes in (
+        {"simplex": "top-k", "top_k": 3},
+        {"values": "gated"},
+        {"intensity": "gate"},
+        {"temperature": 0.5},
+    ):
         ffn = make_ffn(**changes)
         assert embedding_norms(ffn, ffn.readout(inputs())).shape == (7,)
     half = make_ffn("half-yat")
@@ -210,7 +223,9 @@ def test_heads_in_groups_share_their_keys(llama, ids):
         q, k = attention.q_proj.weight[head * 8 :][:8], attention.k_proj.weight[head // 2 * 8 :][:8]
         form = (q.T @ k).double() / math.sqrt(8)
         values, vectors = torch.linalg.eigh((form + form.T) / 2)
-        torch.testing.assert_close(found.form, vectors * values.clamp_min(0) @ vectors.T, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            found.form, vectors * values.clamp_min(0) @ vectors.T, atol=1e-6, rtol=1e-5
+        )
         assert found.positional > 1e-3  # rotary embeddings are left out
     with pytest.raises(InputError, match="0 to 3"):
         symmetrised_attention(llama, traced, 1, 4)
@@ -232,13 +247,17 @@ def test_prices(seed):
             row.signed, rel=1e-6
         )  # with both signs there, c ≥ 0 costs nothing
         assert 1 <= row.prototypes <= 4
-    scaled = {r.direction: r.nonnegative for r in write_price(v * torch.rand(30, 1).add(0.1), 5 * u)}
+    scaled = {
+        r.direction: r.nonnegative for r in write_price(v * torch.rand(30, 1).add(0.1), 5 * u)
+    }
     assert scaled == pytest.approx({r.direction: r.nonnegative for r in rows}, rel=1e-6)
 
 
 def test_known_prices():
     v = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    one, across, back, out = (torch.tensor(u) for u in ([1.0, 0, 0], [1.0, 1, 0], [-1.0, 0, 0], [0.0, 0, 1]))
+    one, across, back, out = (
+        torch.tensor(u) for u in ([1.0, 0, 0], [1.0, 1, 0], [-1.0, 0, 0], [0.0, 0, 1])
+    )
     prices = {r.direction: r for r in write_price(v, torch.stack([one, across, back, out]))}
     assert prices[0].nonnegative == pytest.approx(1)
     assert prices[1].nonnegative == pytest.approx(math.sqrt(2))
@@ -257,7 +276,11 @@ def test_opposite_directions_share_their_signed_price():
 def test_without_scipy_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     record = make_ffn().readout(inputs())
-    for needs in (lambda: write_price(record, inputs()), lambda: share_spread(record, 0), lambda: alternatives(record, 0)):
+    for needs in (
+        lambda: write_price(record, inputs()),
+        lambda: share_spread(record, 0),
+        lambda: alternatives(record, 0),
+    ):
         with pytest.raises(InputError, match=r"pip install 'hf-kernel-ffn\[read\]'"):
             needs()
     assert (caratheodory(record, 0) > 0).sum() <= SIZE + 1
@@ -267,7 +290,9 @@ def test_principal_directions_come_in_pairs():
     outputs = torch.randn(50, 1) @ torch.tensor([[3.0, 4.0, 0.0]]) + torch.tensor([0.0, 0.0, 9.0])
     directions = principal_directions(outputs, 5)
     assert directions.shape == (2, 3)  # one direction is all there is
-    torch.testing.assert_close(directions[0].abs(), torch.tensor([0.6, 0.8, 0.0], dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        directions[0].abs(), torch.tensor([0.6, 0.8, 0.0], dtype=torch.float64), atol=1e-6, rtol=0
+    )
     torch.testing.assert_close(directions[1], -directions[0])
 
 
@@ -318,7 +343,9 @@ def test_the_dial_refuses():
 
 
 def test_light_tails_collapse_and_heavy_ones_stay_smoothers():
-    rows = {(r.kernel, r.factor): r for r in far_field(make_ffn("half-yat"), inputs(count=30), (1, 1e5))}
+    rows = {
+        (r.kernel, r.factor): r for r in far_field(make_ffn("half-yat"), inputs(count=30), (1, 1e5))
+    }
     assert {kernel for kernel, _ in rows} == set(KERNELS)
     verdicts = {kernel: rows[kernel, 1e5].verdict for kernel in KERNELS}
     assert verdicts == {
@@ -349,8 +376,17 @@ def test_the_far_field_takes_kernels_it_can_start(registry):
             return score
 
     register_kernel(Linear("linear", nonnegative=False, positive_definite=True))
-    register_kernel(Linear("unknown", nonnegative=True, positive_definite=False, parameters={"slope": "from elsewhere"}))
-    assert {"linear", "unknown"}.isdisjoint(row.kernel for row in far_field(make_ffn(), inputs(), (2.0,)))
+    register_kernel(
+        Linear(
+            "unknown",
+            nonnegative=True,
+            positive_definite=False,
+            parameters={"slope": "from elsewhere"},
+        )
+    )
+    assert {"linear", "unknown"}.isdisjoint(
+        row.kernel for row in far_field(make_ffn(), inputs(), (2.0,))
+    )
     with pytest.raises(InputError, match="can be negative"):
         far_field(make_ffn(), inputs(), (2.0,), ["linear"])
     with pytest.raises(InputError, match="finite"):
@@ -359,7 +395,13 @@ def test_the_far_field_takes_kernels_it_can_start(registry):
 
 # Other mixtures of the same output
 
-SETTINGS = ({}, {"intensity": "none"}, {"kernel": "half-yat"}, {"simplex": "top-k", "top_k": 9}, {"simplex": "entmax-1.5"})
+SETTINGS = (
+    {},
+    {"intensity": "none"},
+    {"kernel": "half-yat"},
+    {"simplex": "top-k", "top_k": 9},
+    {"simplex": "entmax-1.5"},
+)
 
 
 @few
@@ -374,16 +416,22 @@ def test_decompositions_reproduce_the_output(seed, changes):
     assert (reduced > 0).sum() <= SIZE + 1
     assert ((reduced > 0) <= (c > 0)).all()
     torch.testing.assert_close(reduced.sum(), c.sum())
-    torch.testing.assert_close(reduced @ v, c @ v, rtol=1e-8, atol=1e-8 * v.norm(dim=-1).max().item() * c.sum().item())
+    torch.testing.assert_close(
+        reduced @ v, c @ v, rtol=1e-8, atol=1e-8 * v.norm(dim=-1).max().item() * c.sum().item()
+    )
     mixtures = alternatives(record, 1, count=4)
     torch.testing.assert_close(mixtures[0], c / c.sum())
     assert (mixtures >= 0).all()
     assert ((mixtures[1:] > 0).sum(-1) <= SIZE + 1).all()
     torch.testing.assert_close(mixtures.sum(-1), torch.ones(len(mixtures), dtype=torch.float64))
-    torch.testing.assert_close(mixtures @ v, (mixtures[0] @ v).expand(len(mixtures), -1), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        mixtures @ v, (mixtures[0] @ v).expand(len(mixtures), -1), rtol=1e-8, atol=1e-8
+    )
     for row in share_spread(record, 1, 2):
         others = mixtures[:, row.prototype]
-        assert row.least - 1e-9 <= others.min() <= row.share <= others.max() + 1e-9 <= row.most + 2e-9
+        assert (
+            row.least - 1e-9 <= others.min() <= row.share <= others.max() + 1e-9 <= row.most + 2e-9
+        )
         assert row.forced == (row.most - row.least <= 1e-6)
 
 
@@ -396,7 +444,9 @@ def test_many_prototypes_leave_the_shares_free_and_few_force_them():
     assert all(row.forced for row in share_spread(simplex, 0, 3))
     few = make_ffn("yat", simplex="top-k", top_k=3).readout(inputs())
     assert len(alternatives(few, 0, 5, support=True)) == 1
-    torch.testing.assert_close(caratheodory(few, 0), few.coefficients[0].double(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        caratheodory(few, 0), few.coefficients[0].double(), rtol=1e-6, atol=1e-9
+    )
 
 
 def test_spread_of_a_square():
@@ -404,9 +454,15 @@ def test_spread_of_a_square():
     square = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
     record = Readout(torch.full((1, 4), 0.5), square, None, None, None, tuple("abcd"))
     for row in share_spread(record, 0):
-        assert (row.share, row.least, row.most) == (0.25, pytest.approx(0, abs=1e-9), pytest.approx(0.5))
+        assert (row.share, row.least, row.most) == (
+            0.25,
+            pytest.approx(0, abs=1e-9),
+            pytest.approx(0.5),
+        )
     corners = caratheodory(record, 0)
-    assert sorted(corners.tolist()) == pytest.approx([0, 0, 1, 1], abs=1e-9)  # one diagonal; Σc stays 2
+    assert sorted(corners.tolist()) == pytest.approx(
+        [0, 0, 1, 1], abs=1e-9
+    )  # one diagonal; Σc stays 2
 
 
 def test_heads_are_decomposed_and_teachers_refused(llama, ids):

@@ -40,14 +40,27 @@ def page(passes, tmp_path_factory):
         pytest.skip("no chromium on this machine: apt-get install chromium")
     student, passed, teacher = passes
     file = tmp_path_factory.mktemp("report") / "page.html"
-    write_report(file, report_data(passed, teacher, tokenizer=Hostile(), alternatives=other_mixtures(passed, 3)))
+    write_report(
+        file,
+        report_data(passed, teacher, tokenizer=Hostile(), alternatives=other_mixtures(passed, 3)),
+    )
     with playwright.sync_playwright() as runner:
         browser = runner.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1366, "height": 768})
         page.noted = []
-        page.on("console", lambda message: page.noted.append(message.text) if message.type in ("error", "warning") else None)
+        page.on(
+            "console",
+            lambda message: (
+                page.noted.append(message.text) if message.type in ("error", "warning") else None
+            ),
+        )
         page.on("pageerror", lambda error: page.noted.append(str(error)))
-        page.on("request", lambda request: None if request.url.startswith(file.as_uri()) else page.noted.append(request.url))
+        page.on(
+            "request",
+            lambda request: (
+                None if request.url.startswith(file.as_uri()) else page.noted.append(request.url)
+            ),
+        )
         page.goto(file.as_uri())
         yield page
         browser.close()
@@ -61,7 +74,9 @@ def nothing_noted(request):
 
 
 def numbers(page, panel):
-    return [float(text.rstrip("%")) for text in page.locator(f"{panel} .row .number").all_inner_texts()]
+    return [
+        float(text.rstrip("%")) for text in page.locator(f"{panel} .row .number").all_inner_texts()
+    ]
 
 
 def test_it_loads_and_hostile_tokens_stay_text(page):
@@ -77,7 +92,12 @@ def test_a_click_shows_the_mixture(page, passes):
     part, unit = contributions(passed.ffn(path), 5)[0], contributions(teacher.ffn(path), 5)[0]
     rows = page.locator("#student-panel .row")
     shares = {part.name: part.share for part in contributions(passed.ffn(path), 5)}
-    shown = dict(zip(page.locator("#student-panel .row .name").all_inner_texts(), numbers(page, "#student-panel")))
+    shown = dict(
+        zip(
+            page.locator("#student-panel .row .name").all_inner_texts(),
+            numbers(page, "#student-panel"),
+        )
+    )
     assert rows.count() > 10 and part.name in shown
     for name in list(shown)[:10]:
         assert shown[name] == pytest.approx(100 * shares[name], abs=0.06)
@@ -109,7 +129,8 @@ def test_the_temperature_remixes(page):
     found = []
     for value in ("-3", "3"):
         page.locator("#tau").evaluate(
-            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", value
+            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }",
+            value,
         )
         found.append(float(page.get_attribute("#tau", "data-effective")))
         assert numbers(page, "#student-panel") != bars
@@ -125,7 +146,8 @@ def test_other_decompositions_leave_the_output_where_it_is(page):
     assert page.is_enabled("#alt")
     for value in (0.5, 1, 1.7):
         page.locator("#alt").evaluate(
-            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", str(value)
+            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }",
+            str(value),
         )
         assert numbers(page, "#student-panel") != bars
         assert float(page.get_attribute("#alt", "data-moved")) < 1e-5
@@ -159,7 +181,9 @@ def test_dragging_the_query_moves_the_readout(page, passes):
         point = x.mean(0) + a * signs[0] * axes[0] + b * signs[1] * axes[1]
         found = student.kernel_ffns()[path].readout(point[None].float())
         written.append((found.coefficients.double() @ found.dictionary.double() @ plane.T)[0].abs())
-    shown = torch.tensor([abs(float(page.get_attribute("#right", f"data-{name}"))) for name in "xy"])
+    shown = torch.tensor(
+        [abs(float(page.get_attribute("#right", f"data-{name}"))) for name in "xy"]
+    )
     assert any(torch.allclose(shown.double(), point, rtol=2e-3, atol=1e-3) for point in written)
 
 
@@ -182,7 +206,10 @@ def test_it_stays_small(make_teacher, ids, tmp_path):
     wide = make_teacher("gpt2", n_layer=12, n_head=12, n_embd=48, n_inner=3072, n_positions=64)
     student, _ = convert(wide, calibration_ids=ids[:4].repeat(1, 2))
     passed = trace(student, Letters(), torch.cat([ids[0], ids[1]]))
-    write_report(tmp_path / "page.html", report_data(passed, trace(wide, Letters(), passed.ids), tokenizer=Letters()))
+    write_report(
+        tmp_path / "page.html",
+        report_data(passed, trace(wide, Letters(), passed.ids), tokenizer=Letters()),
+    )
     assert 1e5 < (tmp_path / "page.html").stat().st_size < 5e6
 
 

@@ -40,7 +40,17 @@ def folders(teacher_folder, tmp_path_factory, ids):
 @pytest.mark.parametrize("which", ["stock", "converted"])
 def test_reading_a_model(read, folders, which, tmp_path):
     folder = folders[which == "converted"]
-    code, printed, _ = read(folder, "--prompt", PROMPT, "--top", 3, "--layers", "0,2", "--json", tmp_path / "made" / "out.json")
+    code, printed, _ = read(
+        folder,
+        "--prompt",
+        PROMPT,
+        "--top",
+        3,
+        "--layers",
+        "0,2",
+        "--json",
+        tmp_path / "made" / "out.json",
+    )
     assert code == 0
     found = json.loads((tmp_path / "made" / "out.json").read_text())
     assert found["prompt"] == PROMPT and [layer["layer"] for layer in found["layers"]] == [0, 2]
@@ -49,7 +59,10 @@ def test_reading_a_model(read, folders, which, tmp_path):
         assert len(layer["contributions"]) == 3 and "support" not in layer
         assert (layer["contributions"][0]["share"] is None) == (which == "stock")
     logit = found["logit"]
-    assert sum(logit["kinds"].values()) + logit["remainder"] == pytest.approx(logit["value"]) and abs(logit["remainder"]) < 1e-4
+    assert (
+        sum(logit["kinds"].values()) + logit["remainder"] == pytest.approx(logit["value"])
+        and abs(logit["remainder"]) < 1e-4
+    )
     assert ("share" in printed) == (which == "converted") and "remainder" in printed
 
 
@@ -63,12 +76,18 @@ def test_what_is_printed_is_what_was_written(read, folders, tmp_path):
     assert found["position"] == 3 and found["token"] == passed.tokens[3]
     for layer in found["layers"]:
         parts = contributions(passed.ffn(layer["path"]), 3, 10)
-        assert [c["prototype"] for c in layer["contributions"]] == [part.prototype for part in parts]
-        assert [c["share"] for c in layer["contributions"]] == pytest.approx([part.share for part in parts], rel=1e-3)
+        assert [c["prototype"] for c in layer["contributions"]] == [
+            part.prototype for part in parts
+        ]
+        assert [c["share"] for c in layer["contributions"]] == pytest.approx(
+            [part.share for part in parts], rel=1e-3
+        )
 
 
 def test_support_is_given_with_text(read, folders, text_file, tmp_path):
-    code, _, _ = read(folders[1], "--prompt", PROMPT, "--text", text_file, "--json", tmp_path / "out.json")
+    code, _, _ = read(
+        folders[1], "--prompt", PROMPT, "--text", text_file, "--json", tmp_path / "out.json"
+    )
     found = json.loads((tmp_path / "out.json").read_text())
     assert code == 0 and all(0 <= layer["support"]["nearest"] <= 100 for layer in found["layers"])
 

@@ -35,7 +35,10 @@ def test_a_pass_is_the_models_own(model, ids):
         logits = model(input_ids=ids[:1]).logits[0]
     before = model.config._attn_implementation
     found = trace(model, Letters(), ids[0])
-    assert torch.allclose(found.logits, logits, atol=1e-5) and model.config._attn_implementation == before
+    assert (
+        torch.allclose(found.logits, logits, atol=1e-5)
+        and model.config._attn_implementation == before
+    )
     assert found.positions == list(range(32)) and found.tokens[0] == f"<{ids[0, 0]}>"
 
 
@@ -44,7 +47,9 @@ def test_chunks_and_positions_change_nothing(model, ids, monkeypatch):
     monkeypatch.setattr(tracing, "CHUNK", 5)
     some = trace(model, Letters(), ids[0], [-1, 3, 20])
     assert some.positions == [3, 20, 31]
-    for a, b in zip((whole.embedding, whole.logits, *whole.states), (some.embedding, some.logits, *some.states)):
+    for a, b in zip(
+        (whole.embedding, whole.logits, *whole.states), (some.embedding, some.logits, *some.states)
+    ):
         assert torch.allclose(a[some.positions], b, atol=1e-5)
     for a, b in zip(whole.attention, some.attention):
         assert torch.allclose(a[:, some.positions], b, atol=1e-5)
@@ -60,7 +65,9 @@ def test_the_residual_stream_is_the_sum_of_what_was_written(model, ids):
         for position in (0, 9, 31):
             state = found.states[layer - 1][position] + found.ffn(path).output()[position]
             state = state + sum(found.head(layer, head, position).output()[0] for head in range(4))
-            bias = getattr(tracing.get_attention(model, layer), tracing.family_of(model).attention_out).bias
+            bias = getattr(
+                tracing.get_attention(model, layer), tracing.family_of(model).attention_out
+            ).bias
             state = state if bias is None else state + bias
             assert torch.allclose(state, found.states[layer][position], atol=1e-9)
             assert regime(found.head(layer, 0, position)).name == "convex"
@@ -84,9 +91,13 @@ def test_a_logit_is_the_sum_of_its_parts(model, ids):
         split = logit_split(found, token, against, position)
         place = found.at(position)
         token = int(found.logits[place].argmax()) if token is None else token
-        value = found.logits[place, token] - (0 if against is None else found.logits[place, against])
+        value = found.logits[place, token] - (
+            0 if against is None else found.logits[place, against]
+        )
         assert split.value == pytest.approx(value.item(), abs=1e-12) and abs(split.remainder) < 1e-5
-        assert sum(part.amount for part in split.parts) + split.remainder == pytest.approx(split.value)
+        assert sum(part.amount for part in split.parts) + split.remainder == pytest.approx(
+            split.value
+        )
         assert sum(split.kinds().values()) == pytest.approx(split.value - split.remainder)
         sizes = [abs(part.amount) for part in split.parts]
         assert sizes == sorted(sizes, reverse=True)
@@ -95,7 +106,11 @@ def test_a_logit_is_the_sum_of_its_parts(model, ids):
 
 def record(coefficients, dictionary=None, bias=None):
     c = torch.tensor(coefficients, dtype=torch.float64)
-    v = torch.eye(c.shape[-1], dtype=torch.float64) if dictionary is None else torch.tensor(dictionary, dtype=torch.float64)
+    v = (
+        torch.eye(c.shape[-1], dtype=torch.float64)
+        if dictionary is None
+        else torch.tensor(dictionary, dtype=torch.float64)
+    )
     return Readout(c, v, bias, None, None, tuple(map(str, range(c.shape[-1]))))
 
 
@@ -112,7 +127,9 @@ def test_the_four_regimes(coefficients, name):
     found = regime(record(coefficients))
     assert found.name == name and found.has_shares == (name in ("convex", "conic"))
     if found.has_shares:
-        assert torch.allclose(shares(record(coefficients)).sum(-1), torch.ones(2, dtype=torch.float64))
+        assert torch.allclose(
+            shares(record(coefficients)).sum(-1), torch.ones(2, dtype=torch.float64)
+        )
     else:
         with pytest.raises(InputError, match=f"negative coefficients in a {name} readout"):
             shares(record(coefficients))
@@ -131,7 +148,10 @@ def test_contributions_are_an_exact_split(numbers, seed):
     c = torch.tensor(numbers, dtype=torch.float64)[None]
     v = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     parts = contributions(Readout(c, v, None, None, None, tuple("abcdef")))
-    total = sum((part.coefficient * v[part.prototype] for part in parts), torch.zeros(4, dtype=torch.float64))
+    total = sum(
+        (part.coefficient * v[part.prototype] for part in parts),
+        torch.zeros(4, dtype=torch.float64),
+    )
     assert torch.allclose(total, (c @ v)[0])
     assert sum(part.along for part in parts) == pytest.approx(total.norm().item(), abs=1e-9)
     assert [part.norm for part in parts] == sorted((part.norm for part in parts), reverse=True)
@@ -149,14 +169,22 @@ def test_a_small_output_is_diagnosed():
     ]
     assert found[-1].entropy == 0 and found[-1].effective == 0 and found[-1].active == 0
     even = mixtures(record([[1.0, 1.0, 1.0, 1.0]]))[0]
-    assert even.effective == pytest.approx(4) and even.entropy == pytest.approx(torch.tensor(4.0).log().item())
-    assert even.coherence == pytest.approx(0.5) and (even.positive_mass, even.negative_mass) == (4, 0)
+    assert even.effective == pytest.approx(4) and even.entropy == pytest.approx(
+        torch.tensor(4.0).log().item()
+    )
+    assert even.coherence == pytest.approx(0.5) and (even.positive_mass, even.negative_mass) == (
+        4,
+        0,
+    )
 
 
 def test_the_same_scores_in_every_regime(pair, ids):
     found = trace(pair[1], Letters(), ids[0])
     path = list(found.ffn_inputs)[0]
-    where = {n.nonlinearity: n.regime for n in nonlinearities(pair[1].kernel_ffns()[path], found.ffn_inputs[path])}
+    where = {
+        n.nonlinearity: n.regime
+        for n in nonlinearities(pair[1].kernel_ffns()[path], found.ffn_inputs[path])
+    }
     assert where == {
         "ReLU": "conic",
         "GELU": "linear",
@@ -177,13 +205,17 @@ def test_what_a_direction_writes(model):
     logits = weight @ (direction * norm.weight)
     best = logits.topk(3)
     assert [text for text, _ in found[0].promoted] == [f"<{i}>" for i in best.indices.tolist()]
-    assert [value for _, value in found[0].promoted] == pytest.approx(best.values.tolist(), rel=1e-4)
+    assert [value for _, value in found[0].promoted] == pytest.approx(
+        best.values.tolist(), rel=1e-4
+    )
     assert found[1].suppressed[0][0] == found[0].promoted[0][0]
 
 
 def test_alignment_with_a_basis():
     basis = torch.eye(4)
-    found = aligned(torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, -2.0, 0.0]]), ("a", "b"), basis, list("wxyz"))
+    found = aligned(
+        torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, -2.0, 0.0]]), ("a", "b"), basis, list("wxyz")
+    )
     assert [(entry.prototype, entry.feature) for entry in found] == [("a", "x"), ("b", "y")]
     assert found[1].cosine == pytest.approx(-2 / 5**0.5)
 
@@ -193,7 +225,9 @@ def test_which_later_heads_listen(model):
     family = tracing.family_of(model)
     weight = tracing.projection(getattr(heads, family.qkv[0]))[:8]  # the queries of head 0
     block = model.base_model.get_submodule(f"{family.layers}.{layer}")
-    gain = next(module for name, module in block.named_children() if "norm" in name or name.startswith("ln")).weight
+    gain = next(
+        module for name, module in block.named_children() if "norm" in name or name.startswith("ln")
+    ).weight
     loudest = torch.linalg.svd(weight).Vh[0] / gain
     found = feeds(model, 1, loudest[None], ("p",), top=1)[0]
     assert (found.layer, found.head, found.role) == (2, 0, "query") and found.gain > 1.5
@@ -203,18 +237,26 @@ def test_which_later_heads_listen(model):
 def test_the_nearest_tokens_fire_most(model):
     path = tracing.ffn_paths(model, tracing.family_of(model))[0]
     found = nearest_tokens(model, Letters(), path, top=2)
-    norm = model.base_model.get_submodule(f"{path.rsplit('.', 1)[0]}.{tracing.family_of(model).ffn_norm}")
+    norm = model.base_model.get_submodule(
+        f"{path.rsplit('.', 1)[0]}.{tracing.family_of(model).ffn_norm}"
+    )
     c = tracing.ffn_readout(model, path, norm(model.get_input_embeddings().weight)).coefficients
     for prototype in (0, 5):
         best = c[:, prototype].abs().topk(2).indices
-        assert found[prototype] == [(f"<{i}>", pytest.approx(c[i, prototype].item(), rel=1e-4)) for i in best.tolist()]
+        assert found[prototype] == [
+            (f"<{i}>", pytest.approx(c[i, prototype].item(), rel=1e-4)) for i in best.tolist()
+        ]
 
 
 def test_contexts_are_the_same_in_any_batches(model, ids, tmp_path):
     whole, parts = contexts(model, [ids], top=5), contexts(model, ids.split(3), top=5)
     path = list(whole)[0]
     a, b = whole[path], parts[path]
-    assert torch.allclose(a.values, b.values) and torch.equal(a.fired, b.fired) and a.tokens == b.tokens == 8 * (32 - SKIP)
+    assert (
+        torch.allclose(a.values, b.values)
+        and torch.equal(a.fired, b.fired)
+        and a.tokens == b.tokens == 8 * (32 - SKIP)
+    )
     assert torch.allclose(a.mass, b.mass) and torch.equal(a.windows[:, 0], b.windows[:, 0])
     firing = a.activations[:, :, BEFORE].abs()
     assert torch.allclose(firing.where(a.values > 0, 0.0), a.values)
@@ -237,7 +279,10 @@ def test_usage_and_purity(llama, ids):
         assert [u == "dead" for u in usage] == (entry.fired == 0).tolist()
         purity = entry.purity()
         full = entry.values[:, -1] > 0
-        assert torch.equal(purity.isnan(), ~full) and ((purity[full] >= 0.2) & (purity[full] <= 1)).all()
+        assert (
+            torch.equal(purity.isnan(), ~full)
+            and ((purity[full] >= 0.2) & (purity[full] <= 1)).all()
+        )
     with pytest.raises(InputError, match="expected rows longer than 8"):
         contexts(student, [ids[:, :8]])
 

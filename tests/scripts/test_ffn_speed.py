@@ -15,7 +15,8 @@ from hf_kernel_ffn.gpu import measuring
 
 
 @pytest.mark.parametrize(
-    "family, auto, kinds", [("llama", "AutoModelForCausalLM", 1), ("bert", "AutoModel", 1), ("qwen3_moe", "AutoModel", 1)]
+    "family, auto, kinds",
+    [("llama", "AutoModelForCausalLM", 1), ("bert", "AutoModel", 1), ("qwen3_moe", "AutoModel", 1)],
 )
 def test_the_ffns_of_any_checkpoint_are_found(family, auto, kinds, ids):
     model = tiny(family, auto)
@@ -31,8 +32,19 @@ def test_the_ffns_of_any_checkpoint_are_found(family, auto, kinds, ids):
 
 def test_the_command_writes_ratios(teacher_folder, tmp_path, monkeypatch, capsys):
     file = tmp_path / "speed.json"
-    arguments = ["--model", str(teacher_folder("gpt2")), "--tokens", "8", "--repeats", "2", "--active", "4"]
-    monkeypatch.setattr(sys, "argv", ["ffn_speed.py", *arguments, "--modes", "eager", "--json", str(file)])
+    arguments = [
+        "--model",
+        str(teacher_folder("gpt2")),
+        "--tokens",
+        "8",
+        "--repeats",
+        "2",
+        "--active",
+        "4",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["ffn_speed.py", *arguments, "--modes", "eager", "--json", str(file)]
+    )
     monkeypatch.setattr(measuring.interleaved, "__defaults__", ("wall", 0.0))
     threads = torch.get_num_threads()
     try:
@@ -44,13 +56,21 @@ def test_the_command_writes_ratios(teacher_folder, tmp_path, monkeypatch, capsys
     found = json.loads(file.read_text())
     assert {row["phase"] for row in found["rows"]} == set(benchmark.PHASES)
     names = {row["variant"] for row in found["rows"]}
-    assert {"stock", "single", "single, top-k 4", "single, top-k 4, norms kept", "yat single"} <= names
+    assert {
+        "stock",
+        "single",
+        "single, top-k 4",
+        "single, top-k 4, norms kept",
+        "yat single",
+    } <= names
     assert any(name.endswith("h.0.mlp") for name in names)
     assert all(row["ratio"]["median"] > 0 for row in found["rows"])
     assert "medians of 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", ["--shapes=gpt5", "--modes=fast", "--modes=fused", "--phases=backward", "--clock=sun"])
+@pytest.mark.parametrize(
+    "option", ["--shapes=gpt5", "--modes=fast", "--modes=fused", "--phases=backward", "--clock=sun"]
+)
 def test_unknown_names_are_refused(option, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ffn_speed.py", option])
     with pytest.raises(SystemExit) as end:

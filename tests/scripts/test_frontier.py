@@ -32,10 +32,25 @@ def run(script, teacher_folder, text_file):
 
     def run(out, only, *more):
         text = ["--train", text_file, "--test", text_file, "--cloze", ""]
-        arguments = ["run", teacher_folder("llama"), "--out", out, "--only", only, "--tokens", 2048, "--test-tokens", 1024]
-        done = CliRunner().invoke(script.app, [*map(str, [*arguments, *text, *more])], catch_exceptions=False)
+        arguments = [
+            "run",
+            teacher_folder("llama"),
+            "--out",
+            out,
+            "--only",
+            only,
+            "--tokens",
+            2048,
+            "--test-tokens",
+            1024,
+        ]
+        done = CliRunner().invoke(
+            script.app, [*map(str, [*arguments, *text, *more])], catch_exceptions=False
+        )
         assert done.exit_code == 0, done.output
-        return [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("row ")]
+        return [
+            line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("row ")
+        ]
 
     return run
 
@@ -72,7 +87,9 @@ def test_the_controls_are_among_the_rows(script):
         f"recipe {file.stem}" for file in RECIPES.glob("llama-*.yaml")
     }
     plain = script.rows(512, False, "gpt2")
-    assert "single half-yat" in plain and not [name for name in plain if "gated" in name or "polarised" in name]
+    assert "single half-yat" in plain and not [
+        name for name in plain if "gated" in name or "polarised" in name
+    ]
     for name, row in {**rows, **plain}.items():  # the name says how many
         if row.settings.get("top_k"):
             assert str(row.settings["top_k"]) in name.replace(",", "").split()
@@ -134,7 +151,9 @@ def test_the_table_and_the_figure(reports, script):
     assert f"| {found[SPARSE]['kl']:.4f} |" in markdown
     assert (reports / "frontier.png").read_bytes().startswith(b"\x89PNG")
     again = markdown
-    CliRunner().invoke(script.app, ["show", str(reports)], catch_exceptions=False)  # what it wrote is no report
+    CliRunner().invoke(
+        script.app, ["show", str(reports)], catch_exceptions=False
+    )  # what it wrote is no report
     assert (reports / "table.md").read_text(encoding="utf-8") == again
 
 

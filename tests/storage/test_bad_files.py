@@ -75,11 +75,15 @@ def an_ffn(found, end="prototypes.weight"):
 
 
 def retyped(end, dtype):
-    return tensors(lambda found: found.update({(name := an_ffn(found, end)): found[name].to(dtype)}))
+    return tensors(
+        lambda found: found.update({(name := an_ffn(found, end)): found[name].to(dtype)})
+    )
 
 
 def reshaped(end, change):
-    return tensors(lambda found: found.update({(name := an_ffn(found, end)): change(found[name]).contiguous()}))
+    return tensors(
+        lambda found: found.update({(name := an_ffn(found, end)): change(found[name]).contiguous()})
+    )
 
 
 def header(change):
@@ -161,7 +165,10 @@ DAMAGE = {
     "shape of strings": (PLAIN, header(lambda e: first(e).update(shape=["2", "3"]))),
     "dtype unknown": (PLAIN, header(lambda e: first(e).update(dtype="PICKLE"))),
     "header a list": (PLAIN, lambda f: shard(f).write_bytes((4).to_bytes(8, "little") + b"[1] ")),
-    "header deeply nested": (PLAIN, lambda f: shard(f).write_bytes((90_000).to_bytes(8, "little") + b"[" * 90_000)),
+    "header deeply nested": (
+        PLAIN,
+        lambda f: shard(f).write_bytes((90_000).to_bytes(8, "little") + b"[" * 90_000),
+    ),
     # the index
     "index cut": (SHARDED, raw(INDEX, b'{"weight_map": {')),
     "index no mapping": (SHARDED, raw(INDEX, b"[]")),
@@ -171,7 +178,10 @@ DAMAGE = {
     "index absolute": (SHARDED, index(lambda c: first_file(c, "/etc/passwd"))),
     "index names a pickle": (SHARDED, index(lambda c: first_file(c, "pytorch_model.bin"))),
     "index a number": (SHARDED, index(lambda c: first_file(c, 5))),
-    "index of another tensor": (SHARDED, index(lambda c: c["weight_map"].update(ghost=shard_name(c)))),
+    "index of another tensor": (
+        SHARDED,
+        index(lambda c: c["weight_map"].update(ghost=shard_name(c))),
+    ),
     "a shard missing": (SHARDED, lambda f: shard(f).unlink()),
     "no weights": (PLAIN, lambda f: shard(f).unlink()),
     "pickles only": (PLAIN, lambda f: shard(f).rename(f / "pytorch_model.bin")),
@@ -182,9 +192,20 @@ DAMAGE = {
     "embedding missing": (PLAIN, tensors(lambda t: t.pop(an_ffn(t, "embed_tokens.weight")))),
     "attention missing": (PLAIN, tensors(lambda t: t.pop(an_ffn(t, "q_proj.weight")))),
     "norm missing": (PLAIN, tensors(lambda t: t.pop(an_ffn(t, "model.norm.weight")))),
-    "one too many": (PLAIN, tensors(lambda t: t.update({"model.layers.0.mlp.extra": torch.zeros(2)}))),
-    "a layer too many": (PLAIN, tensors(lambda t: t.update({"model.layers.9.mlp.units": torch.zeros(2, dtype=torch.int32)}))),
-    "the stock FFN too": (PLAIN, tensors(lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(48, 32)}))),
+    "one too many": (
+        PLAIN,
+        tensors(lambda t: t.update({"model.layers.0.mlp.extra": torch.zeros(2)})),
+    ),
+    "a layer too many": (
+        PLAIN,
+        tensors(
+            lambda t: t.update({"model.layers.9.mlp.units": torch.zeros(2, dtype=torch.int32)})
+        ),
+    ),
+    "the stock FFN too": (
+        PLAIN,
+        tensors(lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(48, 32)})),
+    ),
     "FFN too short": (PLAIN, reshaped("input_prototypes.weight", lambda t: t[::2])),
     "FFN transposed": (PLAIN, reshaped("output_prototypes.weight", lambda t: t.T)),
     "FFN flat": (PLAIN, reshaped("input_prototypes.weight", lambda t: t.flatten())),
@@ -205,7 +226,10 @@ DAMAGE = {
     "entry empty": (PLAIN, config(lambda c: c.update(kernel_ffn={}))),
     "entry gone": (PLAIN, config(lambda c: c.pop("kernel_ffn"))),
     "no layers": (PLAIN, entry(lambda e: e.update(layers={}))),
-    "layers of strings": (PLAIN, entry(lambda e: e.update(layers=dict.fromkeys(e["layers"], CODE)))),
+    "layers of strings": (
+        PLAIN,
+        entry(lambda e: e.update(layers=dict.fromkeys(e["layers"], CODE))),
+    ),
     "activation a list": (PLAIN, entry(lambda e: e.update(activation=[]))),
     "prototypes huge": (PLAIN, layer(lambda y: y.update(prototypes=2**31 - 1))),
     "prototypes huger": (PLAIN, layer(lambda y: y.update(prototypes=HUGE**4))),
@@ -232,12 +256,21 @@ DAMAGE = {
     "class a number": (PLAIN, config(lambda c: c.update(architectures=5))),
     "family a list": (PLAIN, entry(lambda e: e.update(family=["llama"]))),
     "family leads out": (PLAIN, entry(lambda e: e.update(family="../llama"))),
-    "config cut": (PLAIN, lambda f: (f / "config.json").write_bytes((f / "config.json").read_bytes()[:200])),
+    "config cut": (
+        PLAIN,
+        lambda f: (f / "config.json").write_bytes((f / "config.json").read_bytes()[:200]),
+    ),
     "config no text": (PLAIN, raw("config.json", b"\xff\xfe\x00")),
     "config deeply nested": (PLAIN, raw("config.json", b"[" * 200_000)),
     "config a list": (PLAIN, raw("config.json", b"[]")),
 }
-SILENT = {"class is code", "class of another library", "class a number", "family a list", "family leads out"}
+SILENT = {
+    "class is code",
+    "class of another library",
+    "class a number",
+    "family a list",
+    "family leads out",
+}
 """Keys that the checkpoint's own code does not read: loaded by it, these are the same model."""
 
 
@@ -277,7 +310,9 @@ def bounded(action):
 def assert_refused(error):
     assert isinstance(error, InputError), repr(error)
     assert "\n" not in str(error) and len(str(error)) < 1500
-    assert not any(word in str(error).lower() for word in ("can't allocate", "memoryerror", "out of memory")), error
+    assert not any(
+        word in str(error).lower() for word in ("can't allocate", "memoryerror", "out of memory")
+    ), error
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -294,7 +329,9 @@ def test_it_is_no_model_by_its_own_code_either(damaged, name):
     assert not isinstance(error, MemoryError) and "allocate" not in str(error)
 
 
-@pytest.mark.parametrize("name", ["entry gone", "cut in the data", "prototypes huge", "kernel is code", "config cut"])
+@pytest.mark.parametrize(
+    "name", ["entry gone", "cut in the data", "prototypes huge", "kernel is code", "config cut"]
+)
 def test_the_command_line_says_it_in_one_line(damaged, name, monkeypatch, capsys):
     folder = damaged(*DAMAGE[name])
     monkeypatch.setattr(sys, "argv", ["hf-kernel-ffn", "verify", str(folder)])
@@ -346,7 +383,11 @@ def test_a_changed_byte_is_found(damaged, name, what, said):
         (lambda folder: (folder / CHECKSUMS).unlink(), "checksums", "none recorded"),
         (lambda folder: (folder / "simplex.py").unlink(), "code", "simplex.py"),
         (raw("extra.safetensors", b"x"), "checksums", "extra.safetensors"),
-        (config(lambda c: c["auto_map"].update(AutoModel="someone/else--modeling.Evil")), "auto_map", "other code"),
+        (
+            config(lambda c: c["auto_map"].update(AutoModel="someone/else--modeling.Evil")),
+            "auto_map",
+            "other code",
+        ),
     ],
 )
 def test_what_does_not_belong_is_found(damaged, change, what, said):
@@ -371,7 +412,9 @@ def test_other_versions_are_named(damaged):
 # recipes
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
-MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 40))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 40)
+)
 YAML = {
     "alias bomb": BOMB,
     "alias bomb of merges": MERGES,
@@ -410,17 +453,39 @@ def test_a_bad_recipe_is_refused(name, tmp_path, monkeypatch):
 
 def mutate(rng, folder):
     """Change a few bytes, or a few values of a JSON file, anywhere in the checkpoint; whether only data or descriptions changed."""
-    file = rng.choice(sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")))
+    file = rng.choice(
+        sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    )
     if file.suffix == ".json" and rng.random() < 0.6:
         content = json.loads(file.read_text())
         for _ in range(rng.choice((1, 1, 3))):
             node = content
-            while isinstance(node, dict) and node and (deeper := [k for k in node if isinstance(node[k], dict) and node[k]]):
+            while (
+                isinstance(node, dict)
+                and node
+                and (deeper := [k for k in node if isinstance(node[k], dict) and node[k]])
+            ):
                 if rng.random() < 0.3:
                     break
                 node = node[rng.choice(deeper)]
             if isinstance(node, dict) and node:
-                values = (None, -1, 0, HUGE, 1e400, "", CODE, [], {}, [[]], True, "../..", 10**30, "1", [None] * 3)
+                values = (
+                    None,
+                    -1,
+                    0,
+                    HUGE,
+                    1e400,
+                    "",
+                    CODE,
+                    [],
+                    {},
+                    [[]],
+                    True,
+                    "../..",
+                    10**30,
+                    "1",
+                    [None] * 3,
+                )
                 if rng.random() < 0.2:
                     node.pop(rng.choice(list(node)))
                 else:

@@ -64,7 +64,19 @@ def strided(tensor, how):
     return tensor
 
 
-def case(tokens, size, prototypes, convex, gated, dtype=torch.float32, norm=4.0, row=1.0, tau=0.8, seed=0, layout=""):
+def case(
+    tokens,
+    size,
+    prototypes,
+    convex,
+    gated,
+    dtype=torch.float32,
+    norm=4.0,
+    row=1.0,
+    tau=0.8,
+    seed=0,
+    layout="",
+):
     """The eight tensors of a mixture, on the device, loud enough to matter: rows of length ``norm`` and ``row``, ε a hundredth of the
     mean squared distance, as a conversion sets it."""
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +85,11 @@ def case(tokens, size, prototypes, convex, gated, dtype=torch.float32, norm=4.0,
         matrix = torch.randn(*shape, generator=generator)
         return matrix / matrix.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
-    x, rows, bias = norm * unit(tokens, size), row * unit(prototypes, size), 0.1 * norm * row * unit(1, prototypes)[0]
+    x, rows, bias = (
+        norm * unit(tokens, size),
+        row * unit(prototypes, size),
+        0.1 * norm * row * unit(1, prototypes)[0],
+    )
     epsilon = torch.tensor([0.01 * (norm**2 + row**2)])
     tensors = [x, rows, bias, unit(size, prototypes), epsilon, torch.tensor([tau])]
     tensors += [unit(prototypes, size) / norm, unit(1, prototypes)[0]] if gated else [None, None]
@@ -98,17 +114,24 @@ class Reference:
         self.distance = (x[:, None] - w).square().sum(-1) + epsilon
         if convex:
             fires = self.score != 0
-            log = (self.score.where(fires, torch.ones_like(self.score)).square() / self.distance).log()
+            log = (
+                self.score.where(fires, torch.ones_like(self.score)).square() / self.distance
+            ).log()
             power = (log / factor - (log / factor).detach().where(fires, -torch.inf * log.detach().abs().clamp_min(1)).amax(
                 1, keepdim=True).nan_to_num(neginf=0)).exp() * fires  # fmt: skip
             mass = power.sum(1, keepdim=True)
-            self.value, self.log = power / mass.where(mass > 0, torch.ones_like(mass)), log.detach() * fires
+            self.value, self.log = (
+                power / mass.where(mass > 0, torch.ones_like(mass)),
+                log.detach() * fires,
+            )
         else:
             self.value = self.score.square() / self.distance * factor
         self.ups = torch.ones_like(self.value) if up is None else x @ up.T + up_bias
         self.coefficients = self.value * self.ups
         self.y = self.coefficients @ v.T
-        found = torch.autograd.grad(self.y, [t for t in given if t is not None], direction.double(), allow_unused=True)
+        found = torch.autograd.grad(
+            self.y, [t for t in given if t is not None], direction.double(), allow_unused=True
+        )
         self.gradients = dict(zip((n for n, t in zip(NAMES, given) if t is not None), found))
 
 
@@ -119,7 +142,9 @@ class Bound:
     dtype (``m``, and ``least`` at its lower end). What is common to a row is added up as it is."""
 
     def __init__(self, reference, direction, mix):
-        x, w, b, v, _, factor, up, up_bias = (None if t is None else t.detach().abs() for t in reference.given)
+        x, w, b, v, _, factor, up, up_bias = (
+            None if t is None else t.detach().abs() for t in reference.given
+        )
         dy, y, gated = direction.double().abs(), reference.y.detach().abs(), up is not None
         u, m, half = 2.0**-23, torch.finfo(mix).eps, mix == torch.float16
         least = 2.0**-24 if half else 2.0**-126
@@ -130,7 +155,10 @@ class Bound:
         e_D = u * (2 * terms * cross + 4 * (x.square().sum(1, keepdim=True) + w.square().sum(1)))
         e_u = u * (terms * sums(x, up.T) + ups + up_bias) if gated else 0 * D
         s = s + e_s
-        change, e_change = (direction.double() @ reference.given[3].detach()).abs(), m * sums(dy, v) + least
+        change, e_change = (
+            (direction.double() @ reference.given[3].detach()).abs(),
+            m * sums(dy, v) + least,
+        )
         own, e_own = change * ups, e_change * ups + change * e_u
         if reference.convex:
             log = reference.log.abs()
@@ -139,8 +167,13 @@ class Bound:
             e_value = value * (e_t + (value * e_t).sum(1, keepdim=True))
             e_c = e_value * ups + value * e_u + m * value * ups + least
             mean = (direction.double() * reference.y.detach()).sum(1, keepdim=True)
-            e_mean = (m * (dy * y).square().sum(1, keepdim=True).sqrt() + sums(e_c[:, None], change[:, :, None])[:, 0]) / factor
-            both = (direction.double() @ reference.given[3].detach() * reference.ups.detach() - mean).abs()
+            e_mean = (
+                m * (dy * y).square().sum(1, keepdim=True).sqrt()
+                + sums(e_c[:, None], change[:, :, None])[:, 0]
+            ) / factor
+            both = (
+                direction.double() @ reference.given[3].detach() * reference.ups.detach() - mean
+            ).abs()
             q, e_q = value * both / factor, (e_value * both + value * e_own) / factor
             direct, e_direct = q / s, e_q / s + q * e_s / s.square()
             far, e_far = q / D, e_q / D + q / D * e_D / D
@@ -155,11 +188,18 @@ class Bound:
             far, e_far = direct * share, e_direct * share + direct * e_share
             each, e_each = direct * s / factor, (e_direct * s + direct * e_s) / factor
             common_direct = common_far = common_each = 0 * D
-        lengths = x.norm(dim=1)[:, None].clamp_min(1e-30) if half else 1  # float16 holds gradients times them
+        lengths = (
+            x.norm(dim=1)[:, None].clamp_min(1e-30) if half else 1
+        )  # float16 holds gradients times them
         e_ds = (
-            2 * (e_direct + e_far) + 2 * m * (direct + far) + least / (lengths * w.norm(dim=1).clamp_min(1e-30) if half else 1)
+            2 * (e_direct + e_far)
+            + 2 * m * (direct + far)
+            + least / (lengths * w.norm(dim=1).clamp_min(1e-30) if half else 1)
         )
-        common_ds, e_du = 2 * (common_direct + common_far), change * e_value + value * e_change + m * change * value
+        common_ds, e_du = (
+            2 * (common_direct + common_far),
+            change * e_value + value * e_change + m * change * value,
+        )
         self.deviations = {
             "y": sums(e_c, v.T) + m * y,
             "x": sums(e_ds, w) + common_ds @ w + 2 * x * (norm(e_far, 1)[:, None] + common_far.sum(1, keepdim=True)),
@@ -188,12 +228,16 @@ def norm(errors, dims):
 def compare(tensors, one_sided, convex, mix, limit=WHOLE):
     """Output and gradients within their bounds, wherever float64's are finite in the working dtype; how many of them were."""
     written = fused_mixture(*tensors, one_sided, mix, limit, convex)
-    direction = torch.randn(written.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, mix)
+    direction = torch.randn(written.shape, generator=torch.Generator().manual_seed(1)).to(
+        DEVICE, mix
+    )
     reference = Reference(tensors, one_sided, convex, direction)
     assert written.shape == reference.y.shape and written.dtype == mix
     deviations, compared = Bound(reference, direction, mix).deviations, 0
     given = [t for t in tensors if t is not None]
-    found = dict(zip(reference.gradients, torch.autograd.grad(written, given, direction)), y=written.detach())
+    found = dict(
+        zip(reference.gradients, torch.autograd.grad(written, given, direction)), y=written.detach()
+    )
     for name, expected in {**reference.gradients, "y": reference.y.detach()}.items():
         if expected is None:
             continue
@@ -204,7 +248,9 @@ def compare(tensors, one_sided, convex, mix, limit=WHOLE):
         room = DEVIATIONS * (deviations[name] + rounding.eps * expected.abs() + rounding.tiny)
         off = (found[name].double() - expected).abs() / room
         assert torch.isfinite(found[name]).all(), name
-        assert (off <= 1).all(), f"{name} is off by {off.max():.3g} of its bound, largest {largest:.3g}"
+        assert (off <= 1).all(), (
+            f"{name} is off by {off.max():.3g} of its bound, largest {largest:.3g}"
+        )
         compared += 1
     return compared
 
@@ -223,14 +269,39 @@ def small_tiles(monkeypatch):
     tiles=st.sampled_from([(128, 128), (32, 16)]), limit=st.sampled_from([WHOLE, 20_000, 1]),
 )  # fmt: skip
 def test_any_shape_layout_dtype_and_norm(
-    tokens, size, prototypes, one_sided, convex, gated, dtype, layout, log_norm, log_row, tau, seed, tiles, limit
+    tokens,
+    size,
+    prototypes,
+    one_sided,
+    convex,
+    gated,
+    dtype,
+    layout,
+    log_norm,
+    log_row,
+    tau,
+    seed,
+    tiles,
+    limit,
 ):
     before = fused.TOKENS, fused.PROTOTYPES
     if limit == 1:
         tokens = min(tokens, 5)  # one at a time
     try:
         fused.TOKENS, fused.PROTOTYPES = tiles
-        tensors = case(tokens, size, prototypes, convex, gated, dtype, 10**log_norm, 10**log_row, tau, seed, layout)
+        tensors = case(
+            tokens,
+            size,
+            prototypes,
+            convex,
+            gated,
+            dtype,
+            10**log_norm,
+            10**log_row,
+            tau,
+            seed,
+            layout,
+        )
         assert compare(tensors, one_sided, convex, dtype, limit) >= 1
     finally:
         fused.TOKENS, fused.PROTOTYPES = before
@@ -243,7 +314,10 @@ def test_tiles_and_chunks_of_any_number(convex, gated, dtype, small_tiles):
     """Several groups of tiles (more than 8 of tokens), and chunks that end within one."""
     for limit in (WHOLE, 30_000):
         tensors = case(300, 20, 40, convex, gated, dtype)
-        assert compare(tensors, True, convex, dtype, limit) == len([t for t in tensors if t is not None]) + 1
+        assert (
+            compare(tensors, True, convex, dtype, limit)
+            == len([t for t in tensors if t is not None]) + 1
+        )
 
 
 @variants
@@ -255,7 +329,9 @@ def test_nothing_fires_nothing_is_given_and_nothing_is_asked(convex, gated):
         tensors[2].zero_()
     written = fused_mixture(*tensors, True, torch.float32, WHOLE, convex)
     assert not written.any()
-    assert not any(g.any() for g in torch.autograd.grad(written.sum(), [t for t in tensors if t is not None]))
+    assert not any(
+        g.any() for g in torch.autograd.grad(written.sum(), [t for t in tensors if t is not None])
+    )
     empty = case(0, 10, 20, convex, gated)
     written = fused_mixture(*empty, True, torch.float32, WHOLE, convex)
     assert written.shape == (0, 10)
@@ -283,8 +359,13 @@ def test_inputs_that_are_prototypes(convex):
     reference = Reference(tensors, False, convex, direction)
     written = fused_mixture(*tensors, False, torch.float32, WHOLE, convex)
     assert (written - reference.y).abs().max() <= 1e-3 * reference.y.abs().max()
-    for found, expected in zip(torch.autograd.grad(written, tensors[:6], direction), reference.gradients.values()):
-        assert torch.isfinite(found).all() and (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+    for found, expected in zip(
+        torch.autograd.grad(written, tensors[:6], direction), reference.gradients.values()
+    ):
+        assert (
+            torch.isfinite(found).all()
+            and (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+        )
 
 
 @variants
@@ -313,11 +394,17 @@ def test_twice_differentiable_by_the_plain_form(convex, gated):
     given = [t for t in tensors if t is not None]
 
     def second(function, *last):
-        first = torch.autograd.grad(function(*tensors, True, torch.float32, *last).sin().sum(), given, create_graph=True)
+        first = torch.autograd.grad(
+            function(*tensors, True, torch.float32, *last).sin().sum(), given, create_graph=True
+        )
         return torch.autograd.grad(sum(g.square().sum() for g in first), given)
 
-    for found, expected in zip(second(fused_mixture, WHOLE, convex), second(operators.plain, WHOLE, convex)):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    for found, expected in zip(
+        second(fused_mixture, WHOLE, convex), second(operators.plain, WHOLE, convex)
+    ):
+        torch.testing.assert_close(
+            found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+        )
 
 
 @variants
@@ -372,10 +459,15 @@ def gradients(ffn, x):
 def test_a_layer_is_what_it_is_in_float64(settings):
     """float32, at sizes of which a few sums lose at most 100 of its roundings: of the largest entry, or, where all tokens and
     features are added up in one number, of what is added up."""
-    ffn, x = make_layer(torch.float32, 12, 20, **settings).to(DEVICE), inputs(24, 12).reshape(2, 12, 12).to(DEVICE)
+    ffn, x = (
+        make_layer(torch.float32, 12, 20, **settings).to(DEVICE),
+        inputs(24, 12).reshape(2, 12, 12).to(DEVICE),
+    )
     ffn.fused = Fused(required=True)
     found = gradients(ffn, x.float())
-    expected = gradients(make_layer(torch.float32, 12, 20, **settings).double().to(DEVICE), x.float().double())
+    expected = gradients(
+        make_layer(torch.float32, 12, 20, **settings).double().to(DEVICE), x.float().double()
+    )
     for name, value in expected.items():
         off = (found[name].double() - value).abs().max()
         size = expected["y"].abs().sum() if value.numel() == 1 else value.abs().max()
@@ -397,7 +489,9 @@ def test_half_precision_and_autocast_keep_to_the_plain_form(settings):
             assert found[name].dtype == value.dtype, name
             room = 8 * torch.finfo(torch.bfloat16).eps if name == "y" else 0.1
             off = (found[name] - value).abs().max()
-            assert "log_ratio" in name or off <= room * value.abs().max(), f"{name}: {off / value.abs().max()}"
+            assert "log_ratio" in name or off <= room * value.abs().max(), (
+                f"{name}: {off / value.abs().max()}"
+            )
 
 
 @pytest.mark.parametrize("settings", [LAYERS[3], LAYERS[10]], ids=lambda s: "-".join(s.values()))
@@ -412,7 +506,10 @@ def test_compiled_in_one_graph_without_recompiling_for_new_lengths(settings):
         expected, found = gradients(ffn, x), gradients(compiled, x)
         for name, value in expected.items():  # the same operators
             torch.testing.assert_close(
-                found[name.removeprefix("_orig_mod.")] if name in found else found[f"_orig_mod.{name}"], value
+                found[name.removeprefix("_orig_mod.")]
+                if name in found
+                else found[f"_orig_mod.{name}"],
+                value,
             )
         if count == 1:
             settled = counter.frame_count  # the second length makes the first one a variable
@@ -424,10 +521,17 @@ def test_compiled_in_one_graph_without_recompiling_for_new_lengths(settings):
 @pytest.mark.parametrize("layout", ["", "transposed", "sliced"])
 def test_gather_sums_in_float32_what_is_active(dtype, layout):
     generator = torch.Generator().manual_seed(0)
-    for tokens, prototypes, size, share in ((1, 500, 70, 0.1), (5, 130, 200, 0.5), (3, 40, 3, 1.0), (2, 9, 5, 0.0)):
+    for tokens, prototypes, size, share in (
+        (1, 500, 70, 0.1),
+        (5, 130, 200, 0.5),
+        (3, 40, 3, 1.0),
+        (2, 9, 5, 0.0),
+    ):
         coefficients = torch.randn(tokens, prototypes, generator=generator).to(DEVICE, dtype)
         coefficients *= (torch.rand(tokens, prototypes, generator=generator) < share).to(DEVICE)
-        dictionary = strided(torch.randn(size, prototypes, generator=generator).to(DEVICE, dtype), layout)
+        dictionary = strided(
+            torch.randn(size, prototypes, generator=generator).to(DEVICE, dtype), layout
+        )
         expected = coefficients.double() @ dictionary.double().T
         with torch.no_grad():
             dictionary[:, (coefficients == 0).all(0)] = math.nan  # never read
@@ -437,7 +541,10 @@ def test_gather_sums_in_float32_what_is_active(dtype, layout):
         assert found.dtype == dtype
         # One rounding of the result, and as many in float32 as are added up.
         of = coefficients.double().abs() @ dictionary.double().abs().nan_to_num().T
-        room = torch.finfo(dtype).eps * expected.abs() + prototypes * torch.finfo(torch.float32).eps * of
+        room = (
+            torch.finfo(dtype).eps * expected.abs()
+            + prototypes * torch.finfo(torch.float32).eps * of
+        )
         assert ((found - expected).abs() <= room).all()
 
 
@@ -448,8 +555,12 @@ def test_gather_skips_padding_and_what_does_not_exist():
     found = gather(coefficients, indices, torch.tensor([4, 2], device=DEVICE), dictionary)
     expected = torch.stack([dictionary[:, 3] + 2 * dictionary[:, 4], 2 * dictionary[:, 9]])
     torch.testing.assert_close(found, expected)
-    assert gather(coefficients[:0], indices[:0], torch.tensor([], device=DEVICE), dictionary).shape == (0, 6)
-    library.opcheck(gather, (coefficients, indices, torch.tensor([4, 2], device=DEVICE), dictionary))
+    assert gather(
+        coefficients[:0], indices[:0], torch.tensor([], device=DEVICE), dictionary
+    ).shape == (0, 6)
+    library.opcheck(
+        gather, (coefficients, indices, torch.tensor([4, 2], device=DEVICE), dictionary)
+    )
 
 
 @pytest.mark.parametrize("simplex", ["top-k", "threshold", "sparsemax", "entmax-1.5"])
@@ -457,7 +568,15 @@ def test_gather_skips_padding_and_what_does_not_exist():
 def test_few_tokens_of_a_sparse_layer(simplex, intensity):
     """float32 sums of a few numbers: 20 roundings of the largest."""
     ffn = (
-        make_layer(torch.float32, 12, 64, kernel="half-yat", simplex=simplex, intensity=intensity, values="gated")
+        make_layer(
+            torch.float32,
+            12,
+            64,
+            kernel="half-yat",
+            simplex=simplex,
+            intensity=intensity,
+            values="gated",
+        )
         .eval()
         .to(DEVICE)
     )
@@ -467,7 +586,9 @@ def test_few_tokens_of_a_sparse_layer(simplex, intensity):
         expected = ffn(torch.cat([x, x]))[:FEW]
         ffn.fused = Fused(required=True)
         for found, like in ((ffn(x[:, None])[:, 0], expected), (ffn(x[:1]), expected[:1])):
-            assert (found - like).abs().max() <= 20 * torch.finfo(torch.float32).eps * expected.abs().max()
+            assert (found - like).abs().max() <= 20 * torch.finfo(
+                torch.float32
+            ).eps * expected.abs().max()
         assert ffn.output_prototypes.weight.T.is_contiguous()
         compiled = torch.compile(ffn, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), ffn(x))
@@ -487,11 +608,22 @@ def test_where_it_cannot_run_it_steps_aside_or_says_why(monkeypatch):
         ffn.fused = Fused()
         assert torch.isfinite(ffn(x)).all()
 
-    refused("found kernel 'gaussian', expected 'yat' or 'half-yat'.*: call it so, or fuse without required", kernel="gaussian")
+    refused(
+        "found kernel 'gaussian', expected 'yat' or 'half-yat'.*: call it so, or fuse without required",
+        kernel="gaussian",
+    )
     refused("found intensity 'mass' at temperature 0.6, expected temperature 1", temperature=0.6)
-    refused("found simplex 'top-k' with 6 tokens, expected 'softmax', or up to 8 tokens without gradients", simplex="top-k")
-    refused("found float64, expected one of float32, bfloat16 and float16", x.double(), torch.float64)
-    refused("found an adapter, .* hook", change=lambda f: f.input_prototypes.register_forward_hook(lambda *_: None))
+    refused(
+        "found simplex 'top-k' with 6 tokens, expected 'softmax', or up to 8 tokens without gradients",
+        simplex="top-k",
+    )
+    refused(
+        "found float64, expected one of float32, bfloat16 and float16", x.double(), torch.float64
+    )
+    refused(
+        "found an adapter, .* hook",
+        change=lambda f: f.input_prototypes.register_forward_hook(lambda *_: None),
+    )
     monkeypatch.setattr(fused, "_runs", lambda *_: False)
     refused(f"found device {DEVICE}.*, expected a CUDA GPU of compute capability 8.0 or newer")
     monkeypatch.setattr(fused, "triton", None)
@@ -500,7 +632,9 @@ def test_where_it_cannot_run_it_steps_aside_or_says_why(monkeypatch):
 
 def test_left_alone_it_is_for_gpus():
     ffn, x = (
-        make_layer(torch.float32, kernel="half-yat", simplex="softmax", intensity="mass").to(DEVICE),
+        make_layer(torch.float32, kernel="half-yat", simplex="softmax", intensity="mass").to(
+            DEVICE
+        ),
         inputs(6).float().to(DEVICE),
     )
     assert ffn.fused is None and ffn._has_one_pass(x) and one_pass
@@ -524,21 +658,31 @@ def small_model(dtype=torch.float32, **settings):
 def quick(monkeypatch, plain=1.0, fused=0.5):
     """A clock by which the kernels take ``fused`` seconds: how long the interpreter takes says nothing."""
     times = {"plain": {"median": plain}, "fused": {"median": fused}}
-    monkeypatch.setattr(trial, "interleaved", lambda work, repeats, device: [once() for once in work.values()] and times)
+    monkeypatch.setattr(
+        trial,
+        "interleaved",
+        lambda work, repeats, device: [once() for once in work.values()] and times,
+    )
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("intensity", ["mass", "gate"])
-def test_a_trial_lets_the_kernels_in_where_they_are_right_and_quick(monkeypatch, intensity, trained):
+def test_a_trial_lets_the_kernels_in_where_they_are_right_and_quick(
+    monkeypatch, intensity, trained
+):
     model, ffns = small_model(kernel="half-yat", simplex="softmax", intensity=intensity)
     for ffn in ffns:
         ffn.requires_grad_(trained)
     quick(monkeypatch)
     assert trial.fuse_where_it_pays(model, tokens=24) == {}
-    assert all(ffn.fused == Fused() and all(p.grad is None for p in ffn.parameters()) for ffn in ffns)
+    assert all(
+        ffn.fused == Fused() and all(p.grad is None for p in ffn.parameters()) for ffn in ffns
+    )
     quick(monkeypatch, fused=1.5)
     refused = trial.fuse_where_it_pays(model, tokens=24)
-    assert list(refused) == list(model.kernel_ffns()) and all("slower than the plain form" in r for r in refused.values())
+    assert list(refused) == list(model.kernel_ffns()) and all(
+        "slower than the plain form" in r for r in refused.values()
+    )
     assert all(ffn.fused is None for ffn in ffns)
 
 
@@ -581,7 +725,10 @@ def test_a_trial_survives_kernels_that_do_not_compile(monkeypatch):
         raise RuntimeError("no such\ninstruction")
 
     monkeypatch.setattr(fused, "fused_readout", fail)
-    assert "RuntimeError: no such instruction" in trial.fuse_where_it_pays(model, tokens=24)["layers.0.mlp"]
+    assert (
+        "RuntimeError: no such instruction"
+        in trial.fuse_where_it_pays(model, tokens=24)["layers.0.mlp"]
+    )
     x = torch.randn(1, 3, ffns[0].config.hidden_size, device=DEVICE)
     assert torch.isfinite(ffns[0](x)).all()
 
@@ -589,13 +736,18 @@ def test_a_trial_survives_kernels_that_do_not_compile(monkeypatch):
 def test_what_cannot_be_fused_is_named_without_a_trial(monkeypatch):
     model, _ = small_model(kernel="gaussian", simplex="softmax", intensity="none")
     monkeypatch.setattr(trial, "interleaved", None)
-    assert "kernel 'gaussian', expected 'yat' or 'half-yat'" in trial.fuse_where_it_pays(model)["layers.0.mlp"]
+    assert (
+        "kernel 'gaussian', expected 'yat' or 'half-yat'"
+        in trial.fuse_where_it_pays(model)["layers.0.mlp"]
+    )
 
 
 def test_the_benchmark_times_what_is_fused(monkeypatch):
     monkeypatch.setattr(benchmark.interleaved, "__defaults__", ("wall", 0.0))
     shapes = {"tiny": benchmark.Shape(32, 48)}
-    found = benchmark.benchmark(shapes, tokens=4, repeats=1, active=4, modes=("fused",), device=DEVICE)
+    found = benchmark.benchmark(
+        shapes, tokens=4, repeats=1, active=4, modes=("fused",), device=DEVICE
+    )
     names = {row["variant"] for row in found["rows"]}
     assert {"stock", "single", "single, convex", "gated", "yat single", "single, top-k 4"} <= names
     assert all(row["mode"] == "fused" and row["ratio"]["median"] > 0 for row in found["rows"])

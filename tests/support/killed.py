@@ -45,7 +45,9 @@ def attempt(job, when=None):
         while True:
             done, status = os.waitpid(child, os.WNOHANG if when else 0)
             if done:
-                assert os.waitstatus_to_exitcode(status) == 0, "an attempt that was not killed failed"
+                assert os.waitstatus_to_exitcode(status) == 0, (
+                    "an attempt that was not killed failed"
+                )
                 return True
             if since is None:
                 with contextlib.suppress(BlockingIOError):
@@ -96,7 +98,11 @@ def distillation(content, out):
             stages(self, *arguments)
 
         training.Run.stages = told  # in the fork alone
-        distill(Recipe(**content, output_dir=str(out)), resume=find_state(out) is not None, progress=False)
+        distill(
+            Recipe(**content, output_dir=str(out)),
+            resume=find_state(out) is not None,
+            progress=False,
+        )
 
     return job
 
@@ -116,7 +122,10 @@ def conversion(teacher, out):
 def run(work):
     rng, scratch, content = random.Random(work["seed"]), Path(work["scratch"]), work["recipe"]
     times = {"start": time.monotonic()}
-    attempt(distillation(content, scratch / "whole"), lambda told: times.update(told=told) if told else None)
+    attempt(
+        distillation(content, scratch / "whole"),
+        lambda told: times.update(told=told) if told else None,
+    )
     trained = times["told"]
     loaded = time.monotonic() - times["start"] - trained
     kills, mid_save, finished = 0, 0, []
@@ -133,9 +142,14 @@ def run(work):
             if attempt(distillation(content, out), when):
                 break
             kills += 1
-            if (out / "config.json").exists() and find_state(out) is None:  # killed while it cleared up: it is finished
+            if (out / "config.json").exists() and find_state(
+                out
+            ) is None:  # killed while it cleared up: it is finished
                 break
-            mid_save += any((out / name).exists() for name in ("resume.new", "resume.old", "resume.done", "finished.new"))
+            mid_save += any(
+                (out / name).exists()
+                for name in ("resume.new", "resume.old", "resume.done", "finished.new")
+            )
         else:
             attempt(distillation(content, out))
         finished.append(str(out))
@@ -145,7 +159,9 @@ def run(work):
         if attempt(conversion(content["teacher"], out), after(rng.uniform(0.2, 1.2) * loaded)):
             survived += 1
         elif out.exists():  # the rename was done
-            halves += not {"config.json", "model.safetensors", "conversion.json"} <= {path.name for path in out.iterdir()}
+            halves += not {"config.json", "model.safetensors", "conversion.json"} <= {
+                path.name for path in out.iterdir()
+            }
     print(json.dumps({
         "kills": kills, "mid_save": mid_save, "finished": finished,
         "conversions_killed": work["conversions"] - survived, "halves": halves,

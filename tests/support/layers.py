@@ -11,7 +11,9 @@ D, P, TOP_K = 4, 5, 3
 
 def make_layer(dtype=torch.float64, size=D, count=P, epsilon=0.7, **settings):
     """A layer with random weights and log-ratios, all of them different from their reference."""
-    settings = KernelFFNConfig(**settings, top_k=TOP_K if settings["simplex"] in ("top-k", "threshold") else None)
+    settings = KernelFFNConfig(
+        **settings, top_k=TOP_K if settings["simplex"] in ("top-k", "threshold") else None
+    )
     ratios = dict.fromkeys(KERNELS[settings.kernel].parameters, epsilon)
     if "rate" in ratios:
         ratios["rate"] = 0.2  # so that float16 holds the kernel of these rows with themselves
@@ -30,4 +32,6 @@ def make_layer(dtype=torch.float64, size=D, count=P, epsilon=0.7, **settings):
 
 
 def inputs(count=6, size=D, seed=1):
-    return torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )

@@ -35,14 +35,22 @@ def module(kernel, simplex, intensity, values, kind, norm, row_norm, seed, dtype
     """An FFN in ``dtype`` with reference values as a conversion sets them, and inputs for it."""
     generator = torch.Generator().manual_seed(seed)
     config = KernelFFNConfig(
-        kernel, simplex, intensity, values=values, top_k=KEPT if simplex in ("top-k", "threshold") else None
+        kernel,
+        simplex,
+        intensity,
+        values=values,
+        top_k=KEPT if simplex in ("top-k", "threshold") else None,
     )
     weight = torch.randn(PROTOTYPES, SIZE, generator=generator)
     weight = weight / weight.norm(dim=-1, keepdim=True) * row_norm
     x = inputs(kind, norm, generator, weight, dtype)
-    distance2 = norm**2 + row_norm**2  # what a conversion finds on average, and what ε is a share of
+    distance2 = (
+        norm**2 + row_norm**2
+    )  # what a conversion finds on average, and what ε is a share of
     starts = {"distance": 0.01 * distance2, "bandwidth": distance2}
-    reference = {name: starts.get(start, start) for name, start in get_kernel(kernel).parameters.items()}
+    reference = {
+        name: starts.get(start, start) for name, start in get_kernel(kernel).parameters.items()
+    }
     reference |= {"scale": 1.0, "temperature": 1.0, "threshold": 1.0}
     ffn = KernelFFN(LayerConfig(config, SIZE, PROTOTYPES, reference)).requires_grad_(False)
     ffn.input_prototypes.weight.copy_(weight)
@@ -58,7 +66,9 @@ def module(kernel, simplex, intensity, values, kind, norm, row_norm, seed, dtype
     log_kernel = exact.kernel.log(*exact.scores(x.double()), **exact.kernel_parameters())
     firing = log_kernel[log_kernel > -math.inf]
     if len(firing):  # loud enough to matter, as a calibrated scale makes it
-        scale = math.exp(max(-80.0, min(80.0, -firing.max().item()))) if intensity == "mass" else 1.0
+        scale = (
+            math.exp(max(-80.0, min(80.0, -firing.max().item()))) if intensity == "mass" else 1.0
+        )
         threshold = math.exp(max(-80.0, min(80.0, firing.median().item())))
         for one in (ffn, exact):
             one.reference.update(scale=scale, threshold=threshold)

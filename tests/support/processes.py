@@ -38,7 +38,9 @@ def train(content, dtype, until=None):
     student = load_student(recipe.student).to(getattr(torch, dtype)).requires_grad_(False)
     for ffn in student.kernel_ffns().values():
         ffn.requires_grad_(True)
-    run = Noted(recipe, accelerator, load_tokenizer(recipe.teacher), teacher, student, student, False)
+    run = Noted(
+        recipe, accelerator, load_tokenizer(recipe.teacher), teacher, student, student, False
+    )
     run.losses, run.until = [], until
     state = find_state(Path(recipe.output_dir))
     accelerator.wait_for_everyone()

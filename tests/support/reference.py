@@ -26,7 +26,9 @@ def _root(decreasing, low, high):
 
 def shares(name, kernel, temperature=1.0, top_k=None):
     """Shares of nonnegative kernel values (a sequence of floats)."""
-    return shares_of_logs(name, [math.log(k) if k > 0 else -math.inf for k in kernel], temperature, top_k)
+    return shares_of_logs(
+        name, [math.log(k) if k > 0 else -math.inf for k in kernel], temperature, top_k
+    )
 
 
 def shares_of_logs(name, log_kernel, temperature=1.0, top_k=None):
@@ -62,11 +64,16 @@ def _weights(linear):
 def layer(ffn, x):
     """Coefficients and output of a KernelFFN at one input ``x`` (a float64 vector), by the formula."""
     settings = ffn.config.settings
-    learned = {name: ffn.reference[name] * math.exp(ratio.item()) for name, ratio in ffn.log_ratio.items()}
+    learned = {
+        name: ffn.reference[name] * math.exp(ratio.item()) for name, ratio in ffn.log_ratio.items()
+    }
     rows, b = _weights(ffn.input_prototypes)
     parameters = {name: learned[name] for name in ffn.kernel.parameters}
     kappa = [KERNELS[settings.kernel](x, w, b_i, **parameters) for w, b_i in zip(rows, b)]
-    if settings.simplex in ("top-k", "threshold"):  # those that are loudest, whatever the sign of a gated value
+    if settings.simplex in (
+        "top-k",
+        "threshold",
+    ):  # those that are loudest, whatever the sign of a gated value
         loudness = np.array(kappa)
         if settings.values == "gated":
             weight, bias = _weights(ffn.value_proj)

@@ -8,7 +8,12 @@ from transformers import AutoModelForCausalLM
 from hf_kernel_ffn.distillation import distill
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES
 
-LAYER_WISE = {"name": "layer-wise", "tokens": 384, "learning_rate": 0.002, "batch_size": 2}  # six steps
+LAYER_WISE = {
+    "name": "layer-wise",
+    "tokens": 384,
+    "learning_rate": 0.002,
+    "batch_size": 2,
+}  # six steps
 LOGITS = {"name": "logits", "tokens": 384, "learning_rate": 0.002, "batch_size": 2}
 STEPS = 6
 

@@ -11,12 +11,27 @@ FAMILIES = ("llama", "gpt2", "mistral")
 _CLASSES = {
     "llama": (
         "LlamaConfig",
-        {"base": "LlamaModel", "causal": "LlamaForCausalLM", "classify": "LlamaForSequenceClassification"},
+        {
+            "base": "LlamaModel",
+            "causal": "LlamaForCausalLM",
+            "classify": "LlamaForSequenceClassification",
+        },
     ),
-    "gpt2": ("GPT2Config", {"base": "GPT2Model", "causal": "GPT2LMHeadModel", "classify": "GPT2ForSequenceClassification"}),
+    "gpt2": (
+        "GPT2Config",
+        {
+            "base": "GPT2Model",
+            "causal": "GPT2LMHeadModel",
+            "classify": "GPT2ForSequenceClassification",
+        },
+    ),
     "mistral": (
         "MistralConfig",
-        {"base": "MistralModel", "causal": "MistralForCausalLM", "classify": "MistralForSequenceClassification"},
+        {
+            "base": "MistralModel",
+            "causal": "MistralForCausalLM",
+            "classify": "MistralForSequenceClassification",
+        },
     ),
 }
 _GATED = {
@@ -36,7 +51,13 @@ _SETTINGS = {
 def tiny_teacher(family, head="causal", seed=0, **changes):
     """A random teacher whose FFNs matter to its logits: weights wider than the stock initialisation, biases not zero."""
     config_name, heads = _CLASSES[family]
-    common = {"vocab_size": 300, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    common = {
+        "vocab_size": 300,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     config = getattr(transformers, config_name)(**{**common, **_SETTINGS[family], **changes})
     torch.manual_seed(seed)
     model = getattr(transformers, heads[head])(config).eval()

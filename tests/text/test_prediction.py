@@ -26,7 +26,12 @@ from hf_kernel_ffn.distillation import Recipe, distill
 from hf_kernel_ffn.distillation import run as loop_module
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES, logits
 from hf_kernel_ffn.distillation.recipe import Stage
-from hf_kernel_ffn.text.prediction import logits_with_answers, make_inputs_for_prediction, mask_tokens, select_predicting_logits
+from hf_kernel_ffn.text.prediction import (
+    logits_with_answers,
+    make_inputs_for_prediction,
+    mask_tokens,
+    select_predicting_logits,
+)
 
 MASK = 4096
 SMALL = dict(
@@ -96,7 +101,8 @@ def test_every_row_has_its_share_of_masks(length, count):
 
 def test_the_seed_decides_the_masks(bert, mask_tokenizer, ids):
     one, same, other = (
-        make_inputs_for_prediction(bert, mask_tokenizer, ids, seed)["input_ids"] for seed in ("0 8 0", "0 8 0", "0 10 0")
+        make_inputs_for_prediction(bert, mask_tokenizer, ids, seed)["input_ids"]
+        for seed in ("0 8 0", "0 8 0", "0 10 0")
     )
     assert torch.equal(one, same) and not torch.equal(one, other)
 
@@ -130,18 +136,32 @@ def test_the_cross_entropy_is_the_models_own(family, request, mask_tokenizer, id
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_the_loss_is_taken_at_masked_tokens(bert, student, asked, weight):
-    found = logits(Stage(name="logits", cross_entropy=weight, **STAGE), bert, student, {"": bert}, asked, lambda loss: None)
+    found = logits(
+        Stage(name="logits", cross_entropy=weight, **STAGE),
+        bert,
+        student,
+        {"": bert},
+        asked,
+        lambda loss: None,
+    )
     at = asked["labels"] != -100
     with torch.no_grad():
-        p, q = (model(asked["input_ids"]).logits[at].double().log_softmax(-1) for model in (bert, student))
+        p, q = (
+            model(asked["input_ids"]).logits[at].double().log_softmax(-1)
+            for model in (bert, student)
+        )
         own = student(**asked).loss.item()
-    assert found.item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item() + weight * own, rel=1e-4)
+    assert found.item() == pytest.approx(
+        (p.exp() * (p - q)).sum(-1).mean().item() + weight * own, rel=1e-4
+    )
     assert select_predicting_logits(torch.zeros(8, 32, 3), asked).shape == (8 * 5, 3)
 
 
 def test_a_teacher_has_no_loss_against_itself(bert, asked):
     stage = Stage(name="logits", **STAGE)
-    assert logits(stage, bert, bert, {"": bert}, asked, lambda loss: None).item() == pytest.approx(0, abs=1e-7)
+    assert logits(stage, bert, bert, {"": bert}, asked, lambda loss: None).item() == pytest.approx(
+        0, abs=1e-7
+    )
 
 
 def test_what_is_under_no_mask_does_not_count(bert, student, asked):
@@ -188,7 +208,12 @@ def test_each_stage_lowers_its_loss(folder, text_file, tmp_path, monkeypatch):
             return losses[stage.name][-1]
 
         monkeypatch.setitem(OBJECTIVES, name, note)
-    run(folder, text_file, tmp_path / "out", stages=[{**STAGE, "name": name, "tokens": 2560} for name in losses])
+    run(
+        folder,
+        text_file,
+        tmp_path / "out",
+        stages=[{**STAGE, "name": name, "tokens": 2560} for name in losses],
+    )
     for name, values in losses.items():
         assert len(values) == 40
         assert sum(values[-10:]) < 0.95 * sum(values[:10]), name
@@ -198,7 +223,9 @@ def test_each_stage_lowers_its_loss(folder, text_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("calls", [3, 9])
-def test_an_interrupted_run_ends_as_if_it_had_not_been(folder, text_file, tmp_path, monkeypatch, calls):
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+    folder, text_file, tmp_path, monkeypatch, calls
+):
     whole = run(folder, text_file, tmp_path / "whole")
     made = []
 
@@ -210,7 +237,11 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(folder, text_file, tmp_pa
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         for name, objective in list(OBJECTIVES.items()):
-            patch.setitem(OBJECTIVES, name, lambda *arguments, objective=objective: stop(*arguments, objective=objective))
+            patch.setitem(
+                OBJECTIVES,
+                name,
+                lambda *arguments, objective=objective: stop(*arguments, objective=objective),
+            )
         run(folder, text_file, tmp_path / "stopped")
     assert loop_module.find_state(tmp_path / "stopped") is not None
     resumed = run(folder, text_file, tmp_path / "stopped", resume=True)
@@ -227,7 +258,9 @@ def test_the_report_is_taken_at_masked_tokens(bert, student, mask_tokenizer, ask
     assert report["tokens"] == (asked["labels"] != -100).sum()
     with torch.no_grad():
         for who, model in (("teacher", bert), ("student", student)):
-            assert report[who]["cross_entropy"] == pytest.approx(model(**asked).loss.item(), abs=1e-5)
+            assert report[who]["cross_entropy"] == pytest.approx(
+                model(**asked).loss.item(), abs=1e-5
+            )
         one, other = (model.bert(ids).last_hidden_state.mean(1) for model in (bert, student))
     expected = torch.cosine_similarity(one, other).mean().item()
     assert report["pooled_cosine"] == pytest.approx(expected, abs=1e-5) and expected < 0.9999
@@ -267,10 +300,22 @@ def test_convert_and_evaluate_an_encoder(folder, text_file, tmp_path, monkeypatc
         assert "256 tokens (text)" in cli("convert", folder, tmp_path / name, *few, "--seed", seed)
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]  # the seed is that of the masks
-    assert "model = AutoModelForMaskedLM.from_pretrained" in (tmp_path / "a" / "README.md").read_text()
+    assert (
+        "model = AutoModelForMaskedLM.from_pretrained" in (tmp_path / "a" / "README.md").read_text()
+    )
     out = tmp_path / "report.json"
     lengths = ("--max-tokens", 512, "--sequence-length", 32)
-    printed = cli("evaluate", tmp_path / "a", "--teacher", folder, "--text", text_file, *lengths, "--json", out)
+    printed = cli(
+        "evaluate",
+        tmp_path / "a",
+        "--teacher",
+        folder,
+        "--text",
+        text_file,
+        *lengths,
+        "--json",
+        out,
+    )
     report = json.loads(out.read_text())
     assert "pooled_cosine" in printed and report["tokens"] == 16 * 5
     assert 0.5 < report["pooled_cosine"] <= 1 and math.isfinite(report["delta_cross_entropy"])
@@ -278,7 +323,9 @@ def test_convert_and_evaluate_an_encoder(folder, text_file, tmp_path, monkeypatc
 
 
 def test_the_table_of_trained_families(folder, text_file, tmp_path, capsys):
-    (tmp_path / "bert-short.yaml").write_text(yaml.safe_dump(recipe(folder, text_file, tmp_path / "student")))
+    (tmp_path / "bert-short.yaml").write_text(
+        yaml.safe_dump(recipe(folder, text_file, tmp_path / "student"))
+    )
     file = RECIPES.parent / "scripts" / "experiments" / "trained_families.py"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(file.parent)  # which it removes
@@ -294,6 +341,9 @@ def test_the_table_of_trained_families(folder, text_file, tmp_path, capsys):
     assert columns == [columns[0]] * 5 and [line.split(" | ")[0] for line in printed[0][2:]] == [
         "| *bert, untouched*", "| bert, converted", "| bert, distilled",
     ]  # fmt: skip
-    before, after = (json.loads((tmp_path / "results" / "bert" / f"{n}.json").read_text()) for n in ("converted", "distilled"))
+    before, after = (
+        json.loads((tmp_path / "results" / "bert" / f"{n}.json").read_text())
+        for n in ("converted", "distilled")
+    )
     assert (before["training_tokens"], after["training_tokens"]) == (0, 768)
     assert before["teacher"] == after["teacher"] and before["kl"] != after["kl"]

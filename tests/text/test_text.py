@@ -28,7 +28,9 @@ def write(tmp_path):
             lines = [json.dumps({"number": i, field: row}) for i, row in enumerate(rows)]
             file.write_text("\n\n".join(lines) + "\n", encoding="utf-8")  # blank lines are no rows
         else:
-            pq.write_table(pa.table({"number": range(len(rows)), field: pa.array(rows, pa.string())}), file)
+            pq.write_table(
+                pa.table({"number": range(len(rows)), field: pa.array(rows, pa.string())}), file
+            )
         return str(file)
 
     return to
@@ -59,18 +61,26 @@ def test_the_end_token_stands_after_every_row(write, tokenizer, kind):
 def test_no_end_token_where_the_tokenizer_has_none(write, tokenizer):
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
-    assert list(stream_tokens(endless, [write("jsonl")])) == [i for row in ROWS for i in ids_of(tokenizer, row)]
+    assert list(stream_tokens(endless, [write("jsonl")])) == [
+        i for row in ROWS for i in ids_of(tokenizer, row)
+    ]
 
 
 def test_sources_follow_one_another(write, tokenizer):
     sources = [write("parquet"), write("txt"), write("jsonl")]
     expected = [i for source in sources for i in stream_tokens(tokenizer, [source])]
     assert list(stream_tokens(tokenizer, sources)) == expected
-    assert torch.equal(torch.cat(list(pack_blocks(tokenizer, sources, 5))), torch.tensor(expected[: len(expected) // 5 * 5]))
+    assert torch.equal(
+        torch.cat(list(pack_blocks(tokenizer, sources, 5))),
+        torch.tensor(expected[: len(expected) // 5 * 5]),
+    )
 
 
 def test_blocks_are_consecutive_tokens_of_the_text(text_file, tokenizer):
-    packed, text = list(pack_blocks(tokenizer, [str(text_file)], 32)), text_file.read_text(encoding="utf-8")
+    packed, text = (
+        list(pack_blocks(tokenizer, [str(text_file)], 32)),
+        text_file.read_text(encoding="utf-8"),
+    )
     assert {(block.dtype, block.shape) for block in packed} == {(torch.int64, (32,))}
     read = tokenizer.decode(torch.cat(packed))
     assert text.startswith(read)
@@ -80,7 +90,9 @@ def test_blocks_are_consecutive_tokens_of_the_text(text_file, tokenizer):
 def test_only_as_much_is_read_as_is_used(tmp_path, tokenizer):
     file = tmp_path / "long.txt"
     file.write_bytes(b"All work and no play.\n" * 20_000 + b"\xff")
-    assert len(list(islice(pack_blocks(tokenizer, [str(file)], 32), 10))) == 10  # the broken end is far away
+    assert (
+        len(list(islice(pack_blocks(tokenizer, [str(file)], 32), 10))) == 10
+    )  # the broken end is far away
     with pytest.raises(InputError, match="UTF-8"):
         list(pack_blocks(tokenizer, [str(file)], 32))
 
@@ -88,13 +100,17 @@ def test_only_as_much_is_read_as_is_used(tmp_path, tokenizer):
 @pytest.mark.parametrize("max_tokens, rows", [(1, 1), (31, 1), (32, 1), (100, 3), (160, 5)])
 def test_the_first_blocks_within_the_budget(text_file, tokenizer, max_tokens, rows):
     found = read_token_ids(tokenizer, [str(text_file)], 32, max_tokens)
-    assert torch.equal(found, torch.stack(list(islice(pack_blocks(tokenizer, [str(text_file)], 32), rows))))
+    assert torch.equal(
+        found, torch.stack(list(islice(pack_blocks(tokenizer, [str(text_file)], 32), rows)))
+    )
 
 
 def test_a_short_text_is_read_once(text_file, tokenizer):
     every = torch.stack(list(pack_blocks(tokenizer, [str(text_file)], 32)))
     for spread in (False, True):
-        assert torch.equal(read_token_ids(tokenizer, [str(text_file)], 32, 10**6, spread=spread), every)
+        assert torch.equal(
+            read_token_ids(tokenizer, [str(text_file)], 32, 10**6, spread=spread), every
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])

@@ -8,5 +8,12 @@ package may declare it instead, and then everybody's ``hf-kernel-ffn`` knows it:
 from hf_kernel_ffn import Architecture
 
 CAUSAL_MEAN = Architecture(
-    "causal_mean", layers="blocks", ffn="", up="expand", act="act", down="contract", activation="act", split=True
+    "causal_mean",
+    layers="blocks",
+    ffn="",
+    up="expand",
+    act="act",
+    down="contract",
+    activation="act",
+    split=True,
 )
