@@ -3,9 +3,7 @@
 
 import sys
 
-del sys.path[0]  # this folder, whose evaluate.py would hide the evaluate package
-
-from hf_kernel_ffn.cli import main  # noqa: E402
+from hf_kernel_ffn.cli.app import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "convert")

@@ -7,7 +7,12 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging, set_seed
 
 
-def main(model: str, prompt: str, tokens: Annotated[int, typer.Option(help="to write at most")] = 60, seed: int = 0) -> None:
+def main(
+    model: str,
+    prompt: str,
+    tokens: Annotated[int, typer.Option(help="to write at most")] = 60,
+    seed: int = 0,
+) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     set_seed(seed)

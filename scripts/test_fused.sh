@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || bash scripts/setup.sh dev
 [ -d .triton/triton ] || .venv/bin/python -m pip install --quiet --no-deps --target .triton "triton>=3.6,<3.8"
-PYTHONPATH=.triton .venv/bin/python -m pytest -q -p no:cacheprovider tests/test_fused.py "$@"
+PYTHONPATH=.triton .venv/bin/python -m pytest -q -p no:cacheprovider tests/gpu/test_fused.py "$@"

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 read -ra pairs <<<"${PAIRS:-2.11.*:5.17.0 2.*:5.*}"
 tests=("$@")
-[ $# -gt 0 ] || tests=(tests/test_checkpoints.py tests/test_convert.py tests/test_readout.py tests/test_cli.py tests/test_distillation.py)
+[ $# -gt 0 ] || tests=(tests/checkpoint_code tests/conversion/test_convert.py tests/cli tests/distillation/test_distill.py)
 site=$("$python" -c 'import site; print(site.getsitepackages()[0])')
 rows=() failed=0
 for pair in "${pairs[@]}"; do

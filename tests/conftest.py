@@ -15,40 +15,14 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(
 
 import pytest
 import torch
-import transformers
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
+from teachers import FAMILIES, RECIPES, tiny_teacher
 from transformers import AutoTokenizer
 
 torch.set_num_threads(1)
 settings.register_profile("tests", max_examples=60, deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
-
-RECIPES = Path(__file__).parents[1] / "recipes"
-FAMILIES = ("llama", "gpt2", "mistral")
-_CLASSES = {
-    "llama": (
-        "LlamaConfig",
-        {"base": "LlamaModel", "causal": "LlamaForCausalLM", "classify": "LlamaForSequenceClassification"},
-    ),
-    "gpt2": ("GPT2Config", {"base": "GPT2Model", "causal": "GPT2LMHeadModel", "classify": "GPT2ForSequenceClassification"}),
-    "mistral": (
-        "MistralConfig",
-        {"base": "MistralModel", "causal": "MistralForCausalLM", "classify": "MistralForSequenceClassification"},
-    ),
-}
-_GATED = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-_SETTINGS = {
-    "llama": dict(_GATED, tie_word_embeddings=True),
-    "gpt2": {"n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 4, "n_positions": 64},
-    "mistral": dict(_GATED, tie_word_embeddings=False, sliding_window=8),
-}
 
 
 def pytest_addoption(parser):
@@ -60,20 +34,6 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-
-
-def tiny_teacher(family, head="causal", seed=0, **changes):
-    """A random teacher whose FFNs matter to its logits: weights wider than the stock initialisation, biases not zero."""
-    config_name, heads = _CLASSES[family]
-    common = {"vocab_size": 300, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = getattr(transformers, config_name)(**{**common, **_SETTINGS[family], **changes})
-    torch.manual_seed(seed)
-    model = getattr(transformers, heads[head])(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +81,9 @@ def tokenizer():
 def text_file(tmp_path_factory):
     """20 kB of English, about 6,000 tokens."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text((RECIPES / "text" / "books-test.txt").read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    file.write_text(
+        (RECIPES / "text" / "books-test.txt").read_text(encoding="utf-8")[:20_000], encoding="utf-8"
+    )
     return file
 
 
@@ -134,7 +96,12 @@ def teacher_folder(tmp_path_factory, tokenizer):
         key = (family, *sorted(changes.items()))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("teachers") / family
-            vocabulary = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+            vocabulary = {
+                "vocab_size": 4096,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+                "pad_token_id": None,
+            }
             tiny_teacher(family, **{**vocabulary, **changes}).save_pretrained(made[key])
             tokenizer.save_pretrained(made[key])
         return made[key]
@@ -145,11 +112,23 @@ def teacher_folder(tmp_path_factory, tokenizer):
 def _run_elsewhere(jobs, ids, scratch):
     """Outputs and errors by job name, from an interpreter without the package."""
     save_file({"ids": ids.contiguous()}, scratch / "ids.safetensors")
-    (scratch / "jobs.json").write_text(json.dumps({"ids": str(scratch / "ids.safetensors"), "jobs": jobs}))
-    script, results = Path(__file__).with_name("other_interpreter.py"), scratch / "results"
+    (scratch / "jobs.json").write_text(
+        json.dumps({"ids": str(scratch / "ids.safetensors"), "jobs": jobs})
+    )
+    script, results = (
+        Path(__file__).parent / "support" / "other_interpreter.py",
+        scratch / "results",
+    )
     environment = dict(os.environ, HF_MODULES_CACHE=str(scratch / "modules"))
     command = [sys.executable, "-I", script, scratch / "jobs.json", results]
-    done = subprocess.run(command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=scratch,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return load_file(results), json.loads(Path(f"{results}.errors.json").read_text())
 
@@ -163,7 +142,7 @@ def run_elsewhere():
 @pytest.fixture
 def registry(monkeypatch):
     """The kernel registry, put back as it was after the test."""
-    from hf_kernel_ffn.kernels import KERNELS
+    from hf_kernel_ffn.checkpoint_code.kernels import KERNELS
 
     for name, kernel in list(KERNELS.items()):
         monkeypatch.setitem(KERNELS, name, kernel)

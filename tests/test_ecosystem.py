@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import yaml
-from conftest import tiny_teacher
 from safetensors.torch import load_file
+from teachers import tiny_teacher
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -25,20 +25,27 @@ from transformers import (
 )
 
 from hf_kernel_ffn import InputError, convert
-from hf_kernel_ffn.cli import main
+from hf_kernel_ffn.checkpoint_code.linears import get_effective_weight
+from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.distillation.objectives import layer_wise, logits
 from hf_kernel_ffn.distillation.recipe import Stage
-from hf_kernel_ffn.exporting import apply, export
-from hf_kernel_ffn.linears import effective
-from hf_kernel_ffn.publishing import FIGURES
-from hf_kernel_ffn.verification import verify
+from hf_kernel_ffn.storage.exporting import apply_surgery, export_surgery
+from hf_kernel_ffn.storage.publishing import FIGURES
+from hf_kernel_ffn.storage.verification import verify_folder
 
 
 @pytest.fixture(scope="module")
 def folder(teacher_folder, tmp_path_factory, ids):
     """A converted tiny Llama with its tokenizer, as the command line leaves it."""
     out = tmp_path_factory.mktemp("student") / "student"
-    sys.argv = ["hf-kernel-ffn", "convert", str(teacher_folder("llama")), str(out), "--calibration-tokens", "512"]
+    sys.argv = [
+        "hf-kernel-ffn",
+        "convert",
+        str(teacher_folder("llama")),
+        str(out),
+        "--calibration-tokens",
+        "512",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", list(sys.argv))
         try:
@@ -78,8 +85,12 @@ def run(monkeypatch, *arguments):
 def test_lora_on_all_linear_layers(student, folder, ids, tmp_path):
     peft = pytest.importorskip("peft")
     before = output(student, ids)
-    adapted = peft.get_peft_model(student, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
-    touched = {name.partition(".lora_")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
+    adapted = peft.get_peft_model(
+        student, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).eval()
+    touched = {
+        name.partition(".lora_")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name
+    }
     for part in ("input_prototypes", "output_prototypes", "q_proj"):
         assert sum(name.endswith(part) for name in touched) == 3
     generator = torch.Generator().manual_seed(0)
@@ -108,11 +119,18 @@ def assert_quantised_sanely(model, student, ids, room):
     ffn = next(module for module in model.modules() if type(module).__name__ == "KernelFFN")
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).to(found.dtype)
     with torch.no_grad():
-        weight, bias = effective(ffn.input_prototypes, x)
+        weight, bias = get_effective_weight(ffn.input_prototypes, x)
         assert weight.shape == (96, 32)
         score, distance2 = ffn.scores(x)
-        torch.testing.assert_close(distance2, torch.cdist(x.double(), weight.double()).square().float(), rtol=0.02, atol=0.02)
-        torch.testing.assert_close(score, (x.double() @ weight.double().T + bias.double()).float(), rtol=0.05, atol=0.05)
+        torch.testing.assert_close(
+            distance2,
+            torch.cdist(x.double(), weight.double()).square().float(),
+            rtol=0.02,
+            atol=0.02,
+        )
+        torch.testing.assert_close(
+            score, (x.double() @ weight.double().T + bias.double()).float(), rtol=0.05, atol=0.05
+        )
     stock = next(iter(student.kernel_ffns().values())).input_prototypes.weight
     assert not torch.equal(weight, stock) and (weight - stock).abs().max() < 0.1 * stock.abs().max()
 
@@ -148,7 +166,10 @@ def test_lm_evaluation_harness(folder, tmp_path):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    rows = [{"text": f"{word} is", "choices": ["good", "bad", "blue"], "label": n % 3} for n, word in enumerate("abcdef")]
+    rows = [
+        {"text": f"{word} is", "choices": ["good", "bad", "blue"], "label": n % 3}
+        for n, word in enumerate("abcdef")
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
         "task": "local", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
@@ -156,7 +177,14 @@ def test_lm_evaluation_harness(folder, tmp_path):
         "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
     (tmp_path / "local.yaml").write_text(yaml.safe_dump(task))
-    model = HFLM(pretrained=str(folder), trust_remote_code=True, device="cpu", dtype="float32", batch_size=2, max_length=64)
+    model = HFLM(
+        pretrained=str(folder),
+        trust_remote_code=True,
+        device="cpu",
+        dtype="float32",
+        batch_size=2,
+        max_length=64,
+    )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     found = simple_evaluate(model, tasks=["local"], task_manager=manager, bootstrap_iters=0)
     assert 0 <= found["results"]["local"]["acc,none"] <= 1
@@ -164,7 +192,13 @@ def test_lm_evaluation_harness(folder, tmp_path):
 
 
 def test_the_text_generation_pipeline(folder, student):
-    generate = pipeline("text-generation", model=str(folder), trust_remote_code=True, device="cpu", dtype=torch.float32)
+    generate = pipeline(
+        "text-generation",
+        model=str(folder),
+        trust_remote_code=True,
+        device="cpu",
+        dtype=torch.float32,
+    )
     [made] = generate("The sea was", max_new_tokens=8, do_sample=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("The sea was", return_tensors="pt").input_ids
@@ -174,7 +208,9 @@ def test_the_text_generation_pipeline(folder, student):
 
 def test_a_static_cache_generates_the_same(student, ids):
     runs = [
-        student.generate(ids[:2, :9], max_new_tokens=12, min_new_tokens=12, do_sample=False, **cache)
+        student.generate(
+            ids[:2, :9], max_new_tokens=12, min_new_tokens=12, do_sample=False, **cache
+        )
         for cache in ({}, {"cache_implementation": "static"})
     ]
     assert torch.equal(*runs)
@@ -190,8 +226,17 @@ def test_left_padding_changes_nothing(make_teacher, ids, family):
     found = output(model, padded, attention_mask=mask, position_ids=positions)
     torch.testing.assert_close(found[0, 5:], output(model, short[None])[0], rtol=1e-4, atol=1e-4)
     assert torch.isfinite(found).all()
-    made = model.generate(padded, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
-    alone = model.generate(short[None], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    made = model.generate(
+        padded,
+        attention_mask=mask,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    alone = model.generate(
+        short[None], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0
+    )
     assert torch.equal(made[0, 11:], alone[0, 6:])
 
 
@@ -210,29 +255,45 @@ class Rows(Dataset):
 
 
 def arguments(out, **more):
-    common = {"report_to": [], "per_device_train_batch_size": 4, "num_train_epochs": 1, "use_cpu": True, "logging_steps": 1}
-    return TrainingArguments(output_dir=str(out), **{**common, "learning_rate": 0.003, "disable_tqdm": True, **more})
+    common = {
+        "report_to": [],
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "use_cpu": True,
+        "logging_steps": 1,
+    }
+    return TrainingArguments(
+        output_dir=str(out), **{**common, "learning_rate": 0.003, "disable_tqdm": True, **more}
+    )
 
 
 def test_trainer_trains_one_epoch(student, ids, tmp_path):
     many = ids.repeat(8, 1)
-    trainer = Trainer(student, arguments(tmp_path / "run", save_strategy="epoch"), train_dataset=Rows(many, many))
+    trainer = Trainer(
+        student, arguments(tmp_path / "run", save_strategy="epoch"), train_dataset=Rows(many, many)
+    )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 16 and losses[-1] < losses[0]
     trainer.save_model(tmp_path / "done")
     again = load(tmp_path / "done").eval()
     assert torch.equal(output(again, ids), output(student.eval(), ids))
-    assert (tmp_path / "run" / "checkpoint-16" / "modeling.py").is_file()  # its checkpoints load as well
+    assert (
+        tmp_path / "run" / "checkpoint-16" / "modeling.py"
+    ).is_file()  # its checkpoints load as well
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 def test_a_classification_head_is_trained_on_a_converted_model(make_teacher, ids, tmp_path, family):
-    convert(make_teacher(family), calibration_ids=ids, calibration_tokens=256)[0].save_pretrained(tmp_path / "student")
+    convert(make_teacher(family), calibration_ids=ids, calibration_tokens=256)[0].save_pretrained(
+        tmp_path / "student"
+    )
     model = load(tmp_path / "student", AutoModelForSequenceClassification, num_labels=2)
     many = ids.repeat(6, 1)
     labels = (many[:, -1] % 2).long()
-    trainer = Trainer(model, arguments(tmp_path / "run", save_strategy="no"), train_dataset=Rows(many, labels))
+    trainer = Trainer(
+        model, arguments(tmp_path / "run", save_strategy="no"), train_dataset=Rows(many, labels)
+    )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-3:]) < sum(losses[:3])
@@ -257,13 +318,16 @@ def test_a_teacher_on_the_disk_teaches_the_same(teacher_folder, student, ids, tm
         "lm_head": "cpu",
     }
     places |= {"model.layers.1": "disk", "model.layers.2": "disk"}
-    spread = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, device_map=places, offload_folder=tmp_path)
+    spread = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float32, device_map=places, offload_folder=tmp_path
+    )
     assert any(parameter.is_meta for parameter in spread.parameters())
     assert torch.equal(output(spread, ids), output(here, ids))
     for objective, stage in ((layer_wise, "layer-wise"), (logits, "logits")):
         settings = Stage(name=stage, tokens=1, learning_rate=1)
         losses = [
-            objective(settings, teacher, student, student.kernel_ffns(), ids, lambda loss: None) for teacher in (here, spread)
+            objective(settings, teacher, student, student.kernel_ffns(), ids, lambda loss: None)
+            for teacher in (here, spread)
         ]
         assert torch.equal(*losses)
     with pytest.raises(InputError, match="offloaded, expected it in memory"):
@@ -273,25 +337,31 @@ def test_a_teacher_on_the_disk_teaches_the_same(teacher_folder, student, ids, tm
 # the surgery as a file
 
 
-def test_export_and_apply_give_the_student_back(folder, teacher_folder, tmp_path, monkeypatch, capsys):
+def test_export_and_apply_give_the_student_back(
+    folder, teacher_folder, tmp_path, monkeypatch, capsys
+):
     file, out = tmp_path / "surgery.safetensors", tmp_path / "again"
     assert run(monkeypatch, "export", folder, file) == 0
     assert file.stat().st_size < 0.5 * (folder / "model.safetensors").stat().st_size
     assert run(monkeypatch, "apply", file, teacher_folder("llama"), out) == 0
     mine, theirs = load_file(out / "model.safetensors"), load_file(folder / "model.safetensors")
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert mine.keys() == theirs.keys() and all(
+        torch.equal(mine[name], theirs[name]) for name in mine
+    )
     assert (
         json.loads((out / "config.json").read_text())["kernel_ffn"]
         == json.loads((folder / "config.json").read_text())["kernel_ffn"]
     )
-    assert all(finding.good for finding in verify(out))
+    assert all(finding.good for finding in verify_folder(out))
 
 
 def test_apply_refuses_another_base(folder, teacher_folder, tmp_path, monkeypatch, capsys):
     file = tmp_path / "surgery.safetensors"
     assert run(monkeypatch, "export", folder, file) == 0
     other = shutil.copytree(teacher_folder("llama"), tmp_path / "other")
-    tiny_teacher("llama", seed=1, vocab_size=4096, bos_token_id=0, eos_token_id=0, pad_token_id=None).save_pretrained(other)
+    tiny_teacher(
+        "llama", seed=1, vocab_size=4096, bos_token_id=0, eos_token_id=0, pad_token_id=None
+    ).save_pretrained(other)
     capsys.readouterr()
     for teacher, said in (
         (other, "another base model"),
@@ -309,7 +379,7 @@ def test_a_damaged_export_is_refused(student, llama, teacher_folder, tmp_path):
 
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder("llama"), dtype=torch.float32)
     file = tmp_path / "surgery.safetensors"
-    export(student, file)
+    export_surgery(student, file)
     tensors = load_file(file)
     with safe_open(file, "pt") as opened:
         about = opened.metadata()
@@ -336,10 +406,10 @@ def test_a_damaged_export_is_refused(student, llama, teacher_folder, tmp_path):
     for content, metadata in cases:
         save_file(content, file, metadata=metadata)
         with pytest.raises(InputError):
-            apply(file, teacher)
+            apply_surgery(file, teacher)
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(InputError, match="damaged"):
-        apply(file, teacher)
+        apply_surgery(file, teacher)
 
 
 # a hub
@@ -381,14 +451,27 @@ class Hub(BaseHTTPRequestHandler):
         address = f"http://127.0.0.1:{self.server.server_port}/me/student"
         if self.path.endswith("/preupload/main"):
             files = json.loads(body)["files"]
-            return self.answer({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]})
+            return self.answer(
+                {
+                    "files": [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for f in files
+                    ]
+                }
+            )
         if self.path.endswith("/commit/main"):
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
-                    self.server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            return self.answer({"commitUrl": f"{address}/commit/0", "commitOid": "0", "success": True})
-        return self.answer({"url": address, "name": "me/student", "id": "me/student", "errors": [], "warnings": []})
+                    self.server.files[entry["value"]["path"]] = base64.b64decode(
+                        entry["value"]["content"]
+                    )
+            return self.answer(
+                {"commitUrl": f"{address}/commit/0", "commitOid": "0", "success": True}
+            )
+        return self.answer(
+            {"url": address, "name": "me/student", "id": "me/student", "errors": [], "warnings": []}
+        )
 
 
 @pytest.fixture
@@ -402,16 +485,32 @@ def hub():
 
 def online(hub, *command):
     """Run Python in a process that takes ``hub`` for the hub."""
-    environment = dict(os.environ, HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_TOKEN="hf_none", HF_HUB_OFFLINE="0")
+    environment = dict(
+        os.environ,
+        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
+        HF_TOKEN="hf_none",
+        HF_HUB_OFFLINE="0",
+    )
     environment["HF_HUB_DISABLE_XET"] = "1"
-    return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.mark.slow
 def test_push_uploads_everything_with_a_card(folder, hub, tmp_path, ids):
     report = {"tokens": 1000, **dict.fromkeys(FIGURES, 0.125)}
     (tmp_path / "report.json").write_text(json.dumps(report))
-    done = online(hub, "-m", "hf_kernel_ffn.cli", "push", folder, "me/student", "--report", tmp_path / "report.json")
+    done = online(
+        hub,
+        "-m",
+        "hf_kernel_ffn",
+        "push",
+        folder,
+        "me/student",
+        "--report",
+        tmp_path / "report.json",
+    )
     assert done.returncode == 0, done.stderr
     assert set(hub.files) == {file.name for file in folder.iterdir()}
     card = hub.files["README.md"].decode()
@@ -424,7 +523,7 @@ def test_push_uploads_everything_with_a_card(folder, hub, tmp_path, ids):
     fetched.mkdir()
     for name, content in hub.files.items():
         (fetched / name).write_bytes(content)
-    assert all(finding.good for finding in verify(fetched))
+    assert all(finding.good for finding in verify_folder(fetched))
     assert torch.equal(output(load(fetched), ids), output(load(folder), ids))
 
 
@@ -440,7 +539,7 @@ AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True).pu
     fetched.mkdir()
     for name, content in hub.files.items():
         (fetched / name).write_bytes(content)
-    assert all(finding.good for finding in verify(fetched))
+    assert all(finding.good for finding in verify_folder(fetched))
     assert torch.equal(output(load(fetched), ids), output(load(folder), ids))
 
 

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architectures import stock_ffn
-from ..hooks import recorded_ffns
-from ..inputs import Inputs, arguments
-from ..prediction import answered, predictions
+from ..families.hooks import watch_ffns
+from ..families.lookup import find_stock_ffn
+from ..text.inputs import Inputs, make_forward_arguments
+from ..text.prediction import logits_with_answers, select_predicting_logits
 from .recipe import Stage
 
 Backward = Callable[[Tensor], None]
@@ -44,16 +44,21 @@ def layer_wise(
     def regress(path: str, x: Tensor, output: Tensor) -> None:
         with torch.enable_grad():
             device = next(ffns[path].parameters()).device  # the teacher may be on another one
-            target = at_least_float32(output.detach()).to(device)
-            error = (at_least_float32(ffns[path](x.detach().to(device))) - target).square().mean()
+            target = to_at_least_float32(output.detach()).to(device)
+            error = (
+                (to_at_least_float32(ffns[path](x.detach().to(device))) - target).square().mean()
+            )
             apart = target - mean_over_processes(target.flatten(0, -2).mean(0))
             loss = error / mean_over_processes(apart.square().mean()).clamp_min(1e-12)
             backward(loss + price(path))
         losses.append(loss.detach())
 
     base = teacher.base_model
-    with recorded_ffns(base, {path: stock_ffn(teacher, path) for path in ffns}, regress), torch.no_grad():
-        base(**arguments(base, ids))
+    with (
+        watch_ffns(base, {path: find_stock_ffn(teacher, path) for path in ffns}, regress),
+        torch.no_grad(),
+    ):
+        base(**make_forward_arguments(base, ids))
     return torch.stack(losses).mean()
 
 
@@ -73,11 +78,14 @@ def logits(
         the loss, detached.
     """
     with torch.no_grad():
-        wanted = at_least_float32(teacher(**arguments(teacher, ids)).logits) / stage.temperature
+        wanted = (
+            to_at_least_float32(teacher(**make_forward_arguments(teacher, ids)).logits)
+            / stage.temperature
+        )
 
     def divergence(output: Tensor) -> Tensor:
-        target = predictions(wanted.to(output.device), ids).log_softmax(-1)
-        return kl(predictions(output, ids).log_softmax(-1), target)
+        target = select_predicting_logits(wanted.to(output.device), ids).log_softmax(-1)
+        return kl(select_predicting_logits(output, ids).log_softmax(-1), target)
 
     return match(stage, teacher, student, ffns, ids, backward, price, divergence)
 
@@ -94,13 +102,17 @@ def match(
 ) -> Tensor:
     """The loss of :func:`logits`, for any ``divergence`` per predicted token of the student's logits (rows, length, vocabulary) over
     T; the teacher does not run here."""
-    read = arguments(teacher, ids, next(student.parameters()).device)  # the teacher may be on another one
-    output = at_least_float32(student(**read).logits)
+    read = make_forward_arguments(
+        teacher, ids, next(student.parameters()).device
+    )  # the teacher may be on another one
+    output = to_at_least_float32(student(**read).logits)
     loss = divergence(output / stage.temperature).mean() * stage.temperature**2
     loss = loss * stage.kl
     if stage.cross_entropy:
-        guesses, answers = answered(output, ids)
-        loss = loss + stage.cross_entropy * nn.functional.cross_entropy(guesses.flatten(0, -2), answers.flatten())
+        guesses, answers = logits_with_answers(output, ids)
+        loss = loss + stage.cross_entropy * nn.functional.cross_entropy(
+            guesses.flatten(0, -2), answers.flatten()
+        )
     backward(loss + sum(price(path) for path in ffns) / len(ffns))
     return loss.detach()
 
@@ -110,12 +122,14 @@ def kl(predicted: Tensor, wanted: Tensor) -> Tensor:
     return nn.functional.kl_div(predicted, wanted, reduction="none", log_target=True).sum(-1)
 
 
-def lumped(logits: Tensor, top: Tensor) -> Tensor:
+def top_and_rest_log_probs(logits: Tensor, top: Tensor) -> Tensor:
     """Log-probabilities (…, k + 1) under ``logits`` (…, vocabulary) of the tokens ``top`` (…, k) and, last, of all others as one.
 
     The KL between two of these is at most that between the whole distributions, which it is where k is the vocabulary (log-sum
     inequality: Cover & Thomas 2006, theorem 2.7.1)."""
-    others = logits.scatter(-1, top, torch.finfo(logits.dtype).min)  # not -inf, whose gradient is NaN where there are no others
+    others = logits.scatter(
+        -1, top, torch.finfo(logits.dtype).min
+    )  # not -inf, whose gradient is NaN where there are no others
     parts = torch.cat([logits.gather(-1, top), others.logsumexp(-1, keepdim=True)], -1)
     return parts - logits.logsumexp(-1, keepdim=True)
 
@@ -129,7 +143,7 @@ def mean_over_processes(tensor: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
+def to_at_least_float32(tensor: Tensor) -> Tensor:
     """``tensor`` in float32, or as it is in float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 

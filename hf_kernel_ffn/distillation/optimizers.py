@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .recipe import Stage
-from .sharding import whole
+from .sharding import gather_full
 
 MUON_STEP = 0.2
 """Root mean square of Muon's update at learning rate 1 when it is matched to AdamW's (torch.optim.Muon)."""
@@ -22,12 +22,18 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
 
 
-def optimizers(model: nn.Module, parameters: list[nn.Parameter], stage: Stage) -> list[torch.optim.Optimizer]:
+def optimizers(
+    model: nn.Module, parameters: list[nn.Parameter], stage: Stage
+) -> list[torch.optim.Optimizer]:
     """What trains ``parameters`` of ``model``: AdamW, or Muon on matrices with AdamW on the rest. Groups hold their ``peak``."""
     groups = _groups(model, parameters, stage)
     if stage.optimizer == "adamw":
         return [torch.optim.AdamW(groups, betas=(0.9, 0.95))]
-    matrices = [group for group in groups if min(group["params"][0].shape) > 1 and group["params"][0].ndim == 2]
+    matrices = [
+        group
+        for group in groups
+        if min(group["params"][0].shape) > 1 and group["params"][0].ndim == 2
+    ]
     vectors = [group for group in groups if not any(group is matrix for matrix in matrices)]
     for group in matrices:
         group["peak"] /= MUON_STEP
@@ -47,14 +53,18 @@ def _groups(model: nn.Module, parameters: list[nn.Parameter], stage: Stage) -> l
             if id(parameter) not in wanted:
                 continue
             scale = _size(parameter)
-            if leaf == "bias" and weight is not None:  # added to weight @ x, with x of order one per feature
+            if (
+                leaf == "bias" and weight is not None
+            ):  # added to weight @ x, with x of order one per feature
                 scale = max(scale, _size(weight) * weight.shape[1] ** 0.5)
             if ".log_ratio" in name or scale == 0:
                 scale = 1.0 if parameter.numel() == 1 else parameter.shape[-1] ** -0.5
             decay = stage.weight_decay if parameter.ndim == 2 else 0.0
-            groups.append({"params": [parameter], "peak": stage.learning_rate * scale, "weight_decay": decay})
+            groups.append(
+                {"params": [parameter], "peak": stage.learning_rate * scale, "weight_decay": decay}
+            )
     return groups
 
 
 def _size(parameter: torch.Tensor) -> float:
-    return whole(parameter.detach()).square().mean().sqrt().item()
+    return gather_full(parameter.detach()).square().mean().sqrt().item()

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..configuration import KernelFFNConfig
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.settings import KernelFFNConfig
 
 YAML_LIMIT = 200_000
 """Characters of a recipe, and ten times the values in it."""
@@ -157,7 +157,7 @@ class Recipe(_Section):
         Raises:
             InputError: the combination is refused, or the kernel's file cannot be run.
         """
-        from ..loading import import_kernel
+        from ..storage.loading import import_kernel
 
         settings = {key: value for key, value in self.kernel_ffn.items() if key != "layers"}
         if isinstance(settings.get("kernel"), str):
@@ -173,10 +173,20 @@ def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     try:
         content = _yaml(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:  # PyYAML lets others than its own through
-        raise InputError(f"found {file} unreadable as YAML ({' '.join(str(error).split())}), expected a recipe") from error
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:  # PyYAML lets others than its own through
+        raise InputError(
+            f"found {file} unreadable as YAML ({' '.join(str(error).split())}), expected a recipe"
+        ) from error
     if not isinstance(content, dict):
-        raise InputError(f"found {type(content).__name__} in {file}, expected a mapping of recipe keys")
+        raise InputError(
+            f"found {type(content).__name__} in {file}, expected a mapping of recipe keys"
+        )
     for override in overrides or []:
         _apply(content, override)
     try:
@@ -186,7 +196,9 @@ def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the recipe"
         message = first["msg"].removeprefix("Value error, ")
-        given = f", found {first['input']!r}" if first["type"] not in ("missing", "value_error") else ""
+        given = (
+            f", found {first['input']!r}" if first["type"] not in ("missing", "value_error") else ""
+        )
         raise InputError(f"{file}: {where}: {message}{given}") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{file}: kernel_ffn: {error}") from error
@@ -224,7 +236,9 @@ def _apply(content: dict, override: str) -> None:
         last = depth == len(keys) - 1
         if isinstance(target, list):
             if not key.isdigit() or int(key) >= len(target):
-                raise InputError(f"found {dotted!r}, expected a number below {len(target)} after {'.'.join(keys[:depth])!r}")
+                raise InputError(
+                    f"found {dotted!r}, expected a number below {len(target)} after {'.'.join(keys[:depth])!r}"
+                )
             index: Any = int(key)
         elif isinstance(target, dict):
             index = key

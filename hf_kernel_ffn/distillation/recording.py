@@ -11,22 +11,34 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import InputError
-from ..files import new_folder, require_empty
-from ..inputs import arguments
-from ..loading import load_student
-from ..surgery import chosen_ffns
-from .loop import teacher_of
-from .objectives import at_least_float32, lumped
+from ..checkpoint_code.errors import InputError
+from ..conversion.convert import choose_ffns
+from ..storage.files import new_folder, require_empty
+from ..storage.loading import load_student
+from ..text.inputs import make_forward_arguments
+from .objectives import to_at_least_float32, top_and_rest_log_probs
 from .recipe import Recipe
-from .stored import FACTS, Facts, digest, refuse_masked, shard_file, teacher_fingerprint, token_bytes
-from .training import PackedText, autocast, extent, make_accelerator, parts
+from .run import teacher_of
+from .teacher_signal import (
+    FACTS,
+    Facts,
+    digest,
+    refuse_masked,
+    shard_file,
+    teacher_fingerprint,
+    token_bytes,
+)
+from .trainer import PackedText, autocast, make_accelerator, stage_groups, steps_and_sequences
 
 SHARD_BYTES = 2**28
 
 
 def record(
-    recipe: Recipe, out_dir: str | Path, top_k: int = 64, processes: int = 1, say: Callable[[str], None] = print
+    recipe: Recipe,
+    out_dir: str | Path,
+    top_k: int = 64,
+    processes: int = 1,
+    say: Callable[[str], None] = print,
 ) -> None:
     """Write to ``out_dir`` what the teacher of ``recipe`` predicts in every sequence that its logits stages read on so many
     processes, each sequence once; ``say`` is told the size before and after.
@@ -48,17 +60,29 @@ def record(
     read, length = spans(recipe, teacher, processes), recipe.data.sequence_length
     most = sum(map(len, read))
     size = token_bytes(top_k) * length
-    say(f"at most {most:,} sequences of {length:,} tokens, {token_bytes(top_k):,} bytes per token: {_mib(most * size)} in all")
-    distinct = _distinct(_shown((ids for span in read for ids in _read(recipe, tokenizer, span)), most))
+    say(
+        f"at most {most:,} sequences of {length:,} tokens, {token_bytes(top_k):,} bytes per token: {_mib(most * size)} in all"
+    )
+    distinct = _distinct(
+        _shown((ids for span in read for ids in _read(recipe, tokenizer, span)), most)
+    )
     rows = stages[0].batch_size
     answers = _answers(recipe, teacher, distinct, rows, top_k, temperatures[0])
     sequences = shard = 0
     others = 0.0  # probability of what is not recorded, over all sequences
     with new_folder(out_dir) as made:
         while held := list(islice(answers, max(1, SHARD_BYTES // (size * rows)))):
-            save_file({name: torch.cat([answer[name] for answer in held]) for name in held[0]}, shard_file(made, shard))
-            sequences, shard = sequences + sum(len(answer["input_ids"]) for answer in held), shard + 1
-            others += sum(answer["log_probabilities"][..., -1].exp().sum().item() for answer in held)
+            save_file(
+                {name: torch.cat([answer[name] for answer in held]) for name in held[0]},
+                shard_file(made, shard),
+            )
+            sequences, shard = (
+                sequences + sum(len(answer["input_ids"]) for answer in held),
+                shard + 1,
+            )
+            others += sum(
+                answer["log_probabilities"][..., -1].exp().sum().item() for answer in held
+            )
         facts = Facts(
             teacher=recipe.teacher,
             fingerprint=teacher_fingerprint(teacher),
@@ -68,19 +92,25 @@ def record(
             shards=shard,
         )
         (made / FACTS).write_text(facts.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    say(f"{sequences:,} sequences, none twice: {_mib(sum(file.stat().st_size for file in Path(out_dir).iterdir()))}")
+    say(
+        f"{sequences:,} sequences, none twice: {_mib(sum(file.stat().st_size for file in Path(out_dir).iterdir()))}"
+    )
     say(f"the recorded tokens hold {1 - others / (sequences * length):.0%} of the probability")
 
 
 def spans(recipe: Recipe, teacher: Any, processes: int) -> list[range]:
     """Which of the packed sequences each logits stage of ``recipe`` reads, by their place in the text read without end."""
     if recipe.student is None:
-        paths = list(chosen_ffns(teacher, recipe.kernel_settings(), recipe.kernel_ffn.get("layers"))[0])
+        paths = list(
+            choose_ffns(teacher, recipe.kernel_settings(), recipe.kernel_ffn.get("layers"))[0]
+        )
     else:
-        paths = list(load_student(recipe.student, trust_remote_code=recipe.trust_remote_code).kernel_ffns())
+        paths = list(
+            load_student(recipe.student, trust_remote_code=recipe.trust_remote_code).kernel_ffns()
+        )
     found, start = [], 0
-    for stage, _ in parts(recipe, paths):
-        steps, per_step = extent(stage, recipe.data, processes)
+    for stage, _ in stage_groups(recipe, paths):
+        steps, per_step = steps_and_sequences(stage, recipe.data, processes)
         if stage.name == "logits":
             found.append(range(start, start + steps * per_step))
         start += steps * per_step
@@ -106,14 +136,21 @@ def _answers(
     while batch := list(islice(sequences, rows)):
         ids = torch.stack(batch)
         with torch.no_grad(), autocast(recipe.dtype, teacher.device):
-            logits = at_least_float32(teacher(**arguments(teacher, ids)).logits) / temperature
+            logits = (
+                to_at_least_float32(teacher(**make_forward_arguments(teacher, ids)).logits)
+                / temperature
+            )
         if logits.shape[:-1] != ids.shape or logits.shape[-1] < top_k:
             raise InputError(
                 f"found predictions of shape {tuple(logits.shape)} for sequences {tuple(ids.shape)}, expected {top_k} tokens to choose "
                 "from at each position: give a language model, or a smaller --top-k"
             )
         top = logits.topk(top_k).indices.sort().values
-        found = {"input_ids": ids.int(), "top": top.int(), "log_probabilities": lumped(logits, top).float()}
+        found = {
+            "input_ids": ids.int(),
+            "top": top.int(),
+            "log_probabilities": top_and_rest_log_probs(logits, top).float(),
+        }
         yield {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
 

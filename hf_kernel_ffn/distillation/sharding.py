@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..surgery import student_from_entry
+from ..families.student import make_student_from_entry
 
 
 def shard(ffns: Iterable[nn.Module], device: torch.device, reshard: bool) -> None:
@@ -24,31 +24,33 @@ def shard(ffns: Iterable[nn.Module], device: torch.device, reshard: bool) -> Non
         register_fsdp_forward_method(ffn, "fit_threshold")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded; then every process has to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def share(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """``tensor``, sharded as ``parameter`` is if it is of its shape."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return distribute_tensor(
+        tensor.to(parameter.device), parameter.device_mesh, parameter.placements
+    )
 
 
 def unsharded(student: Any, teacher: Any) -> Any:
     """The student in one piece, around the other weights of the sharded one; every process has to ask for it."""
-    made = student_from_entry(teacher, student.config.kernel_ffn)
+    made = make_student_from_entry(teacher, student.config.kernel_ffn)
     others = dict(student.named_parameters())
     for name, parameter in made.named_parameters():
         if not isinstance(others[name], DTensor):
             parameter.data = others[name].data
     for path, ffn in student.kernel_ffns().items():
-        tensors = {name: whole(tensor) for name, tensor in ffn.state_dict().items()}
+        tensors = {name: gather_full(tensor) for name, tensor in ffn.state_dict().items()}
         made.base_model.get_submodule(path).load_state_dict(tensors, assign=True)
     return made

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
-from .tracing import Trace, attention_of, described, projection
+from ..checkpoint_code.errors import InputError
+from .tracing import Trace, described, get_attention, projection
 
 
 class SymmetrisedAttention(NamedTuple):
@@ -47,7 +47,7 @@ def symmetrised_attention(model: Any, trace: Trace, layer: int, head: int) -> Sy
     Raises:
         InputError: the model normalises queries and keys, so that the score is no bilinear form; or there is no such head.
     """
-    attention, names = attention_of(model, layer), described(model, "qkv")
+    attention, names = get_attention(model, layer), described(model, "qkv")
     if hasattr(attention, "q_norm"):
         raise InputError(
             f"found normalised queries in layer {layer}, expected plain projections: the score is no bilinear form"
@@ -96,7 +96,8 @@ def _attention_inputs(model: Any, attention: nn.Module, ids: Tensor) -> Tensor:
     """(T, d): what the attention module reads."""
     kept = []
     hook = attention.register_forward_pre_hook(
-        lambda module, args, kwargs: kept.append((args[0] if args else kwargs["hidden_states"])[0]), with_kwargs=True
+        lambda module, args, kwargs: kept.append((args[0] if args else kwargs["hidden_states"])[0]),
+        with_kwargs=True,
     )
     try:
         model.eval().base_model(input_ids=ids[None], use_cache=False)

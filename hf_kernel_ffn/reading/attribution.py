@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
 from .rows import Rows
-from .tracing import Trace, attention_of, described, layer_of, unembedding
+from .tracing import Trace, described, get_attention, get_layer_number, unembedding
 
 
 class Part(NamedTuple):
@@ -38,7 +38,10 @@ class LogitSplit(NamedTuple):
 
     def kinds(self) -> dict[str, float]:
         """The parts summed by kind."""
-        return {k: sum(p.amount for p in self.parts if p.kind == k) for k in ("embedding", "head", "prototype", "bias")}
+        return {
+            k: sum(p.amount for p in self.parts if p.kind == k)
+            for k in ("embedding", "head", "prototype", "bias")
+        }
 
     def carried(self, top: int = 10) -> float:
         """Σ of the ``top`` largest prototypes' contributions over ``value``: beyond one where others oppose them."""
@@ -46,7 +49,9 @@ class LogitSplit(NamedTuple):
 
 
 @torch.no_grad()
-def logit_split(trace: Trace, token: int | None = None, against: int | None = None, position: int = -1) -> LogitSplit:
+def logit_split(
+    trace: Trace, token: int | None = None, against: int | None = None, position: int = -1
+) -> LogitSplit:
     """Split the logit of ``token`` (minus that of ``against``, if given) at ``position``, in float64.
 
     The final norm is linearised at the actual state by holding its scale: what is left is a linear map of the residual stream,
@@ -71,25 +76,34 @@ def logit_split(trace: Trace, token: int | None = None, against: int | None = No
         constant -= 0.0 if offset is None else offset[against].item()
         value -= logits[against].item()
     direction, shift = frozen_norm(final_norm(model), trace.states[-1][place].double(), toward)
-    parts: Rows[Part] = Rows([Part("embedding", None, "embedding", (direction @ trace.embedding[place].double()).item())])
+    parts: Rows[Part] = Rows(
+        [Part("embedding", None, "embedding", (direction @ trace.embedding[place].double()).item())]
+    )
     parts.append(Part("bias", None, "final norm and unembedding", shift + constant))
     for layer, weights in enumerate(trace.attention):
         for head in range(len(weights)):
             wrote = trace.head(layer, head, trace.positions[place]).output()[0].double()
             parts.append(Part("head", layer, f"head {head}", (direction @ wrote).item()))
-        bias = getattr(attention_of(model, layer), described(model, "attention_out")).bias
+        bias = getattr(get_attention(model, layer), described(model, "attention_out")).bias
         if bias is not None:
             parts.append(Part("bias", layer, "attention", (direction @ bias.double()).item()))
     for path in trace.ffn_inputs:
         record = trace.ffn(path)
         amounts = record.coefficients[place].double() * (record.dictionary.double() @ direction)
         fired = amounts.nonzero()[:, 0].tolist()
-        parts += [Part("prototype", layer_of(path), record.names[i], amounts[i].item()) for i in fired]
+        parts += [
+            Part("prototype", get_layer_number(path), record.names[i], amounts[i].item())
+            for i in fired
+        ]
         if record.bias is not None:
             bias = record.bias if record.bias.ndim == 1 else record.bias[place]
-            parts.append(Part("bias", layer_of(path), "FFN", (direction @ bias.double()).item()))
+            parts.append(
+                Part("bias", get_layer_number(path), "FFN", (direction @ bias.double()).item())
+            )
     parts.sort(key=lambda part: -abs(part.amount))
-    return LogitSplit(trace.positions[place], token, against, value, parts, value - sum(p.amount for p in parts))
+    return LogitSplit(
+        trace.positions[place], token, against, value, parts, value - sum(p.amount for p in parts)
+    )
 
 
 def final_norm(model: Any) -> nn.Module:

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..architectures import ffn_paths
-from ..errors import InputError
-from ..files import replacing
-from ..hooks import recorded
+from ..checkpoint_code.errors import InputError
+from ..families.hooks import capture_inputs_and_outputs
+from ..families.lookup import find_ffn_paths
+from ..storage.files import replace_file
 from .naming import nearest_tokens, written
 from .rows import Rows
-from .tracing import family_of, ffn_readout, layer_of
+from .tracing import family_of, ffn_readout, get_layer_number
 
 BEFORE, AFTER = 8, 2
 """Tokens of a context on either side of the one that fires."""
@@ -49,7 +49,10 @@ class Contexts(NamedTuple):
     def usage(self) -> list[str]:
         """Per prototype: dead, rare (under 0.1% of tokens), usual, or always on (over half)."""
         share = (self.fired.double() / self.tokens).tolist()
-        return ["dead" if s == 0 else "rare" if s < RARE else "always on" if s > ALWAYS else "usual" for s in share]
+        return [
+            "dead" if s == 0 else "rare" if s < RARE else "always on" if s > ALWAYS else "usual"
+            for s in share
+        ]
 
     def purity(self) -> Tensor:
         """(P,) float64: the share of a prototype's top contexts whose firing token is their most common one; NaN where it fires on
@@ -65,7 +68,11 @@ class Contexts(NamedTuple):
 
 @torch.no_grad()
 def contexts(
-    model: Any, batches: Iterable[Tensor], paths: list[str] | None = None, top: int = 20, progress: bool = False
+    model: Any,
+    batches: Iterable[Tensor],
+    paths: list[str] | None = None,
+    top: int = 20,
+    progress: bool = False,
 ) -> dict[str, Contexts]:
     """Stream token ids through ``model``, stock or converted, and keep each prototype's ``top`` contexts.
 
@@ -77,7 +84,7 @@ def contexts(
     Raises:
         InputError: the rows are too short.
     """
-    paths = ffn_paths(model.eval(), family_of(model)) if paths is None else paths
+    paths = find_ffn_paths(model.eval(), family_of(model)) if paths is None else paths
     modules = {path: model.base_model.get_submodule(path) for path in paths}
     device = model.get_input_embeddings().weight.device
     found: dict[str, Contexts] = {}
@@ -87,7 +94,7 @@ def contexts(
                 f"found ids of shape {tuple(batch.shape)}, expected rows longer than {SKIP} tokens: join short ones"
             )
         ids = batch.to(device)
-        with recorded(modules) as seen:
+        with capture_inputs_and_outputs(modules) as seen:
             model.base_model(input_ids=ids, use_cache=False)
         for path in paths:
             record = ffn_readout(model, path, seen[path][0])
@@ -112,7 +119,16 @@ def _of_batch(c: Tensor, dictionary: Tensor, ids: Tensor, top: int) -> Contexts:
     activations = c[row[..., None], where, unit].where(inside, 0.0)
     total = flat.double().sum(0)
     mass = total * dictionary.double().norm(dim=-1)
-    return Contexts(values, windows, activations, (flat != 0).sum(0), total, flat.double().square().sum(0), mass, len(flat))
+    return Contexts(
+        values,
+        windows,
+        activations,
+        (flat != 0).sum(0),
+        total,
+        flat.double().square().sum(0),
+        mass,
+        len(flat),
+    )
 
 
 def _merged(a: Contexts, b: Contexts, top: int) -> Contexts:
@@ -120,7 +136,8 @@ def _merged(a: Contexts, b: Contexts, top: int) -> Contexts:
     values, kept = values.topk(min(top, values.shape[1]))
     wide = kept[..., None].expand(-1, -1, BEFORE + 1 + AFTER)
     windows, activations = (
-        torch.cat(pair, 1).gather(1, wide) for pair in ((a.windows, b.windows), (a.activations, b.activations))
+        torch.cat(pair, 1).gather(1, wide)
+        for pair in ((a.windows, b.windows), (a.activations, b.activations))
     )
     sums = {name: getattr(a, name) + getattr(b, name) for name in Contexts._fields[3:]}
     return Contexts(values, windows, activations, **sums)
@@ -143,16 +160,22 @@ class Rule(NamedTuple):
     """Share of its top contexts with the same token; None where it fires on too few."""
 
 
-def rules(model: Any, tokenizer: Any, path: str, found: Contexts, prototypes: Iterable[int] | None = None) -> Rows[Rule]:
+def rules(
+    model: Any, tokenizer: Any, path: str, found: Contexts, prototypes: Iterable[int] | None = None
+) -> Rows[Rule]:
     """The rules of ``prototypes`` (None: all) of the FFN at ``path``, whose contexts have been ``found``."""
     chosen = list(range(len(found.mass))) if prototypes is None else [int(i) for i in prototypes]
     size = model.get_input_embeddings().weight
     record = ffn_readout(model, path, size.new_zeros(1, size.shape[1]))
     writes = written(model, tokenizer, record.dictionary[chosen])
-    nearest, usage, purity = nearest_tokens(model, tokenizer, path), found.usage(), found.purity().tolist()
+    nearest, usage, purity = (
+        nearest_tokens(model, tokenizer, path),
+        found.usage(),
+        found.purity().tolist(),
+    )
     return Rows(
         Rule(
-            layer_of(path), record.names[i], " ".join(repr(token) for token, _ in nearest[i]),
+            get_layer_number(path), record.names[i], " ".join(repr(token) for token, _ in nearest[i]),
             _text(tokenizer, found.windows[i, 0]) if found.values[i, 0] > 0 else "", " ".join(repr(t) for t, _ in write.promoted),
             " ".join(repr(t) for t, _ in write.suppressed), usage[i], None if purity[i] != purity[i] else purity[i],
         )
@@ -162,15 +185,19 @@ def rules(model: Any, tokenizer: Any, path: str, found: Contexts, prototypes: It
 
 def _text(tokenizer: Any, window: Tensor) -> str:
     before, token, after = window[:BEFORE], window[BEFORE : BEFORE + 1], window[BEFORE + 1 :]
-    return "{}»{}«{}".format(*(tokenizer.decode([i for i in part.tolist() if i >= 0]) for part in (before, token, after)))
+    return "{}»{}«{}".format(
+        *(tokenizer.decode([i for i in part.tolist() if i >= 0]) for part in (before, token, after))
+    )
 
 
-def export_contexts(model: Any, tokenizer: Any, found: dict[str, Contexts], file: Path | str) -> int:
+def export_contexts(
+    model: Any, tokenizer: Any, found: dict[str, Contexts], file: Path | str
+) -> int:
     """Write JSON lines for an automatic labeller, one prototype a line: layer, path, prototype, promoted and suppressed tokens,
     share of tokens on which it fires, and its contexts as token strings with one activation each. Dead ones are left out;
     returns how many lines."""
     lines = 0
-    with replacing(file) as beside, beside.open("w", encoding="utf-8") as out:
+    with replace_file(file) as beside, beside.open("w", encoding="utf-8") as out:
         for path, entry in found.items():
             size = model.get_input_embeddings().weight
             record = ffn_readout(model, path, size.new_zeros(1, size.shape[1]))
@@ -178,12 +205,21 @@ def export_contexts(model: Any, tokenizer: Any, found: dict[str, Contexts], file
                 if not entry.fired[i]:
                     continue
                 examples = []
-                for value, window, activation in zip(entry.values[i], entry.windows[i].tolist(), entry.activations[i].tolist()):
-                    inside = [(tokenizer.decode([t]), a) for t, a in zip(window, activation) if t >= 0]
+                for value, window, activation in zip(
+                    entry.values[i], entry.windows[i].tolist(), entry.activations[i].tolist()
+                ):
+                    inside = [
+                        (tokenizer.decode([t]), a) for t, a in zip(window, activation) if t >= 0
+                    ]
                     if value > 0:
-                        examples.append({"tokens": [t for t, _ in inside], "activations": [a for _, a in inside]})
+                        examples.append(
+                            {
+                                "tokens": [t for t, _ in inside],
+                                "activations": [a for _, a in inside],
+                            }
+                        )
                 line = {
-                    "layer": layer_of(path), "path": path, "prototype": record.names[i],
+                    "layer": get_layer_number(path), "path": path, "prototype": record.names[i],
                     "promoted": [t for t, _ in write.promoted], "suppressed": [t for t, _ in write.suppressed],
                     "fires_on": entry.fired[i].item() / entry.tokens, "contexts": examples,
                 }  # fmt: skip

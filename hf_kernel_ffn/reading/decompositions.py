@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..readout import Readout
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.record import Readout
 from .prices import minimise, span
 from .regimes import shares
 from .rows import Rows
@@ -53,8 +53,13 @@ def caratheodory(readout: Readout, place: int = -1) -> Tensor:
     """
     mixtures = _mixtures(readout, place, support=True)
     equalities, rank = mixtures.equalities, len(mixtures.targets)
-    x, alive = mixtures.own[mixtures.kept].clone(), torch.zeros_like(mixtures.kept, dtype=torch.bool)
-    for some in mixtures.kept.new_tensor(range(len(x))).split(rank):  # in portions: a null space of all would be n² large
+    x, alive = (
+        mixtures.own[mixtures.kept].clone(),
+        torch.zeros_like(mixtures.kept, dtype=torch.bool),
+    )
+    for some in mixtures.kept.new_tensor(range(len(x))).split(
+        rank
+    ):  # in portions: a null space of all would be n² large
         alive[some] = True
         active = alive.nonzero()[:, 0]
         x[active] = _eliminate(x[active], equalities[:, active])
@@ -63,7 +68,9 @@ def caratheodory(readout: Readout, place: int = -1) -> Tensor:
 
 
 @torch.no_grad()
-def alternatives(readout: Readout, place: int = -1, count: int = 5, seed: int = 0, support: bool = False) -> Tensor:
+def alternatives(
+    readout: Readout, place: int = -1, count: int = 5, seed: int = 0, support: bool = False
+) -> Tensor:
     """(count or fewer, P) float64 shares that give the same Σπv as those at ``place`` of (tokens, P), all different: the record's own
     in row 0, then vertices of the set of all such shares, in random directions. One row: the decomposition is the only one. Fewer
     than ``count``: the set has few vertices.
@@ -103,7 +110,9 @@ class Spread(NamedTuple):
 
 
 @torch.no_grad()
-def share_spread(readout: Readout, place: int = -1, top: int = 10, support: bool = False) -> Rows[Spread]:
+def share_spread(
+    readout: Readout, place: int = -1, top: int = 10, support: bool = False
+) -> Rows[Spread]:
     """How far the largest ``top`` shares at ``place`` of (tokens, P) are free, by two linear programmes each (seconds for a thousand
     prototypes). Arguments and errors as for :func:`alternatives`."""
     mixtures, found = _mixtures(readout, place, support), Rows[Spread]()
@@ -122,7 +131,9 @@ def share_spread(readout: Readout, place: int = -1, top: int = 10, support: bool
 def _mixtures(readout: Readout, place: int, support: bool) -> _Mixtures:
     own, v = shares(readout)[place].cpu(), readout.dictionary.double().cpu()
     if not (own > 0).any():
-        raise InputError(f"found nothing firing at place {place}, expected a mixture: choose another token")
+        raise InputError(
+            f"found nothing firing at place {place}, expected a mixture: choose another token"
+        )
     kept = (own > 0).nonzero()[:, 0] if support else torch.arange(len(own))
     # In coordinates of the rows' own span, at unit size: a head's rows span head_dim dimensions; the solver's tolerance is absolute.
     centred = v - own @ v
@@ -155,7 +166,9 @@ def _eliminate(x: Tensor, equalities: Tensor) -> Tensor:
 def _vertex(mixtures: _Mixtures, cost: Tensor) -> Tensor:
     """(P,) the shares of the least ``cost`` (P,)."""
     size = len(mixtures.kept)
-    x = minimise(cost[mixtures.kept], mixtures.equalities, mixtures.targets * size)  # shares near one: tolerances are absolute
+    x = minimise(
+        cost[mixtures.kept], mixtures.equalities, mixtures.targets * size
+    )  # shares near one: tolerances are absolute
     return _exact(mixtures, mixtures.own.new_zeros(size) if x is None else x / size)
 
 
@@ -167,8 +180,14 @@ def _exact(mixtures: _Mixtures, x: Tensor) -> Tensor:
     exact = x[basis] + torch.linalg.lstsq(some, rounding[:, None], driver="gelsd").solution[:, 0]
     found = torch.zeros_like(mixtures.own)
     found[mixtures.kept[basis]] = exact.clamp_min(0)
-    off = ((found - mixtures.own) @ mixtures.dictionary).norm() / (mixtures.own @ mixtures.dictionary.norm(dim=-1))
-    if not (off <= EXACT and abs(found.sum().item() - 1) <= EXACT and (found > 0).sum() <= len(mixtures.targets)):
+    off = ((found - mixtures.own) @ mixtures.dictionary).norm() / (
+        mixtures.own @ mixtures.dictionary.norm(dim=-1)
+    )
+    if not (
+        off <= EXACT
+        and abs(found.sum().item() - 1) <= EXACT
+        and (found > 0).sum() <= len(mixtures.targets)
+    ):
         raise InputError(
             f"found no decomposition to {EXACT:g} of the output (the nearest is {off:.1g} off), expected one: its prototypes are "
             "too nearly dependent; choose another token or support=True"

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..initialization import _parameters
-from ..kernels import KERNELS, Kernel, get_kernel
-from ..readout import KernelFFN, Readout
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.kernels import KERNELS, Kernel, get_kernel
+from ..checkpoint_code.record import Readout
+from ..conversion.initialization import initial_kernel_parameters
 from .geometry import prototypes_of, scores
 from .regimes import shares
 from .rows import Rows
@@ -52,7 +53,12 @@ class Dial(NamedTuple):
 
 
 @torch.no_grad()
-def dial(readout: Readout, place: int = -1, temperatures: Sequence[float] = TEMPERATURES, support: bool = False) -> Rows[Dial]:
+def dial(
+    readout: Readout,
+    place: int = -1,
+    temperatures: Sequence[float] = TEMPERATURES,
+    support: bool = False,
+) -> Rows[Dial]:
     """One token's mixture (row ``place`` of coefficients (tokens, prototypes)) as the temperature turns: shares ∝ c^(1/τ) on the
     support, for a kernel readout or an attention head. At τ = 1 they are the record's own; toward 0 the top prototype (or the mean
     of those that tie), toward infinity the support's centroid. For a softmax this is the layer's own temperature, relative to the one
@@ -71,21 +77,29 @@ def dial(readout: Readout, place: int = -1, temperatures: Sequence[float] = TEMP
             "or an attention head"
         )
     if not temperatures or not all(0 < t < math.inf for t in temperatures):
-        raise InputError(f"found temperatures {list(temperatures)}, expected positive finite numbers")
+        raise InputError(
+            f"found temperatures {list(temperatures)}, expected positive finite numbers"
+        )
     pi = shares(readout)[place]
     fires = pi > 0
     if not fires.any():
-        raise InputError(f"found nothing firing at place {place}, expected a mixture: choose another token")
+        raise InputError(
+            f"found nothing firing at place {place}, expected a mixture: choose another token"
+        )
     v, logs = readout.dictionary.double()[fires], pi[fires].log()
     top, centroid = v[logs.argmax()], v.mean(0)
     scale = (top - centroid).norm()
     found = Rows[Dial]()
     for temperature in temperatures:
         turned = ((logs - logs.max()) / temperature).softmax(-1)
-        distances = [((turned @ v - end).norm() / scale).nan_to_num(0.0).item() for end in (top, centroid)]
+        distances = [
+            ((turned @ v - end).norm() / scale).nan_to_num(0.0).item() for end in (top, centroid)
+        ]
         entropy = -torch.special.xlogy(turned, turned).sum().item()
         effective = 1 / turned.square().sum().item()
-        regime = retrieval(turned if support else torch.zeros_like(pi).masked_scatter(fires, turned))
+        regime = retrieval(
+            turned if support else torch.zeros_like(pi).masked_scatter(fires, turned)
+        )
         found.append(Dial(temperature, entropy, effective, turned.max().item(), regime, *distances))
     return found
 
@@ -125,7 +139,10 @@ class FarField(NamedTuple):
 
 @torch.no_grad()
 def far_field(
-    ffn: KernelFFN, inputs: Tensor, factors: Sequence[float] = FACTORS, kernels: Sequence[str] | None = None
+    ffn: KernelFFN,
+    inputs: Tensor,
+    factors: Sequence[float] = FACTORS,
+    kernels: Sequence[str] | None = None,
 ) -> Rows[FarField]:
     """Kernel against kernel far from the data: over the same input prototypes (and biases, for kernels that use one), at inputs
     x̄ + f·(x − x̄), x̄ being the mean of ``inputs`` (tokens, hidden_size). Log-space keeps a light tail's shares finite, but they fall to
@@ -147,17 +164,32 @@ def far_field(
     x, (rows, bias) = inputs.detach().double(), prototypes_of(ffn)
     mean, ones = x.mean(0), x.new_ones(len(x))
     found = Rows[FarField]()
-    for name in kernels if kernels is not None else [n for n, k in KERNELS.items() if k.nonnegative and _startable(k)]:
+    for name in (
+        kernels
+        if kernels is not None
+        else [n for n, k in KERNELS.items() if k.nonnegative and _startable(k)]
+    ):
         kernel = get_kernel(name)
         if not kernel.nonnegative:
-            raise InputError(f"found kernel {name!r}, which can be negative, expected a nonnegative one: it makes no mixture")
-        own = ffn.kernel_parameters() if name == ffn.kernel.name else _parameters(kernel, rows, bias, ones, x)
-        parameters = {key: torch.as_tensor(value, dtype=x.dtype, device=x.device) for key, value in own.items()}
+            raise InputError(
+                f"found kernel {name!r}, which can be negative, expected a nonnegative one: it makes no mixture"
+            )
+        own = (
+            ffn.kernel_parameters()
+            if name == ffn.kernel.name
+            else initial_kernel_parameters(kernel, rows, bias, ones, x)
+        )
+        parameters = {
+            key: torch.as_tensor(value, dtype=x.dtype, device=x.device)
+            for key, value in own.items()
+        }
         heights = ones if kernel.uses_bias else 0 * ones
         here = None
         for factor in (1.0, *factors):  # the inputs themselves first, for comparison
             score, distance2 = scores(mean + factor * (x - mean), heights, rows, bias)
-            log_kernel = kernel.log(score, distance2 if kernel.uses_distance else None, **parameters)
+            log_kernel = kernel.log(
+                score, distance2 if kernel.uses_distance else None, **parameters
+            )
             pi, mass = log_kernel.softmax(-1).nan_to_num(0.0), log_kernel.logsumexp(-1)
             if here is None:
                 here = mass
@@ -167,15 +199,34 @@ def far_field(
             change = (mass - here).nan_to_num(0.0).mean().item()
             effective = (pi.sum(-1) / pi.square().sum(-1).clamp_min(1e-300)).mean().item()
             verdict = _verdict(effective, change)
-            found.append(FarField(name, factor, effective, largest.values.mean().item(), nearest, mass.mean().item(), verdict))
+            found.append(
+                FarField(
+                    name,
+                    factor,
+                    effective,
+                    largest.values.mean().item(),
+                    nearest,
+                    mass.mean().item(),
+                    verdict,
+                )
+            )
     return found
 
 
 def _startable(kernel: Kernel) -> bool:
-    return all(isinstance(start, (int, float)) or start in ("distance", "bandwidth") for start in kernel.parameters.values())
+    return all(
+        isinstance(start, (int, float)) or start in ("distance", "bandwidth")
+        for start in kernel.parameters.values()
+    )
 
 
 def _verdict(effective: float, change: float) -> str:
     shape = "collapses" if effective < FEW else "stays a smoother"
-    mass = "vanishes" if change < math.log(VANISHED) else "grows" if change > -math.log(VANISHED) else "remains"
+    mass = (
+        "vanishes"
+        if change < math.log(VANISHED)
+        else "grows"
+        if change > -math.log(VANISHED)
+        else "remains"
+    )
     return f"{shape}, mass {mass}"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError
-from ..readout import KernelFFN
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.ffn import KernelFFN
 from .tracing import family_of
 
 
@@ -64,12 +64,16 @@ def edit(model: Any, change: Edit | Addition) -> Any:
     try:
         ffn = model.base_model.get_submodule(change.path)
     except AttributeError:
-        raise InputError(f"found no FFN {change.path!r} in the model, expected a path such as those of its records") from None
+        raise InputError(
+            f"found no FFN {change.path!r} in the model, expected a path such as those of its records"
+        ) from None
     if isinstance(change, Addition):
         return _add(model, ffn, change)
     rows = _dictionary(model, ffn)
     if not 0 <= change.prototype < len(rows):
-        raise InputError(f"found prototype {change.prototype}, expected a number from 0 to {len(rows) - 1}")
+        raise InputError(
+            f"found prototype {change.prototype}, expected a number from 0 to {len(rows) - 1}"
+        )
     row = rows[change.prototype]
     before = row.clone()
     row.mul_(change.scale)
@@ -114,7 +118,9 @@ def _add(model: Any, ffn: Any, rule: Addition) -> Any:
     }
     for name, part in new.items():
         if name in state:
-            state[name] = torch.cat([state[name], part.to(state[name])], 1 if name == "output_prototypes.weight" else 0)
+            state[name] = torch.cat(
+                [state[name], part.to(state[name])], 1 if name == "output_prototypes.weight" else 0
+            )
     wide.load_state_dict(state)
     wide.top_k = ffn.top_k
     for parameter, old in zip(wide.parameters(), ffn.parameters()):
@@ -143,7 +149,12 @@ class Effect(NamedTuple):
 
 @torch.no_grad()
 def effect(
-    model: Any, changes: list[Edit | Addition], context: Tensor, token: int, others: Tensor, plain: Tensor | None = None
+    model: Any,
+    changes: list[Edit | Addition],
+    context: Tensor,
+    token: int,
+    others: Tensor,
+    plain: Tensor | None = None,
 ) -> Effect:
     """Measure ``changes``, undone afterwards.
 
@@ -168,5 +179,8 @@ def effect(
 @torch.no_grad()
 def predictions(model: Any, ids: Tensor) -> Tensor:
     """(rows, length, vocabulary) float32 log-probabilities at ``ids`` (rows, length)."""
-    parts = [model(input_ids=some, use_cache=False).logits.float().log_softmax(-1) for some in ids.split(8)]
+    parts = [
+        model(input_ids=some, use_cache=False).logits.float().log_softmax(-1)
+        for some in ids.split(8)
+    ]
     return torch.cat(parts)

@@ -12,15 +12,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..kernels import Kernel
-from ..linears import effective
-from ..readout import KernelFFN, Readout
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.kernels import Kernel
+from ..checkpoint_code.linears import get_effective_weight
+from ..checkpoint_code.record import Readout
 
 
 def prototypes_of(ffn: KernelFFN) -> tuple[Tensor, Tensor]:
     """(P, d) rows w_i and (P,) b_i (zero for a kernel without) in float64, adapters included."""
-    weight, bias = effective(ffn.input_prototypes, _like(ffn))
+    weight, bias = get_effective_weight(ffn.input_prototypes, _like(ffn))
     rows = weight.detach().double()
     return rows, rows.new_zeros(len(rows)) if bias is None else bias.detach().double()
 
@@ -63,7 +64,11 @@ def function_distance(ffn_a: KernelFFN, ffn_b: KernelFFN) -> float:
     for ffn in (ffn_a, ffn_b):
         _require_function(ffn)
     spaces = [
-        (ffn.kernel.name, ffn.config.hidden_size, {n: round(v.item(), 9) for n, v in ffn.kernel_parameters().items()})
+        (
+            ffn.kernel.name,
+            ffn.config.hidden_size,
+            {n: round(v.item(), 9) for n, v in ffn.kernel_parameters().items()},
+        )
         for ffn in (ffn_a, ffn_b)
     ]
     if spaces[0] != spaces[1]:
@@ -73,7 +78,9 @@ def function_distance(ffn_a: KernelFFN, ffn_b: KernelFFN) -> float:
         )
     # One expansion over both sets of prototypes, the second written with the opposite sign.
     rows, bias = (torch.cat(pair) for pair in zip(prototypes_of(ffn_a), prototypes_of(ffn_b)))
-    return math.sqrt(max(0.0, _square(_gram(ffn_a, rows, bias), torch.cat([_written(ffn_a), -_written(ffn_b)]))))
+    return math.sqrt(
+        max(0.0, _square(_gram(ffn_a, rows, bias), torch.cat([_written(ffn_a), -_written(ffn_b)])))
+    )
 
 
 @torch.no_grad()
@@ -98,7 +105,9 @@ def embedding_distances(ffn: KernelFFN, a: Readout, b: Readout) -> Tensor:
 def token_geometry(readout: Readout) -> Tensor:
     """(tokens, tokens) cosines between what tokens use: coefficients c_i weighted by ‖v_i‖. Defined for every record, so that converted
     layers, teachers and heads can be compared; one with a positive definite kernel has :func:`embedding_distances` too."""
-    weighted = readout.coefficients.detach().double() * readout.dictionary.detach().double().norm(dim=-1)
+    weighted = readout.coefficients.detach().double() * readout.dictionary.detach().double().norm(
+        dim=-1
+    )
     unit = nn.functional.normalize(weighted.flatten(0, -2), dim=-1)
     return unit @ unit.T
 
@@ -124,7 +133,10 @@ def _square(gram: Tensor, written: Tensor) -> float:
 
 def _written(ffn: KernelFFN) -> Tensor:
     """(P, d): output prototypes, the layer's scale inside."""
-    return effective(ffn.output_prototypes, _like(ffn))[0].T.double() * ffn.positive("scale").double()
+    return (
+        get_effective_weight(ffn.output_prototypes, _like(ffn))[0].T.double()
+        * ffn.positive("scale").double()
+    )
 
 
 def _require_positive_definite(kernel: Kernel, what: str) -> None:
@@ -158,7 +170,9 @@ def _embedded(ffn: KernelFFN, readout: Readout) -> Tensor:
     """(tokens, P) shares, if they have a kernel mean embedding at ``ffn``."""
     _require_positive_definite(ffn.kernel, "kernel mean embedding")
     if readout.shares is None:
-        raise InputError("found a record without shares, expected one of a kernel readout: an untouched FFN has no embedding")
+        raise InputError(
+            "found a record without shares, expected one of a kernel readout: an untouched FFN has no embedding"
+        )
     if readout.shares.shape[-1] != ffn.config.prototypes:
         raise InputError(
             f"found shares over {readout.shares.shape[-1]} rows, expected the layer's {ffn.config.prototypes} prototypes: give a "

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import InputError
-from ..files import replacing
-from ..hooks import recorded
+from ..checkpoint_code.errors import InputError
+from ..families.hooks import capture_inputs_and_outputs
+from ..storage.files import replace_file
 from .attribution import final_norm
 from .tracing import family_of
 
@@ -44,7 +44,7 @@ class TunedLens:
     def save(self, file: Path | str) -> None:
         """As safetensors."""
         tensors = {"maps": self.maps.contiguous(), "biases": self.biases.contiguous()}
-        with replacing(file) as beside:
+        with replace_file(file) as beside:
             save_file(tensors, beside)
 
     @classmethod
@@ -58,7 +58,9 @@ class TunedLens:
                 f"found no tuned lens in {file} ({error}), expected one made by TunedLens.save: fit one"
             ) from error
         if maps.ndim != 3 or maps.shape[1] != maps.shape[2] or biases.shape != maps.shape[:2]:
-            raise InputError(f"found maps of shape {tuple(maps.shape)} in {file}, expected (layers, d, d): fit the lens again")
+            raise InputError(
+                f"found maps of shape {tuple(maps.shape)} in {file}, expected (layers, d, d): fit the lens again"
+            )
         return cls(maps, biases)
 
 
@@ -71,7 +73,10 @@ def fit_lens(model: Any, ids: Tensor, batch_rows: int = 8) -> TunedLens:
     for states in _states(model, ids, batch_rows):
         final = states[-1]
         if not moments:
-            moments = [[torch.zeros(final.shape[1], final.shape[1], dtype=torch.float64) for _ in range(2)] for _ in states]
+            moments = [
+                [torch.zeros(final.shape[1], final.shape[1], dtype=torch.float64) for _ in range(2)]
+                for _ in states
+            ]
             sums = [torch.zeros(final.shape[1], dtype=torch.float64) for _ in states]
         for (square, cross), total, state in zip(moments, sums, states):
             square += state.T @ state
@@ -84,7 +89,8 @@ def fit_lens(model: Any, ids: Tensor, batch_rows: int = 8) -> TunedLens:
         covariance = square / count - mean.outer(mean)
         size = covariance.diagonal().mean()
         change = torch.linalg.solve(
-            covariance + PULL * size * torch.eye(len(mean), dtype=torch.float64), cross / count - mean.outer(gap)
+            covariance + PULL * size * torch.eye(len(mean), dtype=torch.float64),
+            cross / count - mean.outer(gap),
         )
         maps.append(torch.eye(len(mean), dtype=torch.float64) + change.T)
         biases.append(gap - mean @ change)
@@ -109,7 +115,11 @@ def lens_kl(model: Any, lens: TunedLens | None, ids: Tensor, batch_rows: int = 8
 
 def _read(model: Any, lens: TunedLens | None, layer: int, state: Tensor) -> Tensor:
     state = state.to(model.get_output_embeddings().weight.dtype)
-    logits = model.get_output_embeddings()(final_norm(model)(state)) if lens is None else lens.logits(model, layer, state)
+    logits = (
+        model.get_output_embeddings()(final_norm(model)(state))
+        if lens is None
+        else lens.logits(model, layer, state)
+    )
     return logits.float()
 
 
@@ -118,7 +128,10 @@ def _states(model: Any, ids: Tensor, batch_rows: int) -> Iterator[list[Tensor]]:
     blocks = dict(model.base_model.get_submodule(family_of(model).layers).named_children())
     device = model.get_input_embeddings().weight.device
     for batch in ids.split(batch_rows):
-        with recorded(blocks) as seen:
+        with capture_inputs_and_outputs(blocks) as seen:
             model.base_model(input_ids=batch.to(device), use_cache=False)
         outputs = [seen[name][1] for name in blocks]
-        yield [(out[0] if isinstance(out, tuple) else out).flatten(0, 1).double().cpu() for out in outputs]
+        yield [
+            (out[0] if isinstance(out, tuple) else out).flatten(0, 1).double().cpu()
+            for out in outputs
+        ]

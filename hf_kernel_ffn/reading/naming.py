@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from .attribution import final_norm
 from .lens import TunedLens
 from .rows import Rows
-from .tracing import attention_of, described, family_of, ffn_readout, layer_of, projection, unembedding
+from .tracing import (
+    described,
+    family_of,
+    ffn_readout,
+    get_attention,
+    get_layer_number,
+    projection,
+    unembedding,
+)
 
 CHUNK = 1024
 """Token embeddings that go through an FFN together."""
@@ -29,12 +37,19 @@ class Written(NamedTuple):
 
 @torch.no_grad()
 def written(
-    model: Any, tokenizer: Any, directions: Tensor, top: int = 5, lens: TunedLens | None = None, layer: int | None = None
+    model: Any,
+    tokenizer: Any,
+    directions: Tensor,
+    top: int = 5,
+    lens: TunedLens | None = None,
+    layer: int | None = None,
 ) -> list[Written]:
     """What each of ``directions`` (n, hidden_size), such as a record's dictionary rows, does to the logits on the direct path: the
     logit lens on weights (Geva et al. 2022, arXiv:2203.14680). With ``lens`` and the ``layer`` that writes, by the tuned lens's map
     of that layer."""
-    directions = directions.float() if lens is None else lens.directions(layer or 0, directions.float())
+    directions = (
+        directions.float() if lens is None else lens.directions(layer or 0, directions.float())
+    )
     norm: Any = final_norm(model)
     gain = getattr(norm, "weight", None)
     if isinstance(norm, nn.LayerNorm):
@@ -45,7 +60,10 @@ def written(
         logits = some @ unembedding(model).float().T
         sides = [logits.topk(top, largest=largest) for largest in (True, False)]
         for row in range(len(some)):
-            lists = [list(zip(_texts(tokenizer, side.indices[row]), side.values[row].tolist())) for side in sides]
+            lists = [
+                list(zip(_texts(tokenizer, side.indices[row]), side.values[row].tolist()))
+                for side in sides
+            ]
             found.append(Written(*lists))
     return found
 
@@ -62,13 +80,21 @@ class Aligned(NamedTuple):
     cosine: float
 
 
-def aligned(directions: Tensor, names: tuple, basis: Tensor, features: list[str], top: int = 1) -> Rows[Aligned]:
+def aligned(
+    directions: Tensor, names: tuple, basis: Tensor, features: list[str], top: int = 1
+) -> Rows[Aligned]:
     """For each of ``directions`` (n, hidden_size), called ``names``, the ``top`` rows of a feature ``basis`` (features, hidden_size)
     with the largest |cosine|, such as the decoder of a sparse autoencoder or probe directions; most aligned first."""
-    cosine = nn.functional.normalize(directions.float(), dim=-1) @ nn.functional.normalize(basis.float(), dim=-1).T
+    cosine = (
+        nn.functional.normalize(directions.float(), dim=-1)
+        @ nn.functional.normalize(basis.float(), dim=-1).T
+    )
     found = Rows[Aligned]()
     for name, row in zip(names, cosine):
-        found += [Aligned(name, features[i], row[i].item()) for i in row.abs().topk(min(top, len(features))).indices.tolist()]
+        found += [
+            Aligned(name, features[i], row[i].item())
+            for i in row.abs().topk(min(top, len(features))).indices.tolist()
+        ]
     found.sort(key=lambda entry: -abs(entry.cosine))
     return found
 
@@ -96,11 +122,17 @@ def feeds(model: Any, layer: int, directions: Tensor, names: tuple, top: int = 3
     count = len(model.base_model.get_submodule(family.layers))
     for later in range(layer + 1, count):
         block = model.base_model.get_submodule(f"{family.layers}.{later}")
-        norm: Any = next(module for name, module in block.named_children() if "norm" in name or name.startswith("ln"))
+        norm: Any = next(
+            module
+            for name, module in block.named_children()
+            if "norm" in name or name.startswith("ln")
+        )
         through = nn.functional.normalize(directions.float() * norm.weight.detach().float(), dim=-1)
-        attention = attention_of(model, later)
+        attention = get_attention(model, later)
         weights = [projection(getattr(attention, name)) for name in described(model, "qkv")]
-        for role, weight in zip(("query", "key", "value"), weights if len(weights) == 3 else weights[0].chunk(3)):
+        for role, weight in zip(
+            ("query", "key", "value"), weights if len(weights) == 3 else weights[0].chunk(3)
+        ):
             for head, part in enumerate(weight.float().chunk(heads if role == "query" else groups)):
                 places.append((later, head, role))
                 gains.append((through @ part.T).norm(dim=-1) / (part.norm() / part.shape[1] ** 0.5))
@@ -114,12 +146,16 @@ def feeds(model: Any, layer: int, directions: Tensor, names: tuple, top: int = 3
 
 
 @torch.no_grad()
-def nearest_tokens(model: Any, tokenizer: Any, path: str, top: int = 5) -> list[list[tuple[str, float]]]:
+def nearest_tokens(
+    model: Any, tokenizer: Any, path: str, top: int = 5
+) -> list[list[tuple[str, float]]]:
     """For each prototype or unit of the FFN at ``path`` the ``top`` tokens whose embeddings, sent through the FFN's own norm, have
     the largest |coefficient|, with the coefficient: nearest in the layer's own kernel. What attention adds is left out, so
     this tells more of early layers than of late ones."""
     family = family_of(model)
-    norm = model.base_model.get_submodule(f"{family.layers}.{layer_of(path)}.{described(model, 'ffn_norm')}")
+    norm = model.base_model.get_submodule(
+        f"{family.layers}.{get_layer_number(path)}.{described(model, 'ffn_norm')}"
+    )
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for start, some in enumerate(model.get_input_embeddings().weight.detach().split(CHUNK)):
         c = ffn_readout(model, path, norm(some)).coefficients.float().T
@@ -130,4 +166,6 @@ def nearest_tokens(model: Any, tokenizer: Any, path: str, top: int = 5) -> list[
         kept = part[0].topk(min(top, part[0].shape[1])).indices
         best = tuple(tensor.gather(1, kept) for tensor in part)  # type: ignore[assignment]
     assert best is not None
-    return [list(zip(_texts(tokenizer, ids), values.tolist())) for ids, values in zip(best[1], best[2])]
+    return [
+        list(zip(_texts(tokenizer, ids), values.tolist())) for ids, values in zip(best[1], best[2])
+    ]

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..readout import Readout
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.record import Readout
 from .rows import Rows
 
 RANK = 1e-6
@@ -49,7 +49,9 @@ def write_price(dictionary: Readout | Tensor, directions: Tensor) -> Rows[Price]
         raise InputError(
             f"found directions of shape {tuple(u.shape)}, expected rows of {v.shape[1]} numbers, none of them zero"
         )
-    v = nn.functional.normalize(v[v.norm(dim=-1) > 0], dim=-1)  # the price of a unit vector is then one
+    v = nn.functional.normalize(
+        v[v.norm(dim=-1) > 0], dim=-1
+    )  # the price of a unit vector is then one
     basis = span(v)
     coordinates, found = v @ basis.T, []
     u = nn.functional.normalize(u, dim=-1)
@@ -62,12 +64,18 @@ def write_price(dictionary: Readout | Tensor, directions: Tensor) -> Rows[Price]
         if number and (one + u[number - 1]).norm() < RANK:
             free = found[-1].signed  # of the opposite direction: the same
         else:
-            signed = minimise(torch.ones(2 * len(v)), torch.cat([coordinates, -coordinates]).T, target)
+            signed = minimise(
+                torch.ones(2 * len(v)), torch.cat([coordinates, -coordinates]).T, target
+            )
             if signed is None:
-                raise InputError(f"found no writing of direction {number}, which the dictionary spans: scale the dictionary")
+                raise InputError(
+                    f"found no writing of direction {number}, which the dictionary spans: scale the dictionary"
+                )
             free = signed.sum().item()
         price = math.inf if c is None else c.sum().item()
-        found.append(Price(number, price, free, price / free, 0 if c is None else int((c > 1e-9).sum())))
+        found.append(
+            Price(number, price, free, price / free, 0 if c is None else int((c > 1e-9).sum()))
+        )
     return Rows(sorted(found, key=lambda row: -row.nonnegative))
 
 
@@ -91,11 +99,15 @@ def minimise(cost: Tensor, equalities: Tensor, targets: Tensor) -> Tensor | None
     try:
         from scipy.optimize import linprog
     except ImportError as error:
-        raise InputError("linear programmes need scipy: pip install 'hf-kernel-ffn[read]'") from error
+        raise InputError(
+            "linear programmes need scipy: pip install 'hf-kernel-ffn[read]'"
+        ) from error
     arrays = [tensor.double().cpu().numpy() for tensor in (cost, equalities, targets)]
     result = linprog(arrays[0], A_eq=arrays[1], b_eq=arrays[2], method="highs-ds")
     if result.status == 2:
         return None
     if result.status != 0:
-        raise InputError(f"found no solution of a linear programme, expected one: the solver says {result.message!r}")
+        raise InputError(
+            f"found no solution of a linear programme, expected one: the solver says {result.message!r}"
+        )
     return torch.from_numpy(result.x).to(equalities.device)

@@ -11,11 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..readout import Readout
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.record import Readout
 from .rows import Rows
 
-REGIMES = {(True, True): "convex", (True, False): "conic", (False, True): "affine", (False, False): "linear"}
+REGIMES = {
+    (True, True): "convex",
+    (True, False): "conic",
+    (False, True): "affine",
+    (False, False): "linear",
+}
 """By whether the coefficients are nonnegative, and whether they sum to one."""
 TOLERANCE = 1e-4
 """How far Σc may be from one in a convex or affine regime; half precision rounds by 100 times as much, so sums are taken over float64."""
@@ -50,7 +55,9 @@ def regime(readout: Readout, tolerance: float = TOLERANCE) -> Regime:
     one = bool(((sums - 1).abs() <= tolerance).all())
     least = c.min().item()
     negative = (mass * (c < 0)).sum() / mass.sum().clamp_min(1e-300)
-    return Regime(REGIMES[least >= 0, one], least, negative.item(), (sums.min().item(), sums.max().item()))
+    return Regime(
+        REGIMES[least >= 0, one], least, negative.item(), (sums.min().item(), sums.max().item())
+    )
 
 
 def shares(readout: Readout) -> Tensor:
@@ -99,7 +106,10 @@ def mixtures(readout: Readout) -> Rows[Mixture]:
     total, written = mass.sum(-1), (c @ v).norm(dim=-1)
     p = mass / total.where(total > 0, 1.0)[:, None]
     entropy = -(p * p.where(p > 0, 1.0).log()).sum(-1)
-    small, silent = written < QUIET * written.median(), (total < QUIET * total.median()) | (total == 0)
+    small, silent = (
+        written < QUIET * written.median(),
+        (total < QUIET * total.median()) | (total == 0),
+    )
     small = small | (total == 0)
     rows = zip(
         entropy.tolist(), (c != 0).sum(-1).tolist(), (1 / p.square().sum(-1).clamp_min(1e-300)).tolist(),
@@ -139,9 +149,13 @@ def contributions(readout: Readout, place: int = -1, top: int | None = None) -> 
     share = shares(one)[0].tolist() if (c >= 0).all() else [None] * len(c)
     norm = c.abs() * v.norm(dim=-1)
     along = c * (v @ nn.functional.normalize(c @ v, dim=0))
-    order = norm.argsort(descending=True, stable=True)[: int((c != 0).sum()) if top is None else top].tolist()
+    order = norm.argsort(descending=True, stable=True)[
+        : int((c != 0).sum()) if top is None else top
+    ].tolist()
     return Rows(
-        Contribution(readout.names[i], i, c[i].item(), share[i], norm[i].item(), along[i].item()) for i in order if c[i] != 0
+        Contribution(readout.names[i], i, c[i].item(), share[i], norm[i].item(), along[i].item())
+        for i in order
+        if c[i] != 0
     )
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..files import write_text
-from ..linears import effective
-from ..readout import Readout
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.linears import get_effective_weight
+from ..checkpoint_code.record import Readout
+from ..storage.files import write_text
 from .decompositions import alternatives as alternative_shares
 from .naming import written
 from .regimes import mixtures, regime
-from .tracing import Trace, layer_of
+from .tracing import Trace, get_layer_number
 
 Namer = Callable[[str, list[int], Tensor], list[list[str]]]
 """(path of the FFN, N rows of its dictionary by number, those rows (N, hidden_size)) -> the tokens that each row promotes."""
@@ -67,22 +67,34 @@ def report_data(
         )
     unknown = set(alternatives or {}) - set(student.ffn_inputs)
     if unknown:
-        raise InputError(f"found alternatives for {sorted(unknown)[0]!r}, expected paths among {', '.join(student.ffn_inputs)}")
+        raise InputError(
+            f"found alternatives for {sorted(unknown)[0]!r}, expected paths among {', '.join(student.ffn_inputs)}"
+        )
     vocabulary: dict[str, int] = {}
     room = PICTURED
     layers = []
     for number, path in enumerate(student.ffn_inputs):
         record = student.ffn(path)
-        picture = _picture(student.model.base_model.get_submodule(path), student.ffn_inputs[path], record, room)
+        picture = _picture(
+            student.model.base_model.get_submodule(path), student.ffn_inputs[path], record, room
+        )
         room -= len(record.dictionary) if "output" in picture else 0
-        others = None if path not in (alternatives or {}) else _alternatives(path, record, (alternatives or {})[path], top)
+        others = (
+            None
+            if path not in (alternatives or {})
+            else _alternatives(path, record, (alternatives or {})[path], top)
+        )
         attention = _attention(student.attention[number], student.positions)
-        layers.append({"path": path, "attention": attention, "picture": picture, "alternatives": others})
+        layers.append(
+            {"path": path, "attention": attention, "picture": picture, "alternatives": others}
+        )
     return {
         "tokens": student.tokens,
         "positions": student.positions,
         "layers": layers,
-        "student": _side(student, top, namer or logit_lens(student.model, tokenizer), vocabulary, layers),
+        "student": _side(
+            student, top, namer or logit_lens(student.model, tokenizer), vocabulary, layers
+        ),
         "teacher": None
         if teacher is None
         else _side(teacher, top, namer or logit_lens(teacher.model, tokenizer), vocabulary, []),
@@ -106,7 +118,9 @@ def other_mixtures(trace: Trace, count: int, seed: int = 0) -> dict[str, Tensor]
 def write_report(file: str | Path, data: dict) -> None:
     """The page of ``data`` (from :func:`report_data`) at ``file``, whole or not at all; it needs no network."""
     # "<" could end the script element or open a comment in it; in JSON it stands in strings only
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace(
+        "<", "\\u003c"
+    )
     write_text(file, TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text, 1))
 
 
@@ -116,12 +130,17 @@ def logit_lens(model: Any, tokenizer: Any, count: int = 4) -> Namer:
     def name(path: str, indices: list[int], rows: Tensor) -> list[list[str]]:
         if tokenizer is None:
             return [[] for _ in indices]
-        return [[token for token, _ in write.promoted] for write in written(model, tokenizer, rows, count)]
+        return [
+            [token for token, _ in write.promoted]
+            for write in written(model, tokenizer, rows, count)
+        ]
 
     return name
 
 
-def _side(trace: Trace, top: int, namer: Namer, vocabulary: dict[str, int], shared: list[dict]) -> dict:
+def _side(
+    trace: Trace, top: int, namer: Namer, vocabulary: dict[str, int], shared: list[dict]
+) -> dict:
     """One model: its layers' regimes, cells and prototypes by name."""
     layers = []
     for number, path in enumerate(trace.ffn_inputs):
@@ -138,7 +157,7 @@ def _side(trace: Trace, top: int, namer: Namer, vocabulary: dict[str, int], shar
         promoted = namer(path, used, v[used]) if used else []
         layers.append(
             {
-                "layer": layer_of(path), "path": path, "regime": what.name, "shares": what.has_shares, "size": len(v), "cells": cells,
+                "layer": get_layer_number(path), "path": path, "regime": what.name, "shares": what.has_shares, "size": len(v), "cells": cells,
                 "prototypes": {
                     i: [record.names[i], [vocabulary.setdefault(token, len(vocabulary)) for token in tokens]]
                     for i, tokens in zip(used, promoted)
@@ -164,7 +183,10 @@ def _cells(record: Readout, top: int, has_shares: bool) -> list[dict]:
                 "c": [_short(x) for x in c[row, kept].tolist()],
                 "a": [_short(x, 3) for x in along[row, kept].tolist()],
                 "sum": _short(c[row].sum().item(), 6),
-                "rest": [mixture.active - len(kept), _short((mass[row].sum() - mass[row, kept].sum()).clamp_min(0).item())],
+                "rest": [
+                    mixture.active - len(kept),
+                    _short((mass[row].sum() - mass[row, kept].sum()).clamp_min(0).item()),
+                ],
                 "active": mixture.active,
                 "intensity": _short(mixture.intensity),
                 "entropy": _short(mixture.entropy),
@@ -185,10 +207,11 @@ def _support(ffn: Any, inputs: Tensor) -> list[list[float] | None]:
         return [None] * len(inputs)
     score, distance2 = ffn.scores(inputs)
     log_mass = ffn.kernel.log(score, distance2, **ffn.kernel_parameters()).double().logsumexp(-1)
-    rows = effective(ffn.input_prototypes, inputs)[0].double()
+    rows = get_effective_weight(ffn.input_prototypes, inputs)[0].double()
     nearest = -torch.cdist(inputs.double(), rows).min(-1).values
     return [
-        [_short(a) if math.isfinite(a) else -1e9, _short(b)] for a, b in zip(log_mass.tolist(), nearest.tolist())
+        [_short(a) if math.isfinite(a) else -1e9, _short(b)]
+        for a, b in zip(log_mass.tolist(), nearest.tolist())
     ]  # JSON has no infinity
 
 
@@ -197,22 +220,38 @@ def _picture(ffn: Any, inputs: Tensor, record: Readout, room: int) -> dict:
     of its outputs. Of a layer that has none, the ``reason``."""
     settings = getattr(getattr(ffn, "config", None), "settings", None)
     if settings is None or not hasattr(ffn, "kernel_parameters"):
-        return {"reason": "This FFN is no kernel readout: its coefficients are signed and have no hull."}
+        return {
+            "reason": "This FFN is no kernel readout: its coefficients are signed and have no hull."
+        }
     if settings.values == "gated":
-        return {"reason": "The values are gated: each output prototype changes with the input, so there is no fixed hull."}
+        return {
+            "reason": "The values are gated: each output prototype changes with the input, so there is no fixed hull."
+        }
     if settings.kernel not in KERNELS:
         return {"reason": f"The page cannot evaluate the kernel {settings.kernel!r}."}
     if settings.simplex not in ("softmax", "top-k", "threshold", "sparsemax", "entmax-1.5"):
         return {"reason": f"The page cannot evaluate the simplex map {settings.simplex!r}."}
     if len(record.dictionary) > room:
-        return {"reason": "Left out to keep the file small: the layers before it have many prototypes."}
-    weight, bias = effective(ffn.input_prototypes, inputs)
-    x, w, c, v = inputs.double(), weight.double(), record.coefficients.double(), record.dictionary.double()
+        return {
+            "reason": "Left out to keep the file small: the layers before it have many prototypes."
+        }
+    weight, bias = get_effective_weight(ffn.input_prototypes, inputs)
+    x, w, c, v = (
+        inputs.double(),
+        weight.double(),
+        record.coefficients.double(),
+        record.dictionary.double(),
+    )
     mean, axes, explained = _plane(x)
     outputs = _plane(c @ v)[1]
     total = c.sum(-1, keepdim=True)
     plain = settings.coefficients_are_kernel
-    columns = [w @ mean, w @ axes[0], w @ axes[1], torch.zeros_like(w[:, 0]) if bias is None else bias.double()]
+    columns = [
+        w @ mean,
+        w @ axes[0],
+        w @ axes[1],
+        torch.zeros_like(w[:, 0]) if bias is None else bias.double(),
+    ]
     picture = {
         "kernel": settings.kernel,
         "parameters": {name: float(value) for name, value in ffn.kernel_parameters().items()},
@@ -221,19 +260,27 @@ def _picture(ffn: Any, inputs: Tensor, record: Readout, room: int) -> dict:
         "logThreshold": float(ffn.log_threshold()) if settings.simplex == "threshold" else None,
         "temperature": 1.0 if plain else float(ffn.positive("temperature")),
         "intensity": settings.intensity,
-        "scale": float(ffn.positive("scale")) if settings.intensity == "mass" else float(ffn.reference.get("scale", 1.0)),
+        "scale": float(ffn.positive("scale"))
+        if settings.intensity == "mass"
+        else float(ffn.reference.get("scale", 1.0)),
         "gate": None,
         "mean": [float(mean @ mean), float(mean @ axes[0]), float(mean @ axes[1])],
         "explained": explained,
-        "input": _base64(torch.stack([*columns, w.square().sum(-1)], 1)),  # m, p, q, b, ‖w‖² of every prototype
+        "input": _base64(
+            torch.stack([*columns, w.square().sum(-1)], 1)
+        ),  # m, p, q, b, ‖w‖² of every prototype
         "tokens": _base64((x - mean) @ axes.T),
         "output": _base64(v @ outputs.T),
         "points": _base64((c / total.where(total > 0, 1.0)) @ v @ outputs.T),
     }
     if settings.intensity == "gate":
-        gate, shift = effective(ffn.gate, inputs)
+        gate, shift = get_effective_weight(ffn.gate, inputs)
         along = gate.double()[0] @ torch.stack([mean, *axes], 1)
-        picture["gate"] = [float(along[0] + (0.0 if shift is None else shift.double()[0])), float(along[1]), float(along[2])]
+        picture["gate"] = [
+            float(along[0] + (0.0 if shift is None else shift.double()[0])),
+            float(along[1]),
+            float(along[2]),
+        ]
     return picture
 
 
@@ -261,7 +308,11 @@ def _alternatives(path: str, record: Readout, rows: Tensor, top: int) -> dict:
         sparse.append([used, [_short(x, 8) for x in row[used].tolist()]])
     spread = (outputs - outputs[0]).norm(dim=-1).max() / outputs[0].norm().clamp_min(1e-300)
     order = rows.mean(0).argsort(descending=True)[:top].tolist()
-    return {"rows": sparse, "order": [i for i in order if rows[:, i].any()], "spread": _short(spread.item(), 2)}
+    return {
+        "rows": sparse,
+        "order": [i for i in order if rows[:, i].any()],
+        "spread": _short(spread.item(), 2),
+    }
 
 
 def _attention(weights: Tensor, positions: list[int]) -> dict:

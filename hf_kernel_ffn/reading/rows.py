@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
 
 Row = TypeVar("Row", bound=tuple)
 

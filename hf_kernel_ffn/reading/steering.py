@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import ffn_inputs
-from ..errors import InputError
+from ..checkpoint_code.errors import InputError
+from ..conversion.sampling import read_ffn_inputs
 from .attribution import final_norm, frozen_norm
 from .contexts import Contexts
 from .editing import Addition, Edit, Effect, edited, effect, predictions
@@ -39,7 +39,9 @@ def addition(trace: Trace, path: str, write: Tensor, ids: Tensor, position: int 
     model, x = trace.model, trace.ffn_inputs[path][trace.at(position)].float()
     ffn = model.base_model.get_submodule(path)
     if not hasattr(ffn, "input_prototypes"):
-        raise InputError(f"found {type(ffn).__name__} at {path}, expected a kernel readout: convert the model")
+        raise InputError(
+            f"found {type(ffn).__name__} at {path}, expected a kernel readout: convert the model"
+        )
 
     def loudness(row: Tensor, bias: float) -> tuple[float, float]:
         with edited(model, Addition(path, row, bias, write)):
@@ -49,8 +51,11 @@ def addition(trace: Trace, path: str, write: Tensor, ids: Tensor, position: int 
 
     if not ffn.kernel.uses_bias:
         return Addition(path, x, 0.0, write / loudness(x, 0.0)[0])
-    inputs = torch.cat(list(ffn_inputs(model, path, ids))).float()
-    row = nn.functional.normalize(x - inputs.mean(0), dim=0) * ffn.input_prototypes.weight.float().norm(dim=-1).median()
+    inputs = torch.cat(list(read_ffn_inputs(model, path, ids))).float()
+    row = (
+        nn.functional.normalize(x - inputs.mean(0), dim=0)
+        * ffn.input_prototypes.weight.float().norm(dim=-1).median()
+    )
     for share in RARELY:
         bias, best = -(inputs @ row).quantile(share).item(), (0.0, 0.0)
         for stretch in (2 ** (step / 2) for step in range(LENGTHS)):
@@ -69,7 +74,12 @@ def addition(trace: Trace, path: str, write: Tensor, ids: Tensor, position: int 
 
 @torch.no_grad()
 def raise_token(
-    trace: Trace, token: int, used: dict[str, Contexts], others: Tensor, probability: float = 0.5, candidates: int = 4
+    trace: Trace,
+    token: int,
+    used: dict[str, Contexts],
+    others: Tensor,
+    probability: float = 0.5,
+    candidates: int = 4,
 ) -> tuple[Edit, Effect] | None:
     """The edit of one prototype (or hidden unit) that brings ``token`` to ``probability`` after the prompt of ``trace`` and disturbs
     ``others`` (rows, length) least, among the ``candidates`` most selective ones; None if none gets there.
@@ -81,10 +91,15 @@ def raise_token(
     for path, entry in used.items():
         c = ffn_readout(trace.model, path, trace.ffn_inputs[path][-1:]).coefficients[0].double()
         noise = (entry.squares / entry.tokens) / c.square().where(c != 0, torch.nan)
-        found += [(score, path, i, c[i].item()) for i, score in enumerate(noise.tolist()) if score == score]
+        found += [
+            (score, path, i, c[i].item())
+            for i, score in enumerate(noise.tolist())
+            if score == score
+        ]
     direction = _toward(trace, token)
     chosen = [
-        Edit(path, prototype, write=direction / c) for _, path, prototype, c in sorted(found, key=lambda f: f[0])[:candidates]
+        Edit(path, prototype, write=direction / c)
+        for _, path, prototype, c in sorted(found, key=lambda f: f[0])[:candidates]
     ]
     return _cheapest(trace, token, chosen, others, probability)
 
@@ -97,7 +112,9 @@ def raise_token_by_addition(
     it is to be silent (:func:`addition`)."""
     direction, chosen = _toward(trace, token), []
     for path in trace.ffn_inputs:
-        with suppress(InputError):  # this layer does not tell the context from ordinary text; another may
+        with suppress(
+            InputError
+        ):  # this layer does not tell the context from ordinary text; another may
             chosen.append(addition(trace, path, direction, ids))
     return _cheapest(trace, token, chosen, others, probability)
 
@@ -118,7 +135,10 @@ def _cheapest(trace: Trace, token: int, chosen: list, others: Tensor, probabilit
         def louder(amount: float, change: Any = change) -> Any:
             return replace(change, write=change.write * amount)
 
-        amount = _least(lambda amount: _probability(model, louder(amount), trace.ids, token) >= probability, length)
+        amount = _least(
+            lambda amount: _probability(model, louder(amount), trace.ids, token) >= probability,
+            length,
+        )
         if amount is None:
             continue
         result = effect(model, [louder(amount)], trace.ids, token, others, plain)
@@ -129,7 +149,13 @@ def _cheapest(trace: Trace, token: int, chosen: list, others: Tensor, probabilit
 
 def _probability(model: Any, change: Edit | Addition, context: Tensor, token: int) -> float:
     with edited(model, change):
-        return model(input_ids=context[None], use_cache=False).logits[0, -1].float().softmax(-1)[token].item()
+        return (
+            model(input_ids=context[None], use_cache=False)
+            .logits[0, -1]
+            .float()
+            .softmax(-1)[token]
+            .item()
+        )
 
 
 def _least(enough, unit: float) -> float | None:

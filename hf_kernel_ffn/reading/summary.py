@@ -8,7 +8,7 @@ from .attribution import logit_split
 from .naming import written
 from .regimes import contributions, mixtures, regime
 from .support import Support
-from .tracing import Trace, layer_of
+from .tracing import Trace, get_layer_number
 
 NEXT = 5
 """Likely next tokens that are given."""
@@ -32,22 +32,30 @@ def summary(
     best = trace.logits[place].float().softmax(-1).topk(NEXT)
     first, second = best.indices[:2].tolist()
     split = logit_split(trace, first, second, trace.positions[place])
-    covered = {} if support is None else {s.path: s for s in support.percentiles(trace) if s.position == trace.positions[place]}
+    covered = (
+        {}
+        if support is None
+        else {s.path: s for s in support.percentiles(trace) if s.position == trace.positions[place]}
+    )
     entries = []
     for path in trace.ffn_inputs:
-        if layers is not None and layer_of(path) not in layers:
+        if layers is not None and get_layer_number(path) not in layers:
             continue
         record = trace.ffn(path)
         mixture, what = mixtures(record)[place], regime(record)
         parts = contributions(record, place, top)
-        writes = written(trace.model, tokenizer, record.dictionary[[part.prototype for part in parts]])
-        entry: dict = {"layer": layer_of(path), "path": path, "regime": what.name}
+        writes = written(
+            trace.model, tokenizer, record.dictionary[[part.prototype for part in parts]]
+        )
+        entry: dict = {"layer": get_layer_number(path), "path": path, "regime": what.name}
         entry |= {k: v for k, v in mixture._asdict().items() if k != "position"}
         mass = mixture.positive_mass + mixture.negative_mass
         entry["negative_mass_share"] = mixture.negative_mass / mass if mass else 0.0
         if path in covered:
             entry["support"] = {"nearest": covered[path].nearest, "mass": covered[path].mass}
-        entry["contributions"] = [{**part._asdict(), "writes": str(write)} for part, write in zip(parts, writes)]
+        entry["contributions"] = [
+            {**part._asdict(), "writes": str(write)} for part, write in zip(parts, writes)
+        ]
         entries.append(entry)
     return {
         "position": trace.positions[place],

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..architectures import ffn_paths, stock_ffn, stock_weights
-from ..hooks import recorded
-from ..linears import effective
-from ..locality import auc
-from ..readout import KernelFFN
+from ..checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.linears import get_effective_weight
+from ..evaluation.locality import auc
+from ..families.hooks import capture_inputs_and_outputs
+from ..families.lookup import find_ffn_paths, find_stock_ffn
+from ..families.weights import read_stock_weights
 from .contexts import SKIP
 from .rows import Rows
 from .tracing import Trace, family_of
@@ -31,27 +32,35 @@ def support_scores(model: Any, path: str, inputs: Tensor) -> dict[str, Tensor]:
     """
     ffn = model.base_model.get_submodule(path)
     if isinstance(ffn, KernelFFN) or hasattr(ffn, "input_prototypes"):
-        rows = effective(ffn.input_prototypes, inputs)[0]
+        rows = get_effective_weight(ffn.input_prototypes, inputs)[0]
         mass = ffn.kernel.log(*ffn.scores(inputs), **ffn.kernel_parameters()).logsumexp(-1)
     else:
-        weights = stock_weights(model, stock_ffn(model, path))
+        weights = read_stock_weights(model, find_stock_ffn(model, path))
         rows = weights.up if weights.gate is None else weights.gate
         mass = (weights.coefficients(inputs).abs() * weights.down.norm(dim=-1)).sum(-1).log()
-    return {"nearest": -torch.cdist(inputs.float(), rows.float()).amin(-1).square(), "mass": mass.float()}
+    return {
+        "nearest": -torch.cdist(inputs.float(), rows.float()).amin(-1).square(),
+        "mass": mass.float(),
+    }
 
 
 @torch.no_grad()
 def text_scores(model: Any, ids: Tensor, batch_rows: int = 8) -> dict[str, dict[str, Tensor]]:
     """:func:`support_scores` by path over text ``ids`` (rows, length), past the first 8 positions of each row."""
-    paths = ffn_paths(model.eval(), family_of(model))
+    paths = find_ffn_paths(model.eval(), family_of(model))
     modules = {path: model.base_model.get_submodule(path) for path in paths}
     parts: dict[str, list[dict[str, Tensor]]] = {path: [] for path in paths}
     for batch in ids.split(batch_rows):
-        with recorded(modules) as seen:
-            model.base_model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
+        with capture_inputs_and_outputs(modules) as seen:
+            model.base_model(
+                input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False
+            )
         for path in paths:
             parts[path].append(support_scores(model, path, seen[path][0][:, SKIP:].flatten(0, 1)))
-    return {path: {name: torch.cat([part[name] for part in some]).cpu() for name in SCORES} for path, some in parts.items()}
+    return {
+        path: {name: torch.cat([part[name] for part in some]).cpu() for name in SCORES}
+        for path, some in parts.items()
+    }
 
 
 class Supported(NamedTuple):
@@ -71,7 +80,10 @@ class Support:
         at = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
         scores = text_scores(model, ids)
         self.quantiles = {
-            path: {name: values.double().clamp_min(-1e300).quantile(at) for name, values in entry.items()}
+            path: {
+                name: values.double().clamp_min(-1e300).quantile(at)
+                for name, values in entry.items()
+            }
             for path, entry in scores.items()
         }
 
@@ -81,9 +93,13 @@ class Support:
         for path, inputs in trace.ffn_inputs.items():
             columns = []
             for name, values in support_scores(trace.model, path, inputs).items():
-                below = torch.searchsorted(self.quantiles[path][name], values.double().cpu().clamp_min(-1e300), right=True)
+                below = torch.searchsorted(
+                    self.quantiles[path][name], values.double().cpu().clamp_min(-1e300), right=True
+                )
                 columns.append((100.0 * below / QUANTILES).tolist())
-            found += [Supported(*row) for row in zip(trace.positions, [path] * len(inputs), *columns)]
+            found += [
+                Supported(*row) for row in zip(trace.positions, [path] * len(inputs), *columns)
+            ]
         return found
 
 
@@ -104,7 +120,10 @@ def separations(model: Any, text: Tensor, others: dict[str, Tensor]) -> Rows[Sep
     found = Rows[Separation]()
     for name, ids in others.items():
         for path, scores in text_scores(model, ids).items():
-            found += [Separation(path, score, name, auc(own[path][score], scores[score])) for score in SCORES]
+            found += [
+                Separation(path, score, name, auc(own[path][score], scores[score]))
+                for score in SCORES
+            ]
     return found
 
 

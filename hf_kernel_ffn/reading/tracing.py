@@ -11,17 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import (
-    Architecture,
-    architecture_of,
-    ffn_paths,
-    get_architecture,
-    stock_ffn,
-    stock_weights,
-    teacher_readout,
-)
-from ..errors import InputError
-from ..readout import Readout
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.record import Readout
+from ..families.lookup import find_ffn_paths, find_stock_ffn
+from ..families.registry import get_architecture, get_architecture_of_model
+from ..families.table import Architecture
+from ..families.weights import read_stock_weights, read_teacher_readout
 
 POSITIONS = 64
 """Of a longer prompt, the last so many positions are read unless others are asked for."""
@@ -56,7 +51,9 @@ class Trace(NamedTuple):
         """The place of ``position`` (negative: from the end) among those kept; InputError if it is not."""
         place = position + len(self.ids) if position < 0 else position
         if place not in self.positions:
-            raise InputError(f"found position {position}, expected one of those kept: {_ranges(self.positions)}")
+            raise InputError(
+                f"found position {position}, expected one of those kept: {_ranges(self.positions)}"
+            )
         return self.positions.index(place)
 
     def ffn(self, path: str) -> Readout:
@@ -68,7 +65,10 @@ class Trace(NamedTuple):
     def head(self, layer: int, head: int, position: int) -> Readout:
         """The record of one attention head at ``position``: coefficients (1, T), named by the tokens, convex. The bias of the
         heads' common output projection is in none of them."""
-        output, groups = output_projection(self.model, layer), self.attention[layer].shape[0] // self.values[layer].shape[0]
+        output, groups = (
+            output_projection(self.model, layer),
+            self.attention[layer].shape[0] // self.values[layer].shape[0],
+        )
         values = self.values[layer][head // groups]
         part = output[:, head * values.shape[1] : (head + 1) * values.shape[1]]
         weights = self.attention[layer][head, self.at(position)][None].to(values.dtype)
@@ -79,7 +79,7 @@ class Trace(NamedTuple):
 def family_of(model: Any) -> Architecture:
     """The table's entry for a stock or converted ``model``; InputError if it is of no known family."""
     entry = getattr(model.config, "kernel_ffn", None)
-    return architecture_of(model) if entry is None else get_architecture(entry["family"])
+    return get_architecture_of_model(model) if entry is None else get_architecture(entry["family"])
 
 
 def described(model: Any, part: str) -> Any:
@@ -100,10 +100,10 @@ def ffn_readout(model: Any, path: str, inputs: Tensor) -> Readout:
     ffn = model.base_model.get_submodule(path)
     if hasattr(ffn, "readout"):
         return ffn.readout(inputs)
-    return teacher_readout(stock_weights(model, stock_ffn(model, path)), inputs)
+    return read_teacher_readout(read_stock_weights(model, find_stock_ffn(model, path)), inputs)
 
 
-def layer_of(path: str) -> int:
+def get_layer_number(path: str) -> int:
     """The number in an FFN's path."""
     return next(int(part) for part in path.split(".") if part.isdigit())
 
@@ -119,18 +119,22 @@ def projection(linear: nn.Module) -> Tensor:
     return weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
 
 
-def attention_of(model: Any, layer: int) -> nn.Module:
+def get_attention(model: Any, layer: int) -> nn.Module:
     """The attention module of block ``layer``."""
-    return model.base_model.get_submodule(f"{family_of(model).layers}.{layer}.{described(model, 'attention')}")
+    return model.base_model.get_submodule(
+        f"{family_of(model).layers}.{layer}.{described(model, 'attention')}"
+    )
 
 
 def output_projection(model: Any, layer: int) -> Tensor:
     """(hidden_size, heads · head_dim): how the heads of block ``layer`` write, side by side."""
-    return projection(getattr(attention_of(model, layer), described(model, "attention_out")))
+    return projection(getattr(get_attention(model, layer), described(model, "attention_out")))
 
 
 @torch.no_grad()
-def trace(model: Any, tokenizer: Any, text: str | Tensor, positions: list[int] | None = None) -> Trace:
+def trace(
+    model: Any, tokenizer: Any, text: str | Tensor, positions: list[int] | None = None
+) -> Trace:
     """Run ``model`` (a causal language model, stock or converted) over ``text`` and keep what was written.
 
     Args:
@@ -147,27 +151,40 @@ def trace(model: Any, tokenizer: Any, text: str | Tensor, positions: list[int] |
         raise InputError("found a prompt without a token, expected at least one")
     wanted = range(max(0, count - POSITIONS), count) if positions is None else positions
     if any(not -count <= p < count for p in wanted):
-        raise InputError(f"found positions {list(wanted)}, expected numbers from {-count} to {count - 1}")
+        raise InputError(
+            f"found positions {list(wanted)}, expected numbers from {-count} to {count - 1}"
+        )
     kept = sorted({p % count for p in wanted})
     ids = ids.to(model.get_input_embeddings().weight.device)
     pieces: dict[tuple[str, Any], list[Tensor]] = defaultdict(list)
     cache = None
     with _hooks(model.eval(), pieces), _eager(model):
         for start in range(0, count, CHUNK):
-            output = model(input_ids=ids[None, start : start + CHUNK], past_key_values=cache, use_cache=True)
+            output = model(
+                input_ids=ids[None, start : start + CHUNK], past_key_values=cache, use_cache=True
+            )
             cache = output.past_key_values
             pieces["logits", None].append(output.logits[0])
-            inside = torch.tensor([p - start for p in kept if start <= p < start + CHUNK], dtype=torch.int64, device=ids.device)
+            inside = torch.tensor(
+                [p - start for p in kept if start <= p < start + CHUNK],
+                dtype=torch.int64,
+                device=ids.device,
+            )
             for (what, _), parts in pieces.items():
-                if what == "attention":  # a sliding window leaves out the oldest keys, a later chunk has more of them
+                if (
+                    what == "attention"
+                ):  # a sliding window leaves out the oldest keys, a later chunk has more of them
                     rows = parts[-1][:, inside]
                     seen = min(count, start + CHUNK)
                     parts[-1] = nn.functional.pad(rows, (seen - rows.shape[-1], count - seen))
                 elif what != "values":
                     parts[-1] = parts[-1][inside]
-    whole = {key: torch.cat(parts, 1 if key[0] in ("attention", "values") else 0) for key, parts in pieces.items()}
+    whole = {
+        key: torch.cat(parts, 1 if key[0] in ("attention", "values") else 0)
+        for key, parts in pieces.items()
+    }
     family = family_of(model)
-    paths = ffn_paths(model, family)
+    paths = find_ffn_paths(model, family)
     layers = range(len(paths))
     heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
     return Trace(
@@ -179,7 +196,9 @@ def trace(model: Any, tokenizer: Any, text: str | Tensor, positions: list[int] |
         ffn_inputs={path: whole["ffn", path] for path in paths},
         states=[whole["state", layer] for layer in layers],
         attention=[whole["attention", layer] for layer in layers],
-        values=[whole["values", layer][0].unflatten(-1, (heads, -1)).transpose(0, 1) for layer in layers],
+        values=[
+            whole["values", layer][0].unflatten(-1, (heads, -1)).transpose(0, 1) for layer in layers
+        ],
         logits=whole["logits", None],
     )
 
@@ -197,20 +216,34 @@ def _hooks(model: Any, pieces: dict[tuple[str, Any], list[Tensor]]) -> Iterator[
         hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
 
     def on_output(module: nn.Module, what: str, which: Any, take) -> None:
-        hooks.append(module.register_forward_hook(lambda module, args, output: pieces[what, which].append(take(output))))
+        hooks.append(
+            module.register_forward_hook(
+                lambda module, args, output: pieces[what, which].append(take(output))
+            )
+        )
 
-    for layer, path in enumerate(ffn_paths(model, family)):
+    for layer, path in enumerate(find_ffn_paths(model, family)):
         block = model.base_model.get_submodule(f"{family.layers}.{layer}")
         attention = getattr(block, described(model, "attention"))
         if layer == 0:
             on_input(block, "embedding", 0)
         on_input(model.base_model.get_submodule(path), "ffn", path)
-        on_output(block, "state", layer, lambda output: (output[0] if isinstance(output, tuple) else output)[0])
+        on_output(
+            block,
+            "state",
+            layer,
+            lambda output: (output[0] if isinstance(output, tuple) else output)[0],
+        )
         on_output(attention, "attention", layer, lambda output: output[1][0])
         qkv = described(model, "qkv")
         value = getattr(attention, qkv[-1])
         stacked = len(qkv) == 1
-        on_output(value, "values", layer, (lambda output: output.chunk(3, -1)[-1]) if stacked else (lambda output: output))
+        on_output(
+            value,
+            "values",
+            layer,
+            (lambda output: output.chunk(3, -1)[-1]) if stacked else (lambda output: output),
+        )
     try:
         yield
     finally:

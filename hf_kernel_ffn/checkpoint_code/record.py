@@ -1,0 +1,30 @@
+"""The one record that everything reads: coefficients over a dictionary.
+
+This file travels inside converted checkpoints: it imports nothing but torch and transformers.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Readout(NamedTuple):
+    """What one FFN (or attention head) wrote: ``output() = coefficients @ dictionary + bias``."""
+
+    coefficients: Tensor
+    """(..., prototypes). Nonnegative from a kernel readout with fixed values, signed otherwise."""
+    dictionary: Tensor
+    """(prototypes, hidden_size): output prototypes as rows."""
+    bias: Tensor | None
+    """(hidden_size,) written whatever fires."""
+    shares: Tensor | None
+    """(..., prototypes) π ≥ 0, summing to one, or to zero where nothing fires; None if the FFN defines none."""
+    intensity: Tensor | None
+    """(...) g ≥ 0 with coefficients = g·π (·u_i x); None if the FFN defines none."""
+    names: tuple
+    """The dictionary rows by name."""
+
+    def output(self) -> Tensor:
+        """(..., hidden_size): the FFN's output, as the record's own sum."""
+        written = self.coefficients @ self.dictionary
+        return written if self.bias is None else written + self.bias

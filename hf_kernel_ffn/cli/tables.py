@@ -1,0 +1,119 @@
+"""What the commands print: tables of a report and of a reading."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+
+def print_report(report: dict) -> None:
+    names = [
+        "student.cross_entropy",
+        "teacher.cross_entropy",
+        "delta_cross_entropy",
+        "kl",
+        "top1_agreement",
+        "loss_recovered",
+    ]
+    names += ["pooled_cosine", "pooled_cosine_centred"] if "pooled_cosine" in report else []
+    rows = []
+    for name in names:
+        value = report
+        for key in name.split("."):
+            value = value[key]
+        rows.append([name, f"{value:.4f}"])
+    print_table(["figure", f"over {report['tokens']:,} predicted tokens"], rows)
+    columns = {
+        "fvu": "FVU", "fvu_student_inputs": "FVU own inputs", "active_prototypes": "active", "effective_prototypes": "effective",
+        "coherence": "coherence", "opposed_share": "opposed", "write_mass_ratio": "write mass",
+    }  # fmt: skip
+    rows = []
+    for layer in report["layers"]:
+        for who, figures in ((layer["path"], layer), ("  teacher", layer["teacher"])):
+            rows.append(
+                [
+                    who,
+                    *(f"{figures[name]:.{1 if 'prototypes' in name else 4}f}" for name in columns),
+                ]
+            )
+    print_table(["layer", *columns.values()], rows)
+
+
+def print_reading(found: dict) -> None:
+    typer.echo(
+        f"at token {found['position']} {found['token']!r}; next: "
+        + ", ".join(f"{t!r} {p:.1%}" for t, p in found["next"])
+    )
+    head = [
+        "layer",
+        "regime",
+        "intensity",
+        "entropy",
+        "active",
+        "effective",
+        "coherence",
+        "negative mass",
+        "support",
+        "",
+    ]
+    rows = []
+    for layer in found["layers"]:
+        support = layer.get("support")
+        rows.append([
+            str(layer["layer"]), layer["regime"], f"{layer['intensity']:.2f}", f"{layer['entropy']:.2f}", str(layer["active"]),
+            f"{layer['effective']:.1f}", f"{layer['coherence']:.3f}", f"{layer['negative_mass_share']:.1%}",
+            "–" if support is None else f"{support['nearest']:.0f}%", layer["diagnosis"],
+        ])  # fmt: skip
+    print_table(head, rows)
+    for layer in found["layers"]:
+        shares = layer["contributions"] and layer["contributions"][0]["share"] is not None
+        rows = [
+            [
+                c["name"],
+                f"{c['share']:.1%}" if shares else f"{c['coefficient']:+.3f}",
+                f"{c['along']:+.3f}",
+                c["writes"],
+            ]
+            for c in layer["contributions"]
+        ]
+        print_table(
+            [
+                f"layer {layer['layer']}",
+                "share" if shares else "coefficient",
+                "along the output",
+                "writes",
+            ],
+            rows,
+        )
+    logit = found["logit"]
+    rows = [
+        [
+            "–" if p["layer"] is None else str(p["layer"]),
+            p["kind"],
+            p["name"],
+            f"{p['amount']:+.3f}",
+        ]
+        for p in logit["parts"]
+    ]
+    rows += [["", f"all {kind}", "", f"{amount:+.3f}"] for kind, amount in logit["kinds"].items()]
+    rows += [["", "remainder", "", f"{logit['remainder']:+.1e}"]]
+    print_table(
+        [
+            "layer",
+            "from",
+            "",
+            f"logit of {logit['token']!r} over {logit['against']!r}: {logit['value']:.3f}",
+        ],
+        rows,
+    )
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)

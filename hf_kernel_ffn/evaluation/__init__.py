@@ -1,0 +1,1 @@
+"""How near a student is to its teacher, how readable it is, and the baselines it is held against."""

@@ -1,0 +1,1 @@
+"""Where the FFNs of any model are, what their weights are, and the classes of a converted model."""

@@ -1,0 +1,1 @@
+"""Fused Triton kernels, the trial that lets them in, and how layers are measured."""

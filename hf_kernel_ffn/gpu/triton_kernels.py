@@ -1,0 +1,262 @@
+"""The Triton kernels of fused.py, where the formulas stand: tiles of x·w with all that follows in their epilogue, and a gather.
+
+Matrices are read at any strides; offsets are 64 bits wide up to a tile and 32 bits within; everything is summed in float32; what
+lies outside a matrix is zero. With TRITON_INTERPRET=1 they run on a CPU, for tests.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # readouts then compute the same without it
+    triton = tl = None  # type: ignore[assignment]
+
+SHAPES = ((64, 8, 3), (64, 8, 4), (64, 4, 3), (32, 4, 4), (32, 8, 3), (16, 8, 3))
+"""Features read at once, warps and pipeline stages that are tried once per size of a layer and of its tiles."""
+
+_jit = triton.jit if triton else lambda function: function
+
+
+@_jit
+def _place(tokens, prototypes, BLOCK_TOKENS: tl.constexpr, BLOCK_PROTOTYPES: tl.constexpr):
+    """Which tile of tokens and which of prototypes this program has; those that run together share what they read."""
+    down, across = tl.cdiv(tokens, BLOCK_TOKENS), tl.cdiv(prototypes, BLOCK_PROTOTYPES)
+    group, within = tl.program_id(0) // (8 * across), tl.program_id(0) % (8 * across)
+    height = tl.minimum(down - 8 * group, 8)
+    return 8 * group + within % height, within // height
+
+
+@_jit
+def _products(
+    x, rows, up, down, across, tokens, prototypes, x_token, x_feature, row, row_feature, up_row, up_feature,
+    SIZE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_PROTOTYPES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
+):  # fmt: skip
+    """x·w and, if values are gated, x·u of one tile (BLOCK_TOKENS, BLOCK_PROTOTYPES), float32; zero outside the matrix."""
+    first, column, feature = (
+        tl.arange(0, BLOCK_TOKENS),
+        tl.arange(0, BLOCK_PROTOTYPES),
+        tl.arange(0, BLOCK_FEATURES),
+    )
+    x += down.to(tl.int64) * BLOCK_TOKENS * x_token
+    rows += across.to(tl.int64) * BLOCK_PROTOTYPES * row
+    up += across.to(tl.int64) * BLOCK_PROTOTYPES * up_row
+    xs = first[:, None] * x_token + feature[None, :] * x_feature
+    ws = column[None, :] * row + feature[:, None] * row_feature
+    us = column[None, :] * up_row + feature[:, None] * up_feature
+    here = (first < tokens - down * BLOCK_TOKENS)[:, None]
+    there = (column < prototypes - across * BLOCK_PROTOTYPES)[None, :]
+    step = tl.full((), BLOCK_FEATURES, tl.int64)
+    dot = tl.zeros((BLOCK_TOKENS, BLOCK_PROTOTYPES), tl.float32)
+    ups = dot
+    for start in range(0, SIZE, BLOCK_FEATURES):
+        inside = feature < SIZE - start
+        part = tl.load(x + xs, mask=here & inside[None, :], other=0.0)
+        dot = tl.dot(
+            part,
+            tl.load(rows + ws, mask=there & inside[:, None], other=0.0),
+            dot,
+            input_precision=PRECISION,
+        )
+        if GATED:
+            ups = tl.dot(
+                part,
+                tl.load(up + us, mask=there & inside[:, None], other=0.0),
+                ups,
+                input_precision=PRECISION,
+            )
+        x += step * x_feature
+        rows += step * row_feature
+        up += step * up_feature
+    return dot, ups
+
+
+@_jit
+def _terms(dot, bias, square_x, square_rows, epsilon, ONE_SIDED: tl.constexpr):
+    """s, ‖x − w‖² as rounding left it, and ‖x − w‖² + ε; a NaN stays one."""
+    score = dot + bias[None, :]
+    if ONE_SIDED:
+        score = tl.where(score < 0, 0.0, score)
+    distance = square_x[:, None] + square_rows[None, :] - 2 * dot
+    return score, distance, tl.where(distance < 0, 0.0, distance) + epsilon
+
+
+@_jit
+def _log2(score, denominator, temperature):
+    """log₂ κ / τ, −∞ where nothing fires."""
+    fires = score != 0
+    size = tl.where(fires, tl.abs(score), 1.0)
+    return tl.where(fires, (2 * tl.log2(size) - tl.log2(denominator)) / temperature, float("-inf"))
+
+
+@_jit
+def forward_kernel(
+    x, rows, up, bias, up_bias, square_x, square_rows, epsilon, factor, coefficients, tops, masses,
+    tokens, prototypes, tiles, width, x_token, x_feature, row, row_feature, up_row, up_feature,
+    SIZE: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ONE_SIDED: tl.constexpr, CONVEX: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_PROTOTYPES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``coefficients`` (tokens, width); if convex also, per token and tile of prototypes, the power of two that it
+    is relative to (its logarithm) and its mass."""
+    down, across = _place(tokens, prototypes, BLOCK_TOKENS, BLOCK_PROTOTYPES)
+    token = down.to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    prototype = across.to(tl.int64) * BLOCK_PROTOTYPES + tl.arange(0, BLOCK_PROTOTYPES)
+    here, there = token < tokens, prototype < prototypes
+    dot, ups = _products(
+        x, rows, up, down, across, tokens, prototypes, x_token, x_feature, row, row_feature, up_row, up_feature,
+        SIZE, GATED, PRECISION, BLOCK_TOKENS, BLOCK_PROTOTYPES, BLOCK_FEATURES,
+    )  # fmt: skip
+    score, _, denominator = _terms(
+        dot, tl.load(bias + prototype, mask=there, other=0.0), tl.load(square_x + token, mask=here, other=0.0),
+        tl.load(square_rows + prototype, mask=there, other=0.0), tl.load(epsilon), ONE_SIDED,
+    )  # fmt: skip
+    if CONVEX:
+        logarithm = _log2(score, denominator, tl.load(factor))
+        top = tl.ceil(tl.max(logarithm, 1))
+        value = tl.exp2(logarithm - tl.where(top == float("-inf"), 0.0, top)[:, None])
+        tl.store(tops + token * tiles + across, top, mask=here)
+        tl.store(masses + token * tiles + across, tl.sum(value, 1), mask=here)
+    else:
+        value = score * (score / denominator) * tl.load(factor)
+    if GATED:
+        if BIASED:
+            ups += tl.load(up_bias + prototype, mask=there, other=0.0)[None, :]
+        value *= ups
+    coefficients += down.to(tl.int64) * BLOCK_TOKENS * width + across * BLOCK_PROTOTYPES
+    place = tl.arange(0, BLOCK_TOKENS)[:, None] * width + tl.arange(0, BLOCK_PROTOTYPES)[None, :]
+    tl.store(
+        coefficients + place,
+        value.to(coefficients.dtype.element_ty),
+        mask=here[:, None] & there[None, :],
+    )
+
+
+@_jit
+def backward_kernel(
+    x, rows, up, bias, up_bias, square_x, square_rows, epsilon, factor, shift, mean, unit_x, unit_rows, unit_up,
+    gradient, coefficients, d_scores, d_ups, per_token, per_row, sum_scores, sum_ups, sum_epsilon, sum_factor,
+    tokens, prototypes, tiles, x_token, x_feature, row, row_feature, up_row, up_feature,
+    SIZE: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ONE_SIDED: tl.constexpr, CONVEX: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_PROTOTYPES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``coefficients`` and, times the units, of the gradients of x·w and x·u, from that of the coefficients; and the tile's
+    sums over prototypes (per_token), over tokens (per_row, sum_scores, sum_ups) and over both."""
+    down, across = _place(tokens, prototypes, BLOCK_TOKENS, BLOCK_PROTOTYPES)
+    token = down.to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    prototype = across.to(tl.int64) * BLOCK_PROTOTYPES + tl.arange(0, BLOCK_PROTOTYPES)
+    here, there = token < tokens, prototype < prototypes
+    both = here[:, None] & there[None, :]
+    place = (
+        tl.arange(0, BLOCK_TOKENS)[:, None] * prototypes + tl.arange(0, BLOCK_PROTOTYPES)[None, :]
+    )
+    base = down.to(tl.int64) * BLOCK_TOKENS * prototypes + across * BLOCK_PROTOTYPES
+    gradient, coefficients, d_scores, d_ups = (
+        gradient + base,
+        coefficients + base,
+        d_scores + base,
+        d_ups + base,
+    )
+    dot, ups = _products(
+        x, rows, up, down, across, tokens, prototypes, x_token, x_feature, row, row_feature, up_row, up_feature,
+        SIZE, GATED, PRECISION, BLOCK_TOKENS, BLOCK_PROTOTYPES, BLOCK_FEATURES,
+    )  # fmt: skip
+    score, distance, denominator = _terms(
+        dot, tl.load(bias + prototype, mask=there, other=0.0), tl.load(square_x + token, mask=here, other=0.0),
+        tl.load(square_rows + prototype, mask=there, other=0.0), tl.load(epsilon), ONE_SIDED,
+    )  # fmt: skip
+    score = tl.where(both, score, 0.0)  # nothing fires outside the matrix
+    change = tl.load(gradient + place, mask=both, other=0.0).to(tl.float32)
+    scale = tl.load(unit_x + token, mask=here, other=0.0)[:, None]
+    if CONVEX:
+        logarithm = _log2(score, denominator, tl.load(factor))
+        value = tl.exp2(logarithm - tl.load(shift + token, mask=here, other=0.0)[:, None])
+    else:
+        value = score * (score / denominator) * tl.load(factor)
+    if GATED:
+        if BIASED:
+            ups += tl.load(up_bias + prototype, mask=there, other=0.0)[None, :]
+        d_up = change * value
+        tl.store(sum_ups + down * prototypes + prototype, tl.sum(d_up, 0), mask=there)
+        d_up *= scale * tl.load(unit_up + prototype, mask=there, other=0.0)[None, :]
+        tl.store(d_ups + place, d_up.to(d_ups.dtype.element_ty), mask=both)
+        tl.store(coefficients + place, (value * ups).to(coefficients.dtype.element_ty), mask=both)
+        change *= ups
+    else:
+        tl.store(coefficients + place, value.to(coefficients.dtype.element_ty), mask=both)
+    if CONVEX:  # π (dπ − Σ π dπ) is the gradient of log κ / τ
+        change = value * (change - tl.load(mean + token, mask=here, other=0.0)[:, None])
+        d_factor = (
+            -change * tl.where(score != 0, logarithm, 0.0) * (0.6931471805599453 / tl.load(factor))
+        )
+        change /= tl.load(factor)
+        direct = tl.where(score != 0, change / tl.where(score != 0, score, 1.0), 0.0)
+        far = change / denominator
+    else:
+        direct = change * (score / denominator)
+        d_factor = direct * score
+        direct *= tl.load(factor)
+        far = direct * (score / denominator)  # −∂/∂‖x − w‖²
+    tl.store(sum_epsilon + tl.program_id(0), tl.sum(far))
+    tl.store(sum_factor + tl.program_id(0), tl.sum(d_factor))
+    tl.store(sum_scores + down * prototypes + prototype, tl.sum(2 * direct, 0), mask=there)
+    far = tl.where(distance > 0, far, 0.0)
+    tl.store(per_token + token * tiles + across, tl.sum(far, 1), mask=here)
+    tl.store(per_row + down * prototypes + prototype, tl.sum(far, 0), mask=there)
+    d_score = (
+        2 * (direct + far) * scale * tl.load(unit_rows + prototype, mask=there, other=0.0)[None, :]
+    )
+    tl.store(d_scores + place, d_score.to(d_scores.dtype.element_ty), mask=both)
+
+
+@_jit
+def gather_kernel(
+    coefficients, indices, counts, dictionary, written, slots, prototypes, size, by_feature, by_prototype,
+    BLOCK_SLOTS: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_FEATURES features of one token's Σ c_j v_{i_j}, summed in float32."""
+    token = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    total = tl.zeros((BLOCK_FEATURES,), tl.float32)
+    count, start = tl.load(counts + token), 0
+    while start < count:
+        slot = start + tl.arange(0, BLOCK_SLOTS)
+        inside = slot < count
+        index = tl.load(indices + token * slots + slot, mask=inside, other=-1).to(tl.int64)
+        coefficient = tl.load(coefficients + token * slots + slot, mask=inside, other=0.0).to(
+            tl.float32
+        )
+        read = (index >= 0) & (index < prototypes) & (coefficient != 0)
+        place = dictionary + index[:, None] * by_prototype + feature[None, :] * by_feature
+        part = tl.load(place, mask=read[:, None] & (feature < size)[None, :], other=0.0).to(
+            tl.float32
+        )
+        total += tl.sum(part * coefficient[:, None], 0)
+        start += BLOCK_SLOTS
+    tl.store(
+        written + token * size + feature, total.to(written.dtype.element_ty), mask=feature < size
+    )
+
+
+INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
+"""Triton was told (TRITON_INTERPRET=1) to run kernels on the CPU: for tests."""
+
+
+def _few_warps_for_small_tiles(shapes, arguments, **more):
+    """Four warps have registers enough for a small tile only."""
+    small = {**arguments, **more}["BLOCK_TOKENS"] <= 32
+    return [shape for shape in shapes if small or shape.num_warps == 8]
+
+
+def _tuned(kernel):
+    if triton is None:
+        return None
+    shapes = [triton.Config({"BLOCK_FEATURES": f}, num_warps=w, num_stages=s) for f, w, s in SHAPES]
+    key = ["prototypes", "SIZE", "GATED", "CONVEX", "PRECISION", "BLOCK_TOKENS"]
+    prune = {"early_config_prune": _few_warps_for_small_tiles}
+    return triton.autotune(shapes[:1] if INTERPRETED else shapes, key=key, prune_configs_by=prune)(
+        kernel
+    )
+
+
+forward_tuned, backward_tuned = _tuned(forward_kernel), _tuned(backward_kernel)

@@ -1,0 +1,10 @@
+#!/usr/bin/env python3
+"""The same as `hf-kernel-ffn evaluate`."""
+
+import sys
+
+from hf_kernel_ffn.cli.app import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "evaluate")
+    main()

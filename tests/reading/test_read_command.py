@@ -1,0 +1,103 @@
+"""``hf-kernel-ffn read``: what it prints is what the functions say, for converted and stock models."""
+
+import json
+import sys
+
+import pytest
+
+from hf_kernel_ffn import convert
+from hf_kernel_ffn.cli.app import main
+from hf_kernel_ffn.reading import trace
+from hf_kernel_ffn.reading.regimes import contributions
+from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
+
+PROMPT = "The old man looked at the sea and"
+
+
+@pytest.fixture
+def read(monkeypatch, capsys):
+    """Exit code, stdout and stderr of one command."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-kernel-ffn", "read", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folders(teacher_folder, tmp_path_factory, ids):
+    """A stock and a converted tiny Llama."""
+    stock, converted = teacher_folder("llama"), tmp_path_factory.mktemp("read") / "student"
+    student, _ = convert(load_teacher(str(stock)), calibration_ids=ids)
+    student.save_pretrained(converted)
+    load_tokenizer(str(stock)).save_pretrained(converted)
+    return stock, converted
+
+
+@pytest.mark.parametrize("which", ["stock", "converted"])
+def test_reading_a_model(read, folders, which, tmp_path):
+    folder = folders[which == "converted"]
+    code, printed, _ = read(
+        folder,
+        "--prompt",
+        PROMPT,
+        "--top",
+        3,
+        "--layers",
+        "0,2",
+        "--json",
+        tmp_path / "made" / "out.json",
+    )
+    assert code == 0
+    found = json.loads((tmp_path / "made" / "out.json").read_text())
+    assert found["prompt"] == PROMPT and [layer["layer"] for layer in found["layers"]] == [0, 2]
+    for layer in found["layers"]:
+        assert layer["regime"] == ("conic" if which == "converted" else "linear")
+        assert len(layer["contributions"]) == 3 and "support" not in layer
+        assert (layer["contributions"][0]["share"] is None) == (which == "stock")
+    logit = found["logit"]
+    assert (
+        sum(logit["kinds"].values()) + logit["remainder"] == pytest.approx(logit["value"])
+        and abs(logit["remainder"]) < 1e-4
+    )
+    assert ("share" in printed) == (which == "converted") and "remainder" in printed
+
+
+def test_what_is_printed_is_what_was_written(read, folders, tmp_path):
+    stock, converted = folders
+    read(converted, "--prompt", PROMPT, "--position", 3, "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    from hf_kernel_ffn.storage.loading import load_student
+
+    passed = trace(load_student(str(converted)), load_tokenizer(str(stock)), PROMPT)
+    assert found["position"] == 3 and found["token"] == passed.tokens[3]
+    for layer in found["layers"]:
+        parts = contributions(passed.ffn(layer["path"]), 3, 10)
+        assert [c["prototype"] for c in layer["contributions"]] == [
+            part.prototype for part in parts
+        ]
+        assert [c["share"] for c in layer["contributions"]] == pytest.approx(
+            [part.share for part in parts], rel=1e-3
+        )
+
+
+def test_support_is_given_with_text(read, folders, text_file, tmp_path):
+    code, _, _ = read(
+        folders[1], "--prompt", PROMPT, "--text", text_file, "--json", tmp_path / "out.json"
+    )
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0 and all(0 <= layer["support"]["nearest"] <= 100 for layer in found["layers"])
+
+
+def test_what_cannot_be_read(read, folders, tmp_path):
+    for arguments, error in (
+        ((folders[0], "--prompt", ""), "a prompt without a token"),
+        ((folders[0], "--prompt", PROMPT, "--position", 99), "expected numbers from"),
+        ((folders[0], "--prompt", PROMPT, "--layers", "7"), "the model has 3 layers"),
+        ((tmp_path, "--prompt", PROMPT), "found no config.json"),
+    ):
+        code, _, stderr = read(*arguments)
+        assert code == 2 and error in stderr and len(stderr.splitlines()) == 1

@@ -1,0 +1,62 @@
+"""Distillations that are run, interrupted and compared."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_kernel_ffn.distillation import distill
+from hf_kernel_ffn.distillation.objectives import OBJECTIVES
+
+LAYER_WISE = {
+    "name": "layer-wise",
+    "tokens": 384,
+    "learning_rate": 0.002,
+    "batch_size": 2,
+}  # six steps
+LOGITS = {"name": "logits", "tokens": 384, "learning_rate": 0.002, "batch_size": 2}
+STEPS = 6
+
+
+def run(recipe, **more):
+    return distill(recipe, progress=False, **more)
+
+
+class Interrupted(BaseException):
+    """As a KeyboardInterrupt: nobody catches it."""
+
+
+def interrupt(monkeypatch, recipe, at, result=Interrupted):
+    """Run ``recipe`` until the call ``at`` of an objective, which is interrupted, or returns ``result``."""
+    count = iter(range(10**6))
+
+    def wrap(objective):
+        def wrapped(*arguments):
+            loss = objective(*arguments)
+            if next(count) < at:
+                return loss
+            if result is Interrupted:
+                raise Interrupted
+            return torch.tensor(result)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name, objective in list(OBJECTIVES.items()):
+            patch.setitem(OBJECTIVES, name, wrap(objective))
+        with pytest.raises(Interrupted if result is Interrupted else FloatingPointError) as caught:
+            run(recipe)
+    return caught.value
+
+
+def assert_same_files(one, other):
+    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+    tensors, others = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert tensors.keys() == others.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+    for name in ("config.json", "tokenizer.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def load(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)

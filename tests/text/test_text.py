@@ -1,0 +1,204 @@
+"""Text to blocks of token ids: three file formats, packing, sampling, and what cannot be read."""
+
+import copy
+import json
+from itertools import islice
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from hf_kernel_ffn import InputError
+from hf_kernel_ffn.text.documents import read_documents
+from hf_kernel_ffn.text.packing import SPREAD, pack_blocks, read_token_ids, stream_tokens
+
+ROWS = ["A whale\nof a tale.", "Once – upon a time,\n\n", "the end"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Save rows in one of the formats (all of them in one document, as .txt), the text in ``field``."""
+
+    def to(kind, rows=ROWS, field="text"):
+        file = tmp_path / f"rows.{kind}"
+        if kind == "txt":
+            file.write_text("".join(rows), encoding="utf-8")
+        elif kind == "jsonl":
+            lines = [json.dumps({"number": i, field: row}) for i, row in enumerate(rows)]
+            file.write_text("\n\n".join(lines) + "\n", encoding="utf-8")  # blank lines are no rows
+        else:
+            pq.write_table(
+                pa.table({"number": range(len(rows)), field: pa.array(rows, pa.string())}), file
+            )
+        return str(file)
+
+    return to
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("field", ["text", "body"])
+def test_a_row_is_a_document(write, kind, field):
+    assert list(read_documents(write(kind, field=field), field)) == [(row, True) for row in ROWS]
+
+
+def test_a_txt_file_is_one_document(write):
+    pieces = list(read_documents(write("txt")))
+    assert "".join(text for text, _ in pieces) == "".join(ROWS)
+    assert not any(ends for _, ends in pieces)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_end_token_stands_after_every_row(write, tokenizer, kind):
+    expected = [i for row in ROWS for i in [*ids_of(tokenizer, row), tokenizer.eos_token_id]]
+    assert list(stream_tokens(tokenizer, [write(kind)])) == expected
+
+
+def test_no_end_token_where_the_tokenizer_has_none(write, tokenizer):
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    assert list(stream_tokens(endless, [write("jsonl")])) == [
+        i for row in ROWS for i in ids_of(tokenizer, row)
+    ]
+
+
+def test_sources_follow_one_another(write, tokenizer):
+    sources = [write("parquet"), write("txt"), write("jsonl")]
+    expected = [i for source in sources for i in stream_tokens(tokenizer, [source])]
+    assert list(stream_tokens(tokenizer, sources)) == expected
+    assert torch.equal(
+        torch.cat(list(pack_blocks(tokenizer, sources, 5))),
+        torch.tensor(expected[: len(expected) // 5 * 5]),
+    )
+
+
+def test_blocks_are_consecutive_tokens_of_the_text(text_file, tokenizer):
+    packed, text = (
+        list(pack_blocks(tokenizer, [str(text_file)], 32)),
+        text_file.read_text(encoding="utf-8"),
+    )
+    assert {(block.dtype, block.shape) for block in packed} == {(torch.int64, (32,))}
+    read = tokenizer.decode(torch.cat(packed))
+    assert text.startswith(read)
+    assert len(ids_of(tokenizer, text[len(read) :])) < 32  # no more than one block is dropped
+
+
+def test_only_as_much_is_read_as_is_used(tmp_path, tokenizer):
+    file = tmp_path / "long.txt"
+    file.write_bytes(b"All work and no play.\n" * 20_000 + b"\xff")
+    assert (
+        len(list(islice(pack_blocks(tokenizer, [str(file)], 32), 10))) == 10
+    )  # the broken end is far away
+    with pytest.raises(InputError, match="UTF-8"):
+        list(pack_blocks(tokenizer, [str(file)], 32))
+
+
+@pytest.mark.parametrize("max_tokens, rows", [(1, 1), (31, 1), (32, 1), (100, 3), (160, 5)])
+def test_the_first_blocks_within_the_budget(text_file, tokenizer, max_tokens, rows):
+    found = read_token_ids(tokenizer, [str(text_file)], 32, max_tokens)
+    assert torch.equal(
+        found, torch.stack(list(islice(pack_blocks(tokenizer, [str(text_file)], 32), rows)))
+    )
+
+
+def test_a_short_text_is_read_once(text_file, tokenizer):
+    every = torch.stack(list(pack_blocks(tokenizer, [str(text_file)], 32)))
+    for spread in (False, True):
+        assert torch.equal(
+            read_token_ids(tokenizer, [str(text_file)], 32, 10**6, spread=spread), every
+        )
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_a_spread_sample_covers_the_text_evenly(text_file, tokenizer, rows):
+    every = list(pack_blocks(tokenizer, [str(text_file)], 32))[: rows * SPREAD]
+    sample = read_token_ids(tokenizer, [str(text_file)], 32, rows * 32, spread=True)
+    assert sample.shape == (rows, 32)
+    where = [next(i for i, block in enumerate(every) if torch.equal(block, row)) for row in sample]
+    steps = [after - before for before, after in zip(where, [*where[1:], len(every)])]
+    assert where[0] == 0 and max(steps) - min(steps) <= 1
+
+
+def refusal(source, tokenizer, text_field="text"):
+    with pytest.raises(InputError) as caught:
+        list(pack_blocks(tokenizer, [str(source)], 8, text_field))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_missing_file_is_named(tmp_path, tokenizer, kind):
+    file = tmp_path / f"nowhere.{kind}"
+    assert str(file) in refusal(file, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_an_empty_text_is_refused(write, tokenizer, kind):
+    assert "found 0 tokens" in refusal(write(kind, []), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_text_shorter_than_one_sequence_is_refused(write, tokenizer, kind):
+    message = refusal(write(kind, ["Hello"]), tokenizer)
+    assert "expected at least 8" in message and "longer text" in message
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_text_that_is_not_utf8_is_refused(tmp_path, tokenizer, kind):
+    file = tmp_path / f"latin.{kind}"
+    file.write_bytes('{"text": "café"}\n'.encode("latin-1") * 100)
+    message = refusal(file, tokenizer)
+    assert str(file) in message and "UTF-8" in message
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_wrong_text_field_is_named(write, tokenizer, kind):
+    message = refusal(write(kind), tokenizer, "content")
+    assert "'content'" in message and "text_field" in message
+
+
+@pytest.mark.parametrize("row", ['{"text": 3}', '{"text": null}', '["text"]', '"text"'])
+def test_a_row_without_text_is_named(tmp_path, tokenizer, row):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{{"text": "fine"}}\n{row}\n')
+    assert "line 2" in refusal(file, tokenizer)
+
+
+@pytest.mark.parametrize("line", ['{"text": "half', "text", "{'text': 'single quotes'}"])
+def test_bad_json_is_refused_with_its_line(tmp_path, tokenizer, line):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{{"text": "fine"}}\n{line}\n')
+    message = refusal(file, tokenizer)
+    assert str(file) in message and "line 2" in message
+
+
+@pytest.mark.parametrize("damage", ["not parquet", "truncated", "overwritten"])
+def test_a_damaged_parquet_file_is_refused(write, tmp_path, tokenizer, damage):
+    content = (tmp_path / write("parquet", ROWS * 1000)).read_bytes()
+    file = tmp_path / "damaged.parquet"
+    if damage == "overwritten":  # the footer is whole, the pages are not
+        file.write_bytes(content[:4] + b"\xff" * 400 + content[404:])
+    else:
+        file.write_bytes(b"PAR?" if damage == "not parquet" else content[: len(content) // 2])
+    assert str(file) in refusal(file, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows", "."])
+def test_another_kind_of_file_is_refused(tmp_path, tokenizer, name):
+    (tmp_path / "rows.csv").write_text("text\nhello\n")
+    (tmp_path / "rows").write_text("hello")
+    assert ".txt, .jsonl, .parquet" in refusal(tmp_path / name, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_folder_is_no_text(tmp_path, tokenizer, kind):
+    (tmp_path / f"folder.{kind}").mkdir()
+    assert f"folder.{kind}" in refusal(tmp_path / f"folder.{kind}", tokenizer)
+
+
+def test_a_dataset_out_of_reach_is_named(tokenizer):
+    assert "'no-such/dataset:train'" in refusal("no-such/dataset:train", tokenizer)
