@@ -18,9 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ROLE = re.compile(r":(?:func|class|meth|mod|data|attr|exc):(?=<code>)")
 """What is left in a page of a role such as :func:`name` in a docstring."""
 COMMANDS_PAGE = "guide/commands.md"
-RUN_COMMAND_LINE = (
-    "import sys; sys.argv[0] = 'hf-kernel-ffn'; from hf_kernel_ffn.cli import main; main()"
-)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -53,5 +50,6 @@ def _generated(config: MkDocsConfig, uri: str, path: Path) -> File:
 
 def _help(*command: str) -> str:
     environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT), "TERM": "dumb"}
-    run = [sys.executable, "-c", RUN_COMMAND_LINE, *command, "--help"]
-    return subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
+    run = [sys.executable, "-m", "hf_kernel_ffn", *command, "--help"]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.replace("python -m hf_kernel_ffn", "hf-kernel-ffn")

@@ -222,14 +222,26 @@ def project_copy(work: Path | None) -> Iterator[Path]:
         yield folder
 
 
+COMMAND = """#!/usr/bin/env bash
+exec "{python}" -m hf_kernel_ffn "$@"
+"""
+"""``hf-kernel-ffn`` by this project's package, whichever is installed."""
+
+
 def _prepare(folder: Path) -> None:
     """Let blocks use this project's package, the interpreter's own commands, and no hub."""
+    commands = folder / "runs" / "bin"
+    commands.mkdir(exist_ok=True)
+    command = commands / "hf-kernel-ffn"
+    command.write_text(COMMAND.format(python=sys.executable), encoding="utf-8")
+    command.chmod(0o755)
     sys.path[0] = str(ROOT)
     sys.path.append(str(folder))  # modules that a page writes
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     )
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    first = [str(commands), str(Path(sys.executable).parent)]
+    os.environ["PATH"] = os.pathsep.join([*first, os.environ["PATH"]])
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_MODULES_CACHE"] = str(folder / "runs" / "modules")
     os.environ["OMP_NUM_THREADS"] = "1"  # outputs that do not depend on the number of cores
