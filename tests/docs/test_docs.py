@@ -18,7 +18,9 @@ PAGES = ROOT / "docs" / "pages"
 API = PAGES / "api"
 PACKAGE = Path(hf_kernel_ffn.__file__).parent
 DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)
-CODE_PATH = re.compile(r"(?<![\w/.-])((?:scripts|recipes|docs|tests|hf_kernel_ffn)/[\w./²-]*\w)")
+CODE_PATH = re.compile(
+    r"(?<![\w/.-])((?:scripts|recipes|docs|tests|hf_kernel_ffn)/[\w./²-]*\w)(?![\w{*])"
+)
 MADE_BY_COMMANDS = ("recipes/results/",)
 """Paths below these may be named as the place of an output."""
 SIZE_OF_README = 14_000
@@ -37,7 +39,7 @@ runner = load_runner()
 
 
 def all_pages():
-    return [ROOT / "README.md", *sorted(PAGES.rglob("*.md"))]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(PAGES.rglob("*.md"))]
 
 
 def name_of(page):
