@@ -273,10 +273,10 @@ def test_temperature_limits():
     ffn, x = make_layer(**settings), inputs()
     with torch.no_grad():
         kernel = ffn.kernel.value(*ffn.scores(x), **ffn.kernel_parameters())
-        ffn.reference["temperature"] = 1e-6
+        ffn.set_reference("temperature", 1e-6)
         nearest = ffn.output_prototypes.weight.T[kernel.argmax(-1)] + ffn.output_prototypes.bias
         torch.testing.assert_close(ffn(x), nearest)
-        ffn.reference["temperature"] = 1e9
+        ffn.set_reference("temperature", 1e9)
         centroid = ffn.output_prototypes.weight.mean(-1) + ffn.output_prototypes.bias
         torch.testing.assert_close(ffn(x), centroid.expand(6, D), rtol=1e-6, atol=1e-6)
 
