@@ -94,7 +94,7 @@ def _square_norms(weight: Tensor) -> Tensor:
 def score_token(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, squares: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x·w + b and ‖x − w‖² of one token (…, hidden_size), in its dtype, float32 or float64.
+    """x·w + b and ‖x − w‖² of one token (…, hidden_size), float32 or float64 as it is.
 
     ``squares``: ‖w‖² (prototypes,).
     """

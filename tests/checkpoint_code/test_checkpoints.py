@@ -290,6 +290,18 @@ def _first(entry):
         (lambda e: _first(e)["reference"].pop("epsilon"), "epsilon"),
         (lambda e: _first(e)["reference"].update(scale=-1.0), "scale"),
         (lambda e: _first(e)["reference"].update(epsilon=float("nan")), "epsilon"),
+        (lambda e: _first(e).update(dropout=5), "dropout=5, expected a number from 0 to 1"),
+        (lambda e: _first(e).update(dropout="x"), "dropout='x', expected a number from 0 to 1"),
+        (lambda e: _first(e).update(dropout=None), "dropout=None"),
+        (lambda e: _first(e).update(hidden_dropout=-0.1), "hidden_dropout=-0.1"),
+        (lambda e: _first(e).update(hidden_dropout=True), "hidden_dropout=True"),
+        (lambda e: _first(e).update(number=-1), "number=-1 .*expected an integer from 0 on"),
+        (lambda e: _first(e).update(number="0"), "number='0'"),
+        (lambda e: _first(e).update(experts=2.0), "experts=2.0 .*expected an integer from 0 on"),
+        (lambda e: _first(e).update(absorbed="layers.0"), "absorbed='layers.0'.*list of paths"),
+        (lambda e: _first(e).update(absorbed=None), "absorbed=None"),
+        (lambda e: _first(e).update(absorbed=[3]), "3 in the absorbed paths"),
+        (lambda e: _first(e).update(absorbed=["a.__class__"]), "'a.__class__' in the absorbed"),
     ],
 )
 def test_a_damaged_config_is_refused_by_name(folders, tmp_path, change, reason):
