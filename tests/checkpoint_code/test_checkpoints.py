@@ -486,7 +486,7 @@ def test_a_kernel_of_the_main_script_does_not_travel(registry, llama, ids, tmp_p
     "line",
     [
         "import hf_kernel_ffn as k",
-        "from hf_kernel_ffn.checkpoint_code.simplex import shares",
+        "from hf_kernel_ffn.checkpoint_code.simplex import compute_shares",
         "from hf_kernel_ffn import KernelFFNConfig",
     ],
 )
