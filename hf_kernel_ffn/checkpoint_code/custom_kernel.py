@@ -1,1 +1,1 @@
-"""Empty in the package. In a checkpoint with a kernel of the user's own, the user's file."""
+"""Empty in the package. In a checkpoint whose kernel is a user's own, this file is the user's file."""

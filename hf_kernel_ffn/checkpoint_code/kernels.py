@@ -1,9 +1,9 @@
 """Kernels between an FFN's input and its input prototypes, and what each of them promises.
 
 A kernel sees the score ``s = x·w + b`` and, if it asks for it, the squared distance
-``‖x − w‖²``, both in float32 or float64, and returns ``κ(x, w) ≥ 0``. Nonnegativity makes a
-readout convex or conic; positive definiteness makes a reproducing kernel Hilbert space. They are
-independent, and a kernel declares both.
+``‖x − w‖²``, both in float32 or float64, and returns ``κ(x, w) ≥ 0``. Nonnegativity makes
+a readout convex or conic; positive definiteness makes a reproducing kernel Hilbert space. They
+are independent, and a kernel declares both.
 
 This file travels inside converted checkpoints: it imports nothing but torch.
 """
@@ -176,8 +176,8 @@ class HalfYat(Yat):
 class ExponentialYat(Kernel):
     """κ = e^{ρ(x·w + b)} (x·w + b)² / (‖x − w‖² + ε), with ``rate`` = ρ.
 
-    Yat times the exponential. Positive definite on the points (w, b), as the product of two such kernels (Schur), and all
-    but one-sided: it vanishes where x·w + b is far below zero.
+    Yat times the exponential. Positive definite on the points (w, b), as the product of two such
+    kernels (Schur), and all but one-sided: it vanishes where x·w + b is far below zero.
     """
 
     def value(self, score: Tensor, distance2: Tensor, epsilon: Tensor, rate: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_kernel_ffn.checkpoint_code import custom_kernel
 from hf_kernel_ffn.storage.loading import load_student
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "checkpoints_0_1"
@@ -33,6 +34,12 @@ def copy_with_code(kind, parent):
 def test_every_kind_has_expected_logits():
     folders = {path.name for path in FIXTURES.iterdir() if (path / "config.json").is_file()}
     assert folders == set(KINDS) and len(KINDS) == 10
+
+
+def test_the_empty_file_for_a_kernel_is_what_it_was():
+    """By its bytes a checkpoint without a kernel of its author's is told from one that has it."""
+    before = (FIXTURES / "code" / "custom_kernel.py").read_bytes()
+    assert Path(custom_kernel.__file__).read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
