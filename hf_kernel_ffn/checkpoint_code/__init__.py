@@ -1,1 +1,4 @@
-"""Everything here travels inside converted checkpoints: a flat folder that imports torch and transformers only."""
+"""Everything here travels inside converted checkpoints.
+
+It is a flat folder that imports torch and transformers only, by ``from .file import name``.
+"""

@@ -1,6 +1,6 @@
-"""The experts of a mixture, a kernel-readout FFN each.
+"""The experts of a mixture, each a kernel-readout FFN.
 
-This file travels inside converted checkpoints: it imports nothing but torch and transformers.
+This file travels inside converted checkpoints: it imports nothing but torch.
 """
 
 import torch
@@ -8,15 +8,21 @@ from torch import Tensor, nn
 
 
 class KernelExperts(nn.Module):
-    """The experts of a mixture, a :class:`KernelFFN` each, numbered; called as the stock experts are."""
+    """The experts of a mixture, each a KernelFFN named by its number; called as the stock ones."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``hidden_states`` (tokens, hidden_size), the experts chosen for them (tokens, k) and those's weights (tokens, k), to
-        (tokens, hidden_size)."""
+        """The weighted sum of what each token's experts write, (tokens, hidden_size).
+
+        Args:
+            hidden_states: (tokens, hidden_size).
+            top_k_index: (tokens, k) numbers of the experts that each token goes to.
+            top_k_weights: (tokens, k) what their outputs are multiplied by.
+        """
         written = torch.zeros_like(hidden_states)
         for number, expert in self.named_children():
-            token, place = torch.where(top_k_index == int(number))
-            if len(token):
-                output = expert(hidden_states[token]) * top_k_weights[token, place, None]
-                written.index_add_(0, token, output.to(written.dtype))
+            tokens, places = torch.where(top_k_index == int(number))
+            if len(tokens):
+                weights = top_k_weights[tokens, places, None]
+                output = expert(hidden_states[tokens]) * weights
+                written.index_add_(0, tokens, output.to(written.dtype))
         return written

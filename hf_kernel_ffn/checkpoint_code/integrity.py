@@ -1,53 +1,72 @@
-"""Whether a checkpoint's files are what they should be, before anything of their size is made; and checksums of them.
+"""Whether a checkpoint's files are what they should be, before anything of their size is made.
+
+Also the checksums of them.
 
 This file travels inside converted checkpoints: it imports nothing but torch and transformers.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import InputError
+
+TensorFacts = tuple[str, tuple[int, ...]]
+"""(dtype as safetensors names it, shape) of a stored tensor."""
 
 CHECKSUMS = "checksums.json"
 """SHA-256 of the files that make up the model, by name."""
 JSON_LIMIT = 64 * 2**20
 """Bytes of a JSON file that is still read."""
 HEADER_LIMIT = 100 * 10**6
-"""Bytes of a safetensors header that is still read, as the library has it."""
+"""Bytes of a safetensors header that is still read: the library's own limit."""
+LARGEST_RANK = 8
+"""Dimensions of a tensor, at most: no model has one of more."""
+LONGEST_MESSAGE = 200
+"""Characters of another library's error that are passed on."""
 BYTES = {
-    "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
+    "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+    "BOOL": 1, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
+"""Bytes of one number by the dtype's name in a safetensors header."""
+STUDENT_DTYPES = ("F64", "F32", "BF16", "F16", "I32")
+"""dtypes in an unquantised checkpoint; the last is that of ``units`` alone."""
 
 
-def read_json(file) -> dict:
+def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a JSON ``file``; InputError if it is not one."""
     file = Path(file)
     try:
-        if file.stat().st_size > JSON_LIMIT:
+        size = file.stat().st_size
+        if size > JSON_LIMIT:
             raise InputError(
-                f"found {file} of {file.stat().st_size:,} bytes, expected a small file: it is damaged"
+                f"found {file} of {size:,} bytes, expected a small file: it is damaged"
             )
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"found {file} unreadable ({_line(error)}), expected JSON: copy the checkpoint again"
+            f"found {file} unreadable ({_first_line(error)}), expected JSON: "
+            "copy the checkpoint again"
         ) from error
     if not isinstance(content, dict):
         raise InputError(
-            f"found a {type(content).__name__} in {file}, expected a mapping: the checkpoint is damaged"
+            f"found a {type(content).__name__} in {file}, expected a mapping: "
+            "the checkpoint is damaged"
         )
     return content
 
 
-def weight_files(folder) -> list:
+def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The safetensors files in ``folder`` that its index names, or the only one.
 
     Raises:
@@ -58,97 +77,126 @@ def weight_files(folder) -> list:
     if not index.is_file():
         if not (folder / SAFE_WEIGHTS_NAME).is_file():
             raise InputError(
-                f"found no {SAFE_WEIGHTS_NAME} in {folder}, expected the weights in safetensors: copy it again"
+                f"found no {SAFE_WEIGHTS_NAME} in {folder}, "
+                "expected the weights in safetensors: copy it again"
             )
         return [folder / SAFE_WEIGHTS_NAME]
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise InputError(
-            f"found no weight_map in {index}, expected file names by tensor: copy the checkpoint again"
-        )
-    for name in names.values():
-        if (
-            not isinstance(name, str)
-            or name != os.path.basename(name)
-            or not name.endswith(".safetensors")
-        ):
+
+    names = _read_weight_map(index).values()
+    for name in names:
+        is_name = isinstance(name, str) and name == os.path.basename(name)
+        if not is_name or not name.endswith(".safetensors"):
             raise InputError(
-                f"found {name!r} in {index}, expected the name of a safetensors file beside it: it is damaged"
+                f"found {name!r} in {index}, "
+                "expected the name of a safetensors file beside it: it is damaged"
             )
         if not (folder / name).is_file():
             raise InputError(
                 f"found no {name} in {folder}, which its index names: copy the checkpoint again"
             )
-    return [folder / name for name in sorted(set(names.values()))]
+    return [folder / name for name in sorted(set(names))]
 
 
-def read_header(file) -> dict:
-    """(dtype name, shape) by tensor name of a safetensors ``file``, of which only the header is read.
+def _read_weight_map(index: Path) -> dict[str, Any]:
+    """File names by tensor name; InputError if the index has none."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(
+            f"found no weight_map in {index}, expected file names by tensor: "
+            "copy the checkpoint again"
+        )
+    return weight_map
+
+
+def read_header(file: str | os.PathLike[str]) -> dict[str, TensorFacts]:
+    """Facts by tensor name of a safetensors ``file``, of which only the header is read.
 
     Raises:
         InputError: it is truncated, or its header does not describe its bytes.
     """
     file = Path(file)
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        size = file.stat().st_size
-        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            raise _damaged(file, "its header does not fit into it")
-        try:
-            entries = json.loads(stream.read(length).decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise _damaged(file, _line(error)) from error
-    if not isinstance(entries, dict):
-        raise _damaged(file, "its header is no mapping")
+    entries, data_size = _read_header_entries(file)
     entries.pop("__metadata__", None)
-    found, end = {}, 0
+    tensors: dict[str, TensorFacts] = {}
+    end = 0
     try:
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            count = 1
-            if len(shape) > 8:
-                raise ValueError(f"{name!r}: {len(shape)} dimensions")
-            for side in shape:
-                if type(side) is not int or not 0 <= side < 2**63:
-                    raise ValueError(f"shape {shape}")
-                count *= side
+            dtype = entry["dtype"]
+            shape = entry["shape"]
+            start, stop = entry["data_offsets"]
+            count = _count_elements(name, shape)
             if dtype not in BYTES or start != end or stop - start != count * BYTES[dtype]:
                 raise ValueError(
                     f"{name!r}: dtype {dtype!r}, shape {shape}, bytes {start} to {stop}"
                 )
-            found[name], end = (dtype, tuple(shape)), stop
+            tensors[name] = (dtype, tuple(shape))
+            end = stop
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(file, _line(error)) from error
-    if end != size - 8 - length:
-        raise _damaged(file, f"{size - 8 - length:,} bytes of data where {end:,} are described")
-    return found
+        raise _damaged(file, _first_line(error)) from error
+    if end != data_size:
+        raise _damaged(file, f"{data_size:,} bytes of data where {end:,} are described")
+    return tensors
 
 
-def read_headers(folder) -> dict:
-    """(dtype name, shape) by tensor name of all weights in ``folder``.
+def _read_header_entries(file: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors ``file``, and how many bytes of data follow it."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        room = file.stat().st_size - 8
+        if not 2 <= length <= min(HEADER_LIMIT, room):
+            raise _damaged(file, "its header does not fit into it")
+        try:
+            entries = json.loads(stream.read(length).decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise _damaged(file, _first_line(error)) from error
+    if not isinstance(entries, dict):
+        raise _damaged(file, "its header is no mapping")
+    return entries, room - length
+
+
+def _count_elements(name: str, shape: list[int]) -> int:
+    """How many numbers a tensor of this ``shape`` has; ValueError if it is no shape."""
+    if len(shape) > LARGEST_RANK:
+        raise ValueError(f"{name!r}: {len(shape)} dimensions")
+    for side in shape:
+        if type(side) is not int or not 0 <= side < 2**63:
+            raise ValueError(f"shape {shape}")
+    return math.prod(shape)
+
+
+def read_headers(folder: str | os.PathLike[str]) -> dict[str, TensorFacts]:
+    """Facts by tensor name of all weights in ``folder``.
 
     Raises:
         InputError: a file is damaged, or the index and the files name different tensors.
     """
-    found: dict = {}
+    files = weight_files(folder)
     index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
-    named = read_json(index)["weight_map"] if weight_files(folder) and index.is_file() else None
-    for file in weight_files(folder):
-        inside = read_header(file)
-        if named is not None:
-            expected = {name for name, where in named.items() if where == file.name}
-            if expected != inside.keys():
-                odd = sorted(expected ^ inside.keys())[0]
+    weight_map = _read_weight_map(index) if index.is_file() else None
+
+    tensors: dict[str, TensorFacts] = {}
+    for file in files:
+        in_file = read_header(file)
+        if weight_map is not None:
+            in_index = {name for name, where in weight_map.items() if where == file.name}
+            if in_index != in_file.keys():
+                odd = sorted(in_index ^ in_file.keys())[0]
                 raise _damaged(file, f"{odd!r} is in the index or in the file, not in both")
-        found.update(inside)
-    return found
+        tensors.update(in_file)
+    return tensors
 
 
-def check_folder(folder, subfolder="") -> dict | None:
-    """(dtype name, shape) by tensor name of the weights in ``folder``; None where it is not a local one, or is quantised.
+def check_folder(
+    folder: str | os.PathLike[str] | None, subfolder: str = ""
+) -> dict[str, TensorFacts] | None:
+    """Facts by tensor name of the weights in ``folder``.
+
+    Returns:
+        None where the folder is no local one, or the model is quantised.
 
     Raises:
-        InputError: they are damaged, or are not those of the FFNs in config.json, of which a wrong size would be allocated.
+        InputError: the weights are damaged, or are not those of the FFNs in config.json, of which
+            a wrong size would be allocated.
     """
     folder = Path(folder or "", subfolder or "")
     if not (folder / "config.json").is_file():
@@ -157,96 +205,106 @@ def check_folder(folder, subfolder="") -> dict | None:
     if config.get("quantization_config") is not None:
         weight_files(folder)
         return None  # other tensors than the config's, in other types
+
     tensors = read_headers(folder)
     for name, (dtype, _) in tensors.items():
-        if (dtype == "I32") != name.endswith(".units") or dtype not in (
-            "F64",
-            "F32",
-            "BF16",
-            "F16",
-            "I32",
-        ):
+        is_units = name.endswith(".units")
+        if is_units != (dtype == "I32") or dtype not in STUDENT_DTYPES:
             raise InputError(
-                f"found {name!r} of type {dtype} in {folder}, expected another type: convert or copy it again"
+                f"found {name!r} of type {dtype} in {folder}, expected another type: "
+                "convert or copy it again"
             )
     entry = config.get("kernel_ffn")
     layers = entry.get("layers") if isinstance(entry, dict) else None
-    for path, layer in layers.items() if isinstance(layers, dict) else ():
-        wanted = (
-            (layer.get("prototypes"), layer.get("hidden_size")) if isinstance(layer, dict) else ()
-        )
-        if not wanted or not all(type(side) is int and side > 0 for side in wanted):
-            continue  # the config class says what is wrong
-        shapes = {
-            shape
-            for name, (_, shape) in tensors.items()
-            if f".{name}".endswith(f".{path}.input_prototypes.weight")
-        }
-        if wanted not in shapes:
-            raise InputError(
-                f"found {path}.input_prototypes.weight of {sorted(shapes) or 'no shape'} in {folder}, expected {wanted} for {path!r} by "
-                "its config.json: the checkpoint is incomplete; copy or convert it again"
-            )
+    if isinstance(layers, dict):
+        for path, layer in layers.items():
+            _check_layer(path, layer, tensors, folder)
     blocks = config.get("num_hidden_layers", config.get("n_layer"))
     if isinstance(blocks, int) and blocks > len(tensors):
         raise InputError(
-            f"found {blocks} layers in {folder}/config.json and {len(tensors)} tensors: config.json is damaged"
+            f"found {blocks} layers in {folder}/config.json and {len(tensors)} tensors: "
+            "config.json is damaged"
         )
     return tensors
 
 
-def check_model(empty, tensors, folder) -> None:
-    """InputError if ``empty``, a model on the meta device, wants sizes that the ``tensors`` of ``folder`` do not have: whatever is
-    missing or misshapen is allocated before anything is said about it."""
-    prefix = "" if empty.base_model is empty else f"{empty.base_model_prefix}."
-    room = sum(math.prod(shape) for _, shape in tensors.values())
+def _check_layer(path: str, layer: object, tensors: dict[str, TensorFacts], folder: Path) -> None:
+    """InputError if the input prototypes at ``path`` have another shape than config.json says."""
+    if not isinstance(layer, dict):
+        return  # the config class says what is wrong
+    expected = (layer.get("prototypes"), layer.get("hidden_size"))
+    if not all(type(side) is int and side > 0 for side in expected):
+        return
+    shapes = {
+        shape
+        for name, (_, shape) in tensors.items()
+        if f".{name}".endswith(f".{path}.input_prototypes.weight")
+    }
+    if expected not in shapes:
+        raise InputError(
+            f"found {path}.input_prototypes.weight of {sorted(shapes) or 'no shape'} in {folder}, "
+            f"expected {expected} for {path!r} by its config.json: "
+            "the checkpoint is incomplete; copy or convert it again"
+        )
+
+
+def check_model(
+    empty: PreTrainedModel, tensors: dict[str, TensorFacts], folder: str | os.PathLike[str]
+) -> None:
+    """Compare the sizes of ``empty``, a model on the meta device, with those of a checkpoint.
+
+    Whatever is missing or misshapen would be allocated before anything is said about it.
+
+    Args:
+        tensors: facts by tensor name of the checkpoint in ``folder``.
+
+    Raises:
+        InputError: the model wants sizes that the tensors do not have.
+    """
+    base_prefix = empty.base_model_prefix
+    is_bare = empty.base_model is empty
+    prefix = "" if is_bare else f"{base_prefix}."
+    stored_elements = sum(math.prod(shape) for _, shape in tensors.values())
     for name, parameter in empty.named_parameters():
         short = name.removeprefix(prefix)
-        found = (
-            tensors.get(name)
-            or tensors.get(short)
-            or tensors.get(f"{empty.base_model_prefix}.{name}")
-        )
-        if found is None and parameter.numel() > room:
+        stored = tensors.get(name) or tensors.get(short) or tensors.get(f"{base_prefix}.{name}")
+        shape = tuple(parameter.shape)
+        if stored is None and parameter.numel() > stored_elements:
             raise InputError(
-                f"found no {name} in {folder}, expected {tuple(parameter.shape)} by its config.json: one is damaged"
+                f"found no {name} in {folder}, expected {shape} by its config.json: one is damaged"
             )
-        if (
-            found is not None
-            and found[1] != tuple(parameter.shape)
-            and (name != short or not prefix)
-        ):
+        in_body = name != short or is_bare
+        if stored is not None and stored[1] != shape and in_body:
             raise InputError(
-                f"found {name} of shape {found[1]} in {folder}, expected {tuple(parameter.shape)} by its config.json: one of them "
-                "is damaged; copy or convert it again"
+                f"found {name} of shape {stored[1]} in {folder}, expected {shape} "
+                "by its config.json: one of them is damaged; copy or convert it again"
             )
 
 
-def compute_checksums(folder) -> dict:
+def compute_checksums(folder: str | os.PathLike[str]) -> dict[str, str]:
     """SHA-256 by name of the files in ``folder`` that make up the model."""
-    found = {}
+    checksums = {}
     for file in sorted(Path(folder).iterdir()):
-        if file.name.endswith(".safetensors") or file.name in (
-            SAFE_WEIGHTS_INDEX_NAME,
-            "config.json",
-        ):
+        is_json = file.name in (SAFE_WEIGHTS_INDEX_NAME, "config.json")
+        if is_json or file.name.endswith(".safetensors"):
             with file.open("rb") as stream:
-                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+                checksums[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return checksums
 
 
-def record_checksums(folder) -> None:
+def record_checksums(folder: str | os.PathLike[str]) -> None:
     """Write the checksums of the model in ``folder`` beside it."""
-    Path(folder, CHECKSUMS).write_text(
-        json.dumps({"sha256": compute_checksums(folder)}, indent=1) + "\n", encoding="utf-8"
-    )
+    text = json.dumps({"sha256": compute_checksums(folder)}, indent=1) + "\n"
+    Path(folder, CHECKSUMS).write_text(text, encoding="utf-8")
 
 
-def _damaged(file, why) -> InputError:
+def _damaged(file: Path, why: str) -> InputError:
     return InputError(
-        f"found {file} damaged ({why}), expected whole safetensors: the checkpoint is incomplete; copy or convert it again"
+        f"found {file} damaged ({why}), expected whole safetensors: "
+        "the checkpoint is incomplete; copy or convert it again"
     )
 
 
-def _line(error) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:LONGEST_MESSAGE]

@@ -1,48 +1,67 @@
-"""What a family's task classes add to the stock ones: kernel-readout FFNs in place of the teacher's.
+"""What a family's task classes add to the stock ones: kernel readouts in place of its FFNs.
 
 This file travels inside converted checkpoints: it imports nothing but torch and transformers.
 """
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import InputError
 from .experts import KernelExperts
 from .ffn import KernelFFN
 from .integrity import check_folder, check_model, record_checksums
+from .record import Readout
+
+if TYPE_CHECKING:  # it is put before a stock model class
+    from transformers import PreTrainedModel as _StockModel
+else:
+    _StockModel = object
+
+Change = tuple[nn.Module, str, Any]
+"""(owner, name, what it was) of one attribute that was changed."""
 
 
-class KernelModelMixin:
-    """Put before a stock class: swaps the FFNs that the config names, and refuses a load that would leave one random."""
+class KernelModelMixin(_StockModel):
+    """Put before a stock class: swaps the FFNs that the config names.
+
+    It refuses a load that would leave one of them random.
+    """
 
     config: Any
+    config_class: Any
     base_model: Any
-    _auto_class = None  # of a stock class that came with code of its own: the config saves the code
+    _auto_class = None  # a stock class that came with code of its own may set it: the config saves
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.forward = _with_readouts(cls.forward)
+        cls.forward = _add_readouts_argument(cls.forward)
 
-    def post_init(self):
+    def post_init(self) -> None:
+        """As the stock method, once the kernel readouts are in place."""
         layers = self.config.kernel_ffn_layers()
         if not layers:
             raise InputError(
-                f"{type(self).__name__} needs a config with a kernel_ffn entry: make one by hf_kernel_ffn.convert()"
+                f"{type(self).__name__} needs a config with a kernel_ffn entry: "
+                "make one by hf_kernel_ffn.convert()"
             )
         for path, layer in layers.items():
             try:
                 install_ffn(self.base_model, path, KernelFFN(layer))
             except AttributeError:
                 raise InputError(
-                    f"found no module {path!r} in {type(self).__name__}: the kernel_ffn entry is of another model"
+                    f"found no module {path!r} in {type(self).__name__}: "
+                    "the kernel_ffn entry is of another model"
                 ) from None
         super().post_init()
 
-    def kernel_ffns(self) -> dict:
+    def kernel_ffns(self) -> dict[str, KernelFFN]:
         """The converted FFNs by their path under the base model, in layer order."""
         return {
             path: self.base_model.get_submodule(path) for path in self.config.kernel_ffn_layers()
@@ -50,93 +69,121 @@ class KernelModelMixin:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs
-    ):
-        """As the stock method; InputError if a tensor of a converted FFN is missing from the checkpoint or has
-        another shape, since the stock method would only warn and leave it random."""
-        tensors = check_folder(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock method, which would only warn of a missing tensor and leave it random.
+
+        Raises:
+            InputError: a tensor of the checkpoint is missing, has another shape than its config
+                says, or is one too many.
+        """
+        name = pretrained_model_name_or_path
+        subfolder = kwargs.get("subfolder", "")
+        tensors = check_folder(name, subfolder)
         if tensors is not None:
             config = kwargs.get("config") or cls.config_class.from_pretrained(
-                pretrained_model_name_or_path, subfolder=kwargs.get("subfolder", "")
+                name, subfolder=subfolder
             )
             with torch.device("meta"):
-                check_model(cls(config), tensors, pretrained_model_name_or_path)
+                check_model(cls(config), tensors, name)
+
         kwargs["use_safetensors"] = True  # the other format runs code when it is read
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        paths = tuple(f"{path}." for path in model.config.kernel_ffn_layers())
-        body = () if model.base_model is model else (f"{model.base_model_prefix}.",)
-        lost = sorted(
-            key  # a head may be new; what is under it may not
-            for found in (info["missing_keys"], [entry[0] for entry in info["mismatched_keys"]])
-            for key in found
-            if not body or key.startswith((*body, *paths))
-        )
-        if lost:
-            raise InputError(
-                f"found {len(lost)} tensors missing or misshapen in {pretrained_model_name_or_path}, "
-                f"the first {lost[0]!r}: the checkpoint is incomplete; copy or convert it again"
-            )
-        extra = sorted(
-            key
-            for key in info["unexpected_keys"]
-            if key.startswith(body) or any(f".{path}" in f".{key}" for path in paths)
-        )
-        if extra:
-            raise InputError(
-                f"found {len(extra)} tensors too many in {pretrained_model_name_or_path}, the first {extra[0]!r}: the weights are "
-                "of another model than config.json; copy or convert it again"
-            )
+        loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        _require_all_loaded(model, info, name)
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As the stock method; also writes the checksums that ``hf-kernel-ffn verify`` checks."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             record_checksums(save_directory)
 
 
-def install_ffn(base, path, ffn) -> list:
-    """Put ``ffn`` at ``path`` under ``base``, and what passes its output on where the teacher's FFN was no module of its own.
+def _require_all_loaded(model: Any, info: dict[str, Any], name: object) -> None:
+    """InputError if ``info`` of a load names tensors of the body that are missing or too many.
+
+    A head may be new; what is under it may not.
+    """
+    ffn_prefixes = tuple(f"{path}." for path in model.config.kernel_ffn_layers())
+    is_bare = model.base_model is model
+    body = () if is_bare else (f"{model.base_model_prefix}.",)
+
+    missing = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+    lost = sorted(key for key in missing if is_bare or key.startswith((*body, *ffn_prefixes)))
+    if lost:
+        raise InputError(
+            f"found {len(lost)} tensors missing or misshapen in {name}, the first {lost[0]!r}: "
+            "the checkpoint is incomplete; copy or convert it again"
+        )
+
+    extra = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if key.startswith(body) or any(f".{prefix}" in f".{key}" for prefix in ffn_prefixes)
+    )
+    if extra:
+        raise InputError(
+            f"found {len(extra)} tensors too many in {name}, the first {extra[0]!r}: "
+            "the weights are of another model than config.json; copy or convert it again"
+        )
+
+
+def install_ffn(base: nn.Module, path: str, ffn: KernelFFN) -> list[Change]:
+    """Put ``ffn`` at ``path`` under ``base``.
+
+    Where the teacher's FFN was no module of its own, what stood around it now passes on the
+    output of ``ffn`` as it is.
 
     Returns:
-        (owner, name, what it was) of every attribute changed, in order; AttributeError if there is nothing at the path.
-    """
-    changed = []
+        every attribute that was changed, in order.
 
-    def put(path, make):
+    Raises:
+        AttributeError: there is nothing, or no module, at the path.
+    """
+    changes: list[Change] = []
+
+    def replace(path: str, make: Callable[[Any], object]) -> None:
         parent, _, name = path.rpartition(".")
         owner = base.get_submodule(parent)
         before = getattr(owner, name)
-        changed.append((owner, name, before))
+        changes.append((owner, name, before))
         setattr(owner, name, make(before))
 
-    parent, _, number = path.rpartition(".")
     if ffn.config.experts:
+        parent, _, number = path.rpartition(".")
         if not isinstance(base.get_submodule(parent), KernelExperts):
-            put(parent, lambda before: KernelExperts())
+            replace(parent, lambda before: KernelExperts())
         base.get_submodule(parent).add_module(number, ffn)
     else:
-        base.get_submodule(
-            path
-        )  # AttributeError if that is no module: config.json may name anything
-        put(path, lambda before: ffn)
-    for other in ffn.config.absorbed:
-        put(other, lambda before: nn.Identity() if isinstance(before, nn.Module) else 0.0)
-    return changed
+        base.get_submodule(path)  # AttributeError if that is no module: config.json may name any
+        replace(path, lambda before: ffn)
+    for absorbed in ffn.config.absorbed:
+        replace(absorbed, _make_needless)
+    return changes
+
+
+def _make_needless(before: object) -> object:
+    """What stands for an absorbed attribute: the identity for a module, zero for a number."""
+    return nn.Identity() if isinstance(before, nn.Module) else 0.0
 
 
 @contextmanager
-def recorded_readouts(model):
-    """Collect the record of every converted FFN, in the order in which they run, while the context is open."""
-    records = []
-    hooks = [
-        ffn.register_forward_hook(
-            lambda module, args, output: records.append(module.readout(args[0]))
-        )
-        for ffn in model.kernel_ffns().values()
-    ]
+def recorded_readouts(model: Any) -> Iterator[list[Readout]]:
+    """Collect the record of every converted FFN of ``model`` while the context is open.
+
+    The records stand in the order in which the FFNs run.
+    """
+    records: list[Readout] = []
+
+    def record(ffn: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        records.append(ffn.readout(args[0]))
+
+    hooks = [ffn.register_forward_hook(record) for ffn in model.kernel_ffns().values()]
     try:
         yield records
     finally:
@@ -144,14 +191,17 @@ def recorded_readouts(model):
             hook.remove()
 
 
-def _with_readouts(forward):
-    """``forward`` with one more argument, ``output_readouts``: whether the output gets ``readouts``, a tuple with one
-    record per converted layer. Its signature stays the stock one, which generation and trainers inspect."""
+def _add_readouts_argument(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` with one more argument, ``output_readouts``.
+
+    If it is set, the output gets ``readouts``, a tuple with the record of every run of a
+    converted FFN. The signature stays the stock one, which generation and trainers inspect.
+    """
     if getattr(forward, "_gives_readouts", False):
         return forward
 
     @functools.wraps(forward)
-    def wrapped(self, *args, output_readouts=False, **kwargs):
+    def wrapped(self: Any, *args: Any, output_readouts: bool = False, **kwargs: Any) -> Any:
         if not output_readouts:
             return forward(self, *args, **kwargs)
         with recorded_readouts(self) as records:
@@ -161,5 +211,5 @@ def _with_readouts(forward):
         output["readouts"] = tuple(records)
         return output
 
-    wrapped._gives_readouts = True
+    setattr(wrapped, "_gives_readouts", True)  # noqa: B010  (no attribute of a function's type)
     return wrapped

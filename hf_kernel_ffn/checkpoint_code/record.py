@@ -1,30 +1,53 @@
-"""The one record that everything reads: coefficients over a dictionary.
+"""The one record that everything reads: coefficients over a dictionary, and what gives it.
 
 This file travels inside converted checkpoints: it imports nothing but torch and transformers.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from .settings import LayerConfig
+
 
 class Readout(NamedTuple):
-    """What one FFN (or attention head) wrote: ``output() = coefficients @ dictionary + bias``."""
+    """What one FFN or attention head wrote: ``output() = coefficients @ dictionary + bias``."""
 
     coefficients: Tensor
-    """(..., prototypes). Nonnegative from a kernel readout with fixed values, signed otherwise."""
+    """(..., prototypes). A kernel readout with fixed values has none below zero."""
     dictionary: Tensor
     """(prototypes, hidden_size): output prototypes as rows."""
     bias: Tensor | None
-    """(hidden_size,) written whatever fires."""
+    """(hidden_size,), written whatever fires."""
     shares: Tensor | None
-    """(..., prototypes) π ≥ 0, summing to one, or to zero where nothing fires; None if the FFN defines none."""
+    """(..., prototypes) π ≥ 0, summing to one, or to zero where nothing fires.
+
+    None if the FFN defines none.
+    """
     intensity: Tensor | None
-    """(...) g ≥ 0 with coefficients = g·π (·u_i x); None if the FFN defines none."""
-    names: tuple
+    """(...) g ≥ 0 with coefficients = g·π, times u_i·x for gated values.
+
+    None if the FFN defines none.
+    """
+    names: tuple[str, ...]
     """The dictionary rows by name."""
 
     def output(self) -> Tensor:
         """(..., hidden_size): the FFN's output, as the record's own sum."""
         written = self.coefficients @ self.dictionary
         return written if self.bias is None else written + self.bias
+
+
+@runtime_checkable
+class ReadableFFN(Protocol):
+    """An FFN that says what it wrote as a :class:`Readout`.
+
+    ``isinstance(ffn, ReadableFFN)`` holds for a KernelFFN of this package, for one of a
+    checkpoint's own code, and for the baselines of the evaluation, but for no stock FFN.
+    """
+
+    config: LayerConfig
+
+    def readout(self, hidden_states: Tensor) -> Readout:
+        """The record at ``hidden_states`` (..., hidden_size)."""
+        ...

@@ -3,9 +3,24 @@
 This file travels inside converted checkpoints: it imports nothing but torch and transformers.
 """
 
-import difflib
-from dataclasses import asdict, dataclass, field, fields, replace
+from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from .checks import (
+    DAMAGED,
+    is_positive_integer,
+    reject_unknown_fields,
+    require_count,
+    require_mapping,
+    require_module_path,
+    require_number,
+    require_one_of,
+    require_positive_number,
+    require_size,
+)
 from .custom_kernel import __doc__ as _custom_kernel  # noqa: F401  (registers a user's own kernel)
 from .errors import InputError
 from .kernels import get_kernel
@@ -15,45 +30,74 @@ FORMAT = 1
 """Version of the ``kernel_ffn`` entry that this code writes and reads."""
 ENTRY = ("format", "package_version", "family", "teacher_class", "activation", "layers")
 """Keys of the ``kernel_ffn`` entry."""
-STOCK_GUARD = "kernel_ffn checkpoint: load it by an Auto class with trust_remote_code=True, or with hf_kernel_ffn installed"
-"""Stands in config.json where the teacher's activation name was, so that stock classes refuse the checkpoint."""
+STOCK_GUARD = (
+    "kernel_ffn checkpoint: load it by an Auto class with trust_remote_code=True, "
+    "or with hf_kernel_ffn installed"
+)
+"""Stands in config.json where the teacher's activation name was.
+
+Stock classes, which know no such activation, then refuse the checkpoint.
+"""
 
 INTENSITIES = ("none", "mass", "gate")
+"""How loudly a mixture may be written."""
 AT_THE_DATA = ("data-scale", "firing-means")
 """Initialisers whose input prototypes are as long as the inputs, so that distance can matter."""
 INITIALISERS = ("single", "polarised", *AT_THE_DATA)
+"""Where input prototypes may start."""
 VALUES = ("fixed", "gated")
+"""What output prototypes may be."""
+LARGEST_EXPANSION = 8
+"""Prototypes per hidden unit, at most: more stand in for a unit no more closely."""
 
 
 @dataclass(frozen=True)
 class KernelFFNConfig:
-    """What is to replace an FFN. Validates itself; raises InputError naming the field and the reason."""
+    """What is to replace an FFN.
+
+    Validates itself: InputError names the field and the reason.
+    """
 
     kernel: str = "half-yat"
-    """Similarity between input and input prototypes: a registered kernel that is nowhere negative."""
+    """Similarity of input and input prototypes: a registered kernel that is nowhere negative."""
     simplex: str = "softmax"
-    """How log-kernels become shares: softmax, sparsemax, entmax-1.5, top-k (as many prototypes for every token) or threshold
-    (those whose kernel passes one value per layer: more for a token that needs more)."""
+    """How log-kernels become shares: softmax, sparsemax, entmax-1.5, top-k or threshold.
+
+    top-k keeps as many prototypes for every token; threshold keeps those whose kernel passes one
+    value per layer, more for a token that needs more.
+    """
     intensity: str = "mass"
-    """How loudly the mixture is written: none (convex), mass (Σκ over the support, times a learned scale) or
-    gate (a learned softplus of the input)."""
+    """How loudly the mixture is written: none, mass or gate.
+
+    none is convex; mass is Σκ over the support, times a learned scale; gate is a learned softplus
+    of the input.
+    """
     init: str | None = None
-    """Input prototypes from the rows of W_in: single, polarised (gated FFNs, both signs of every output
-    prototype), or data-scale (those rows made as long as the inputs); or firing-means (the mean input that fires a unit, one
-    for each sign of a gated unit). None: the family's default."""
+    """Where input prototypes start: single, polarised, data-scale or firing-means.
+
+    The first three start from the rows of W_in: polarised with both signs of every output
+    prototype of a gated FFN, data-scale with rows as long as the inputs. firing-means starts from
+    the mean input that fires a unit, one for each sign of a gated unit. None: the family's default.
+    """
     values: str = "fixed"
     """fixed output prototypes, or gated: each multiplied by its unit's u·x (gated FFNs)."""
     temperature: float | None = None
-    """τ, the shares being map(log κ / τ). None: 1 where the coefficients are the kernel itself (mass with softmax
-    or top-k), otherwise fitted per layer at conversion. Learned unless the coefficients are the kernel itself."""
-    top_k: int | None = None
-    """Prototypes kept per token by the simplex map top-k; kept on average over the text by threshold."""
-    expansion: float | None = None
-    """Prototypes per hidden unit, up to 8. Both signs of a gated unit take two, and 1.5 gives the parameter count of a gated
-    FFN, those with the largest output kept; 4 stand in for a gated unit by two pairs, which is much closer, and 2 for a plain
-    one. None: 2 where a unit needs both signs, otherwise 1."""
+    """τ, the shares being map(log κ / τ).
 
-    def __post_init__(self):
+    None: 1 where the coefficients are the kernel itself (mass with softmax, top-k or threshold),
+    and otherwise fitted per layer at conversion. It is learned in the second case alone.
+    """
+    top_k: int | None = None
+    """Prototypes kept per token by the simplex map top-k; by threshold, on average over text."""
+    expansion: float | None = None
+    """Prototypes per hidden unit, from 1 to 8.
+
+    Both signs of a gated unit take two; 1.5 gives the parameter count of a gated FFN, the units
+    with the largest output kept; 4 stand in for a gated unit by two pairs, which is much closer,
+    and 2 for a plain one. None: 2 where a unit needs both signs, otherwise 1.
+    """
+
+    def __post_init__(self) -> None:
         require_one_of("simplex", self.simplex, SIMPLEX_MAPS)
         require_one_of("intensity", self.intensity, INTENSITIES)
         require_one_of("values", self.values, VALUES)
@@ -61,35 +105,49 @@ class KernelFFNConfig:
             require_one_of("init", self.init, INITIALISERS)
         if not get_kernel(self.kernel).nonnegative:
             raise InputError(
-                f"kernel {self.kernel!r} can be negative: its readout is no mixture; choose a nonnegative kernel"
+                f"kernel {self.kernel!r} can be negative: its readout is no mixture; "
+                "choose a nonnegative kernel"
             )
-        _require_number(
-            "temperature", self.temperature, lambda t: 0 < t < float("inf"), "a positive number"
-        )
-        _require_number("expansion", self.expansion, lambda e: 1 <= e <= 8, "a number from 1 to 8")
-        if self.sparse and (
-            not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1
-        ):
+        if self.temperature is not None:
+            require_positive_number("temperature", self.temperature, "a positive number")
+        if self.expansion is not None:
+            require_number(
+                "expansion",
+                self.expansion,
+                f"a number from 1 to {LARGEST_EXPANSION}",
+                least=1,
+                most=LARGEST_EXPANSION,
+            )
+        self._check_top_k()
+        if self.values == "gated" and self.init == "polarised":
             raise InputError(
-                f"found top_k={self.top_k!r}, expected a positive integer: simplex {self.simplex!r} needs to know how many"
+                "values 'gated' with init 'polarised': gated values carry the sign already; "
+                "use init 'single'"
+            )
+
+    def _check_top_k(self) -> None:
+        if self.sparse and not is_positive_integer(self.top_k):
+            raise InputError(
+                f"found top_k={self.top_k!r}, expected a positive integer: "
+                f"simplex {self.simplex!r} needs to know how many"
             )
         if not self.sparse and self.top_k is not None:
             raise InputError(
-                f"found top_k={self.top_k} with simplex {self.simplex!r}: only 'top-k' and 'threshold' keep a given number"
-            )
-        if self.values == "gated" and self.init == "polarised":
-            raise InputError(
-                "values 'gated' with init 'polarised': gated values carry the sign already; use init 'single'"
+                f"found top_k={self.top_k} with simplex {self.simplex!r}: "
+                "only 'top-k' and 'threshold' keep a given number"
             )
 
     @property
     def sparse(self) -> bool:
-        """``top_k`` prototypes are kept, for every token or on average."""
+        """Whether ``top_k`` prototypes are kept, for every token or on average."""
         return self.simplex in ("top-k", "threshold")
 
     @property
     def coefficients_are_kernel(self) -> bool:
-        """Coefficients are scale · κ on the support, no shares needed: mass over softmax, top-k or threshold at τ = 1."""
+        """Whether the coefficients are scale · κ on the support, and no shares are needed.
+
+        So it is with mass over softmax, top-k or threshold at τ = 1.
+        """
         return (
             self.intensity == "mass"
             and (self.simplex == "softmax" or self.sparse)
@@ -114,71 +172,86 @@ class LayerConfig:
     """Width of the residual stream."""
     prototypes: int
     """Rows of the dictionary."""
-    reference: dict = field(default_factory=dict)
-    """What conversion found for this layer, exact: ``scale`` of the intensity, ``temperature``, ``threshold`` of κ, and the
-    kernel's parameters. The weights hold learned log-ratios to these, zero at conversion, so that half precision loses nothing."""
+    reference: Mapping[str, float] = field(default_factory=dict)
+    """What conversion found for this layer, exact.
+
+    ``scale`` of the intensity, ``temperature``, ``threshold`` of κ, and the kernel's parameters.
+    The weights hold learned log-ratios to these, zero at conversion, so that half precision loses
+    nothing.
+    """
     dropout: float = 0.0
     """The teacher FFN's dropout on its output."""
     hidden_dropout: float = 0.0
     """The teacher FFN's dropout on its hidden units, here on the coefficients."""
     number: int = 0
-    """Of the block, counted over all stacks."""
+    """The block's number, counted over all stacks."""
     absorbed: tuple[str, ...] = ()
-    """Paths under the base model of what the readout makes needless, where the FFN was no module of its own: modules there
-    become the identity, numbers zero."""
+    """Paths under the base model of what the readout makes needless.
+
+    There are some where the FFN was no module of its own: modules there become the identity,
+    numbers zero.
+    """
     experts: int = 0
     """If this is one expert of a mixture, how many there are."""
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of config.json."""
         return {**asdict(self), "absorbed": list(self.absorbed)}
 
     @classmethod
-    def from_dict(cls, entry: dict) -> "LayerConfig":
-        """InputError if a key is unknown or missing, or a value out of range."""
+    def from_dict(cls, entry: dict[str, Any]) -> LayerConfig:
+        """The layer that ``entry`` of config.json describes.
+
+        Raises:
+            InputError: a key is unknown or missing, or a value of another type or out of range.
+        """
         entry = dict(require_mapping("kernel_ffn layer", entry))
         reject_unknown_fields(cls, entry, "kernel_ffn layer")
-        settings = require_mapping("kernel_ffn settings", entry.pop("settings", None))
-        reject_unknown_fields(KernelFFNConfig, settings, "kernel_ffn settings")
+        settings_entry = require_mapping("kernel_ffn settings", entry.pop("settings", None))
+        reject_unknown_fields(KernelFFNConfig, settings_entry, "kernel_ffn settings")
         for name in ("hidden_size", "prototypes"):
-            size = entry.get(name)
-            if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**31:
-                raise InputError(
-                    f"found {name}={size!r} in the kernel_ffn entry, expected a positive integer: config.json is damaged"
-                )
-        settings = KernelFFNConfig(**settings)
+            require_size(name, entry.get(name))
+
+        settings = KernelFFNConfig(**settings_entry)
         reference = require_mapping("kernel_ffn reference", entry.get("reference"))
-        needed = [*get_kernel(settings.kernel).parameters]
-        needed += ["scale"] * (settings.intensity != "none") + ["temperature"] * (
-            not settings.coefficients_are_kernel
-        )
-        needed += ["threshold"] * (settings.simplex == "threshold")
-        for name in needed:
-            if reference.get(name) is None:
-                raise InputError(
-                    f"found no reference value {name!r} in the kernel_ffn entry, expected one: config.json is damaged"
-                )
-            _require_number(
-                f"reference {name}",
-                reference[name],
-                lambda v: 0 < v < float("inf"),
-                "a positive number: config.json is damaged",
-            )
-        entry["absorbed"] = tuple(entry.get("absorbed", ()))
+        _check_reference(reference, settings)
+        entry["absorbed"] = _check_absorbed(entry.get("absorbed", ()))
+        for name in ("dropout", "hidden_dropout"):
+            expected = f"a number from 0 to 1: {DAMAGED}"
+            require_number(name, entry.get(name, 0.0), expected, least=0, most=1)
+        for name in ("number", "experts"):
+            require_count(name, entry.get(name, 0))
         return cls(settings=settings, **entry)
 
 
-def reject_unknown_fields(cls, entry: dict, what: str) -> None:
-    """InputError, with the nearest right name, if ``entry`` has a key that is no field of dataclass ``cls``."""
-    reject_unknown_keys([f.name for f in fields(cls)], entry, what)
+def _check_reference(reference: dict[str, Any], settings: KernelFFNConfig) -> None:
+    """InputError unless ``reference`` has a positive number for all that ``settings`` need."""
+    names = [*get_kernel(settings.kernel).parameters]
+    if settings.intensity != "none":
+        names.append("scale")
+    if not settings.coefficients_are_kernel:
+        names.append("temperature")
+    if settings.simplex == "threshold":
+        names.append("threshold")
+    for name in names:
+        value = reference.get(name)
+        if value is None:
+            raise InputError(
+                f"found no reference value {name!r} in the kernel_ffn entry, "
+                f"expected one: {DAMAGED}"
+            )
+        require_positive_number(f"reference {name}", value, f"a positive number: {DAMAGED}")
 
 
-def reject_unknown_keys(names, entry: dict, what: str) -> None:
-    """The same, of keys that are given."""
-    for key in entry:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(names)}"
-            raise InputError(f"found unknown key {key!r} in the {what}: {hint}")
+def _check_absorbed(paths: object) -> tuple[str, ...]:
+    """``paths`` as a tuple; InputError unless it is a list of paths under the base model."""
+    if not isinstance(paths, (list, tuple)):
+        raise InputError(
+            f"found absorbed={paths!r} in the kernel_ffn entry, expected a list of paths: {DAMAGED}"
+        )
+    for path in paths:
+        require_module_path("absorbed paths of the kernel_ffn entry", path)
+    return tuple(paths)
 
 
 def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConfig:
@@ -187,57 +260,40 @@ def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNC
     Raises:
         InputError: the combination does not exist for such an FFN.
     """
-    if not gated_teacher:
-        if config.values == "gated":
-            raise InputError(
-                "found values 'gated' for an FFN without a gate: its units have one row each; use values 'fixed'"
-            )
-        if config.init == "polarised":
-            raise InputError(
-                "found init 'polarised' for an FFN without a gate: it splits a unit's two rows; use init 'single'"
-            )
-    kernel = get_kernel(config.kernel)
-    init = config.init
-    if init is None and kernel.uses_distance and not kernel.uses_bias:
-        init = "data-scale"  # a kernel of distance alone sees nothing of rows much shorter than the inputs
-    init = init or ("polarised" if gated_teacher and config.values == "fixed" else "single")
-    if (
-        "bandwidth" in kernel.parameters.values()
-        and config.intensity == "mass"
-        and init not in AT_THE_DATA
-    ):
+    if not gated_teacher and config.values == "gated":
         raise InputError(
-            f"found intensity 'mass' with kernel {config.kernel!r} and init {init!r}: its mass vanishes on prototypes much shorter "
-            "than the inputs; use init 'data-scale' or another intensity"
+            "found values 'gated' for an FFN without a gate: its units have one row each; "
+            "use values 'fixed'"
         )
+    if not gated_teacher and config.init == "polarised":
+        raise InputError(
+            "found init 'polarised' for an FFN without a gate: it splits a unit's two rows; "
+            "use init 'single'"
+        )
+
+    init = config.init or _choose_initialiser(config, gated_teacher)
+    needs_bandwidth = "bandwidth" in get_kernel(config.kernel).parameters.values()
+    if needs_bandwidth and config.intensity == "mass" and init not in AT_THE_DATA:
+        raise InputError(
+            f"found intensity 'mass' with kernel {config.kernel!r} and init {init!r}: its mass "
+            "vanishes on prototypes much shorter than the inputs; "
+            "use init 'data-scale' or another intensity"
+        )
+
     resolved = replace(config, init=init)
-    return replace(
-        resolved,
-        expansion=config.expansion or (2.0 if needs_both_signs(resolved, gated_teacher) else 1.0),
-    )
+    default_expansion = 2.0 if needs_both_signs(resolved, gated_teacher) else 1.0
+    return replace(resolved, expansion=config.expansion or default_expansion)
+
+
+def _choose_initialiser(config: KernelFFNConfig, gated_teacher: bool) -> str:
+    """The family's default."""
+    kernel = get_kernel(config.kernel)
+    if kernel.uses_distance and not kernel.uses_bias:
+        # A kernel of distance alone sees nothing of rows much shorter than the inputs.
+        return "data-scale"
+    return "polarised" if gated_teacher and config.values == "fixed" else "single"
 
 
 def needs_both_signs(config: KernelFFNConfig, gated_teacher: bool) -> bool:
-    """Whether a unit is stood in for by prototypes of both signs, from its gate row plus and minus its up row."""
+    """Whether a unit becomes prototypes of both signs, its gate row plus and minus its up row."""
     return gated_teacher and config.values == "fixed" and config.init != "single"
-
-
-def require_one_of(name, value, choices):
-    """InputError unless ``value`` is one of the names ``choices``."""
-    if not isinstance(value, str) or value not in choices:
-        raise InputError(f"found {name}={value!r}, expected one of {', '.join(choices)}")
-
-
-def _require_number(name, value, accept, expected):
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not accept(value):
-        raise InputError(f"found {name}={value!r}, expected {expected}")
-
-
-def require_mapping(what, value):
-    if not isinstance(value, dict):
-        raise InputError(
-            f"found {type(value).__name__} as the {what}, expected a mapping: config.json is damaged"
-        )
-    return value

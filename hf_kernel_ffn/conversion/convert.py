@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -249,34 +249,25 @@ def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict
     layer = make_layer_config(
         model, stock, settings, start.rows.shape[1], len(start.rows), reference
     )
-    with torch.device(
-        "meta"
-    ):  # drawing numbers for weights that are at hand takes longer than all the rest
-        ffn = KernelFFN(layer).eval().requires_grad_(False)
-    ffn.to_empty(device=sample.device)
-    ffn.units.copy_(start.units)
-    for ratio in ffn.log_ratio.values():
-        ratio.zero_()
-    ffn.input_prototypes.weight.data = start.rows.contiguous()
-    if ffn.kernel.uses_bias:
-        ffn.input_prototypes.bias.copy_(start.bias)
-    ffn.output_prototypes.weight.data = start.dictionary.T.contiguous()
-    ffn.output_prototypes.bias.zero_()
-    if weights.down_bias is not None:
-        ffn.output_prototypes.bias.copy_(weights.down_bias)
+    up_rows = up_bias = None
     if settings.values == "gated":
         unit = start.units.abs().long() - 1
-        ffn.value_proj.weight.data = in32["up"].index_select(0, unit)
-        ffn.value_proj.bias.zero_() if weights.up_bias is None else ffn.value_proj.bias.copy_(
-            weights.up_bias[unit]
-        )
-    if settings.intensity == "gate":
-        ffn.gate.weight.zero_()
-        ffn.gate.bias.fill_(initial_gate_bias())
+        up_rows = in32["up"].index_select(0, unit)
+        up_bias = None if weights.up_bias is None else weights.up_bias[unit]
+    ffn = KernelFFN.from_prototypes(
+        layer,
+        rows=start.rows,
+        dictionary=start.dictionary,
+        units=start.units,
+        bias=start.bias,
+        output_bias=weights.down_bias,
+        up_rows=up_rows,
+        up_bias=up_bias,
+        gate_bias=initial_gate_bias(),
+    ).requires_grad_(False)
     if settings.simplex == "threshold":
-        ffn.threshold_log_ratio.zero_()
         ffn.fit_threshold(sample)
-        ffn.reference["threshold"] = math.exp(ffn.log_threshold().item())
+        ffn.set_reference("threshold", math.exp(ffn.log_threshold().item()))
         ffn.threshold_log_ratio.zero_()
     figures: dict[str, float] = {}
     if ids is not None:
@@ -284,12 +275,11 @@ def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict
             read_ffn_inputs(model, stock.path, rows) for rows in split_fitted_and_held(ids)
         )
         figures = calibrate_ffn(ffn, stock, sample, fitted, held, settings.temperature)
-    ffn.config = replace(layer, reference=dict(ffn.reference))
     parameters = sum(p.numel() for p in ffn.parameters())
     return ffn, {
         "prototypes": layer.prototypes,
         "parameters": parameters,
-        "reference": dict(ffn.reference),
+        "reference": dict(ffn.config.reference),
         **figures,
     }
 

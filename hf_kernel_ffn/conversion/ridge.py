@@ -115,7 +115,7 @@ def calibrate_ffn(
     assert best is not None
     error, tau, pull, solution, error_start, origin = best
     if tau is not None:
-        ffn.reference["temperature"] = tau
+        ffn.set_reference("temperature", tau)
     weight.copy_(solution[:-1].T)
     bias.copy_(solution[-1])
     return {
@@ -135,7 +135,7 @@ def _moments(ffn, teacher, batches, temperatures) -> list[Moments]:
             outputs = teacher(chunk).float()
             for moments, temperature in zip(found, temperatures):
                 if temperature is not None:
-                    ffn.reference["temperature"] = temperature
+                    ffn.set_reference("temperature", temperature)
                 moments.add(ffn.coefficients(chunk.float()), outputs)
     for moments in found:
         moments.all_reduce()

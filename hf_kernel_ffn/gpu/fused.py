@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from ..checkpoint_code.compat import are_function_transforms_active
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
-from ..checkpoint_code.kernels import HalfYat, Yat
-from ..checkpoint_code.linears import is_plain, lay_out_by_prototypes
+from ..checkpoint_code.linears import lay_out_by_prototypes
+from ..checkpoint_code.one_pass import mix_dense_yat
 from ..checkpoint_code.operators import (
     ARGUMENTS,
     TENSORS,
@@ -29,6 +30,11 @@ from ..checkpoint_code.operators import (
     differentiate,
     empty_gradients,
     namespace,
+)
+from ..checkpoint_code.plan import (
+    linears_of,
+    reason_against_dense_yat,
+    reason_against_plain_weights,
 )
 from .triton_kernels import INTERPRETED, backward_tuned, forward_tuned, gather_kernel, triton
 
@@ -327,29 +333,33 @@ class Fused:
     required: bool = False
     """Whether a call that the Triton kernels cannot serve is an error; otherwise the layer goes on without them."""
 
-    def readout(self, ffn: KernelFFN, hidden_states: Tensor) -> Tensor | None:
-        """The output (..., d) of ``ffn`` before dropout, or None: by the plain form, or :meth:`mixture`.
+    def reason_against_readout(self, ffn: KernelFFN, hidden_states: Tensor) -> str | None:
+        """Why they do not compute the output of ``ffn`` at ``hidden_states``; None if they do.
 
         Raises:
             InputError: ``required``, and neither this nor, for a sparse layer, the gather can serve the call.
         """
         if not (self.required or hidden_states.is_cuda):
-            return None
+            return "a tensor off the GPU, expected one on it"
         reason = reason_against_fused_readout(ffn, hidden_states)
-        if reason is None:
-            return fused_readout(ffn, hidden_states)
-        if self.required and reason_against_fused_gather(ffn, hidden_states):
+        if reason and self.required and reason_against_fused_gather(ffn, hidden_states):
             raise InputError(
                 f"found {reason}: call it so, or fuse without required, which steps aside"
             )
-        return None
+        return reason
 
-    def mixture(self, ffn: KernelFFN, coefficients: Tensor) -> Tensor | None:
-        """Σ c_i v_i + b_out (..., d) of few tokens by the active output prototypes alone, or None: by the plain form."""
-        if not (self.required or coefficients.is_cuda) or reason_against_fused_gather(
-            ffn, coefficients
-        ):
-            return None
+    def reason_against_sum(self, ffn: KernelFFN, hidden_states: Tensor) -> str | None:
+        """Why they do not sum the output prototypes of ``ffn``; None if they do, of few tokens the active ones alone."""
+        if not (self.required or hidden_states.is_cuda):
+            return "a tensor off the GPU, expected one on it"
+        return reason_against_fused_gather(ffn, hidden_states)
+
+    def readout(self, ffn: KernelFFN, hidden_states: Tensor) -> Tensor:
+        """The output (..., d) of ``ffn`` before dropout, where nothing is against it."""
+        return fused_readout(ffn, hidden_states)
+
+    def mixture(self, ffn: KernelFFN, coefficients: Tensor) -> Tensor:
+        """Σ c_i v_i + b_out (..., d) of few tokens by the active output prototypes alone, where nothing is against it."""
         linear = ffn.output_prototypes
         if not (torch.compiler.is_compiling() or linear.weight.T.is_contiguous() or ffn.training):
             lay_out_by_prototypes(linear)
@@ -363,31 +373,9 @@ def fuse(model: Any, required: bool = False) -> None:
         ffn.fused = Fused(required)
 
 
-def fused_readout(ffn, hidden_states):
+def fused_readout(ffn: KernelFFN, hidden_states: Tensor) -> Tensor:
     """The output (..., d) of ``ffn`` before dropout, where nothing is against it."""
-    settings, device = ffn.config.settings, hidden_states.device.type
-    mix = (
-        torch.get_autocast_dtype(device)
-        if torch.is_autocast_enabled(device)
-        else hidden_states.dtype
-    )
-    first, second, up = (
-        ffn.input_prototypes,
-        ffn.output_prototypes,
-        ffn.value_proj if settings.values == "gated" else None,
-    )
-    written = fused_mixture(
-        hidden_states.reshape(-1, hidden_states.shape[-1]), first.weight, first.bias, second.weight, ffn.positive("epsilon"),
-        ffn.positive("scale" if settings.coefficients_are_kernel else "temperature"), None if up is None else up.weight,
-        None if up is None else up.bias, isinstance(ffn.kernel, HalfYat), mix, ffn.activation_bytes,
-        not settings.coefficients_are_kernel,
-    ).unflatten(0, hidden_states.shape[:-1])  # fmt: skip
-    if settings.intensity == "gate":
-        loud = (
-            torch.nn.functional.softplus(ffn.gate(hidden_states).float()) * ffn.reference["scale"]
-        )
-        written = (written * loud).to(mix)
-    return written + second.bias.to(mix)
+    return mix_dense_yat(ffn, hidden_states, fused_mixture)
 
 
 def gathered(ffn, coefficients):
@@ -400,26 +388,19 @@ def gathered(ffn, coefficients):
     return written.unflatten(0, coefficients.shape[:-1])
 
 
-def reason_against_fused_readout(ffn, x) -> str | None:
+def reason_against_fused_readout(ffn: KernelFFN, x: Tensor) -> str | None:
     """Why ``ffn`` cannot be fused at ``x``: what was found and what is expected; None if it can."""
-    settings = ffn.config.settings
-    if settings.simplex != "softmax":
-        return f"simplex {settings.simplex!r} with {_tokens(x)} tokens, expected 'softmax', or up to {FEW} tokens without gradients"
-    if type(ffn.kernel) not in (Yat, HalfYat):
-        return f"kernel {settings.kernel!r}, expected 'yat' or 'half-yat' for the fused readout"
-    if settings.intensity == "mass" and not settings.coefficients_are_kernel:
-        return f"intensity 'mass' at temperature {settings.temperature}, expected temperature 1 for the fused readout"
-    if ffn.training and ffn.config.hidden_dropout:
-        return "dropout of hidden units, expected none or evaluation for the fused readout"
-    linears = [
-        ffn.input_prototypes,
-        ffn.output_prototypes,
-        *([ffn.value_proj] if settings.values == "gated" else []),
-    ]
-    return _against(x, linears)
+    simplex = ffn.config.settings.simplex
+    if simplex != "softmax":
+        return f"simplex {simplex!r} with {_tokens(x)} tokens, expected 'softmax', or up to {FEW} tokens without gradients"
+    reason = reason_against_dense_yat(ffn)
+    if reason is not None:
+        return f"{reason} for the fused readout"
+    return _against(x, linears_of(ffn))
 
 
-def reason_against_fused_gather(ffn, x) -> str | None:
+def reason_against_fused_gather(ffn: KernelFFN, x: Tensor) -> str | None:
+    """Why few tokens of ``ffn`` cannot be summed from the active output prototypes alone; None if they can."""
     if (
         ffn.config.settings.simplex == "softmax"
         or torch.is_grad_enabled()
@@ -428,7 +409,10 @@ def reason_against_fused_gather(ffn, x) -> str | None:
         return "another call"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast"
-    return _against(x, [ffn.output_prototypes])
+    if are_function_transforms_active():
+        return "a transform of torch.func, expected none"
+    reason = reason_against_plain_weights([ffn.output_prototypes])
+    return reason or _against(x, [ffn.output_prototypes])
 
 
 def _against(x, linears) -> str | None:
@@ -436,10 +420,6 @@ def _against(x, linears) -> str | None:
         return "no Triton, expected triton 3.6 or newer (pip install triton) for the fused readout"
     if not _runs(x.device.type, x.device.index):
         return f"device {x.device}, expected a CUDA GPU of compute capability 8.0 or newer for the fused readout"
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func, expected none around the fused readout"
-    if not all(is_plain(linear) and linear.bias is not None for linear in linears):
-        return "an adapter, quantised weight, offloading, hook or missing bias, expected plain linear modules for the fused readout"
     dtypes = {x.dtype, *(linear.weight.dtype for linear in linears)}
     if not dtypes <= set(DTYPES) or (
         len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type)

@@ -122,7 +122,6 @@ def _add(model: Any, ffn: Any, rule: Addition) -> Any:
                 [state[name], part.to(state[name])], 1 if name == "output_prototypes.weight" else 0
             )
     wide.load_state_dict(state)
-    wide.top_k = ffn.top_k
     for parameter, old in zip(wide.parameters(), ffn.parameters()):
         parameter.requires_grad_(old.requires_grad)
     entry = model.config.kernel_ffn["layers"][rule.path]

@@ -256,13 +256,13 @@ def _picture(ffn: Any, inputs: Tensor, record: Readout, room: int) -> dict:
         "kernel": settings.kernel,
         "parameters": {name: float(value) for name, value in ffn.kernel_parameters().items()},
         "simplex": settings.simplex,
-        "topK": ffn.top_k,
+        "topK": settings.top_k,
         "logThreshold": float(ffn.log_threshold()) if settings.simplex == "threshold" else None,
         "temperature": 1.0 if plain else float(ffn.positive("temperature")),
         "intensity": settings.intensity,
         "scale": float(ffn.positive("scale"))
         if settings.intensity == "mass"
-        else float(ffn.reference.get("scale", 1.0)),
+        else float(ffn.config.reference.get("scale", 1.0)),
         "gate": None,
         "mean": [float(mean @ mean), float(mean @ axes[0]), float(mean @ axes[1])],
         "explained": explained,

@@ -10,8 +10,9 @@ import torch
 from layers import TOP_K, D, P, inputs, make_layer
 from torch import nn
 
-from hf_kernel_ffn import register_kernel
+from hf_kernel_ffn import InputError, KernelFFN, register_kernel
 from hf_kernel_ffn.checkpoint_code.kernels import Kernel
+from hf_kernel_ffn.checkpoint_code.record import ReadableFFN
 
 SIMPLEX, INTENSITY = (
     ("softmax", "sparsemax", "entmax-1.5", "top-k", "threshold"),
@@ -273,10 +274,10 @@ def test_temperature_limits():
     ffn, x = make_layer(**settings), inputs()
     with torch.no_grad():
         kernel = ffn.kernel.value(*ffn.scores(x), **ffn.kernel_parameters())
-        ffn.reference["temperature"] = 1e-6
+        ffn.set_reference("temperature", 1e-6)
         nearest = ffn.output_prototypes.weight.T[kernel.argmax(-1)] + ffn.output_prototypes.bias
         torch.testing.assert_close(ffn(x), nearest)
-        ffn.reference["temperature"] = 1e9
+        ffn.set_reference("temperature", 1e9)
         centroid = ffn.output_prototypes.weight.mean(-1) + ffn.output_prototypes.bias
         torch.testing.assert_close(ffn(x), centroid.expand(6, D), rtol=1e-6, atol=1e-6)
 
@@ -375,3 +376,67 @@ def test_thresholds_are_fitted_where_the_kernel_under_or_overflows(kernel, scale
     assert (
         ffn.kernel.log(*ffn.scores(x), **ffn.kernel_parameters()) >= ffn.log_threshold()
     ).sum() == TOP_K * len(x)
+
+
+@pytest.mark.parametrize("values", ["fixed", "gated"])
+@pytest.mark.parametrize("intensity", ["mass", "gate", "none"])
+def test_a_layer_made_from_prototypes_is_that_layer(values, intensity):
+    simplex = "threshold" if intensity == "gate" else "softmax"
+    ffn = make_layer(
+        torch.float32, kernel="half-yat", simplex=simplex, intensity=intensity, values=values
+    )
+    with torch.no_grad():
+        for log_ratio in ffn.log_ratio.values():
+            log_ratio.zero_()
+        if simplex == "threshold":
+            ffn.threshold_log_ratio.zero_()
+        if intensity == "gate":
+            ffn.gate.weight.zero_()
+            ffn.gate.bias.fill_(0.5)
+    up = {}
+    if values == "gated":
+        up = {"up_rows": ffn.value_proj.weight, "up_bias": ffn.value_proj.bias}
+    made = KernelFFN.from_prototypes(
+        ffn.config,
+        rows=ffn.input_prototypes.weight.detach().clone(),
+        bias=ffn.input_prototypes.bias,
+        dictionary=ffn.output_prototypes.weight.T,
+        output_bias=ffn.output_prototypes.bias,
+        units=ffn.units,
+        gate_bias=0.5,
+        **up,
+    )
+    assert type(made) is KernelFFN and not made.training
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in made.parameters())
+    for name, tensor in ffn.state_dict().items():
+        assert torch.equal(made.state_dict()[name], tensor), name
+
+
+def test_prototypes_of_another_shape_are_refused():
+    ffn = make_layer(kernel="yat", simplex="softmax", intensity="mass", values="gated")
+    rows = ffn.input_prototypes.weight
+    start = {"rows": rows, "dictionary": rows, "units": ffn.units}
+    with pytest.raises(InputError, match=r"up_rows of shape \(0, 4\), expected \(5, 4\)"):
+        KernelFFN.from_prototypes(ffn.config, **start)
+    with pytest.raises(InputError, match=r"dictionary of shape \(4, 5\), expected \(5, 4\)"):
+        KernelFFN.from_prototypes(ffn.config, **{**start, "dictionary": rows.T}, up_rows=rows)
+
+
+def test_reference_values_and_top_k_stand_in_the_config_alone():
+    ffn = make_layer(kernel="yat", simplex="top-k", intensity="none")
+    other = KernelFFN(ffn.config)
+    ffn.set_reference("temperature", 0.25)
+    ffn.set_top_k(2)
+    assert ffn.config.to_dict()["reference"]["temperature"] == 0.25
+    assert ffn.config.settings.top_k == 2
+    assert ((ffn.coefficients(inputs()) != 0).sum(-1) == 2).all()
+    assert other.config.reference["temperature"] == 0.8 and other.config.settings.top_k == TOP_K
+    with pytest.raises(InputError, match="top_k=0"):
+        ffn.set_top_k(0)
+
+
+def test_a_kernel_readout_is_readable_and_a_stock_ffn_is_not():
+    ffn = make_layer(kernel="yat", simplex="softmax", intensity="none")
+    assert isinstance(ffn, ReadableFFN)
+    assert not isinstance(nn.Linear(2, 2), ReadableFFN)

@@ -12,9 +12,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_kernel_ffn import KernelFFNConfig, convert
-from hf_kernel_ffn.checkpoint_code import ffn as ffn_module
-from hf_kernel_ffn.checkpoint_code import one_pass
+from hf_kernel_ffn.checkpoint_code import yat_terms
+from hf_kernel_ffn.checkpoint_code.linears import is_plain
 from hf_kernel_ffn.checkpoint_code.one_pass import yat_mixture
+from hf_kernel_ffn.checkpoint_code.plan import Form, choose_form
 from hf_kernel_ffn.storage.exporting import apply_surgery, export_surgery
 
 dense = pytest.mark.parametrize(
@@ -28,6 +29,10 @@ dense = pytest.mark.parametrize(
     ids=lambda s: f"{s['kernel']}-{s['values']}-{s['intensity']}",
 )
 SPARSE = ("top-k", "threshold", "sparsemax", "entmax-1.5")
+
+
+def serves_one_pass(ffn, x):
+    return choose_form(ffn, x).form is Form.ONE_PASS
 
 
 def plainly(ffn, x):
@@ -45,7 +50,7 @@ def gradients(ffn, function, x, loss=torch.sin):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(one_pass, "BLOCK", 7 * P)
+    monkeypatch.setattr(yat_terms, "BLOCK", 7 * P)
 
 
 @dense
@@ -56,7 +61,7 @@ def test_one_pass_is_the_plain_form_with_its_gradients(settings, limit, small_bl
     for seed in range(3):
         ffn, x = make_layer(**settings), inputs(50, seed=seed).reshape(2, 25, D)
         ffn.activation_bytes = limit
-        assert ffn._has_one_pass(x)
+        assert serves_one_pass(ffn, x)
         found, expected = gradients(ffn, ffn, x), gradients(ffn, partial(plainly, ffn), x)
         for name, value in expected.items():
             torch.testing.assert_close(
@@ -78,7 +83,7 @@ def test_no_tokens(settings):
 
 @dense
 def test_one_pass_without_reading_numbers_as_on_a_device(settings, monkeypatch):
-    monkeypatch.setattr(one_pass, "numbers_at_hand", lambda tensor: False)
+    monkeypatch.setattr(yat_terms, "numbers_at_hand", lambda tensor: False)
     test_one_pass_is_the_plain_form_with_its_gradients(settings, 40 * P * 8, None)
 
 
@@ -137,7 +142,7 @@ def test_half_precision_and_autocast_keep_to_the_plain_form(dtype):
     for own, autocast in ((dtype, False), (torch.float32, True)):
         ffn, x = make_layer(own, **settings), inputs(30).to(own)
         with torch.autocast("cpu", dtype, enabled=autocast):
-            assert ffn._has_one_pass(x)
+            assert serves_one_pass(ffn, x)
             found, expected = gradients(ffn, ffn, x), gradients(ffn, partial(plainly, ffn), x)
         for name, value in expected.items():
             assert found[name].dtype == value.dtype, name
@@ -283,20 +288,20 @@ def test_kept_norms_are_kept_and_not_copied():
     ffn.keep_norms = True
     with torch.no_grad():
         ffn(x)
-        squares = ffn._norms[-1]
+        squares = ffn._row_norms.squares
         ffn(x)
-        assert ffn._norms[-1] is squares
+        assert squares is not None and ffn._row_norms.squares is squares
         copy = deepcopy(ffn)
-        assert copy._norms is None and copy.keep_norms
+        assert copy._row_norms.squares is None and copy.keep_norms
         torch.testing.assert_close(copy(x), ffn(x))
 
 
 def test_hidden_dropout_is_not_passed_over():
     ffn, x = make_layer(kernel="half-yat", simplex="softmax", intensity="mass"), inputs()
     ffn.config = replace(ffn.config, hidden_dropout=1.0)
-    assert ffn._has_one_pass(x) is False
+    assert not serves_one_pass(ffn, x)
     torch.testing.assert_close(ffn(x), ffn.output_prototypes.bias.expand_as(x))
-    assert ffn.eval()._has_one_pass(x)
+    assert serves_one_pass(ffn.eval(), x)
 
 
 SETTINGS = [
@@ -360,10 +365,10 @@ def test_sparse_gated_values_are_computed_once():
 
 def test_only_linear_modules_are_plain():
     linear = nn.Linear(3, 3)
-    assert ffn_module.is_plain(linear)
+    assert is_plain(linear)
     linear.forward = linear.forward  # as accelerate wraps it
-    assert not ffn_module.is_plain(linear)
-    assert not ffn_module.is_plain(nn.Linear(3, 3, device="meta"))
+    assert not is_plain(linear)
+    assert not is_plain(nn.Linear(3, 3, device="meta"))
 
 
 @pytest.mark.parametrize("kernel", ["half-yat", "yat"])

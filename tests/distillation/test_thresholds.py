@@ -114,7 +114,7 @@ def test_below_the_threshold_coefficients_are_zero(settings):
 def test_the_rate_is_the_share_of_the_way():
     ffn, x = make_layer(), inputs()
     ffn.fit_threshold(x)
-    ffn.top_k = 3 * TOP_K
+    ffn.set_top_k(3 * TOP_K)
     before, whole = ffn.threshold().log(), copy.deepcopy(ffn)
     whole.fit_threshold(x)
     ffn.fit_threshold(x, 0.25)
@@ -125,7 +125,7 @@ def test_the_rate_is_the_share_of_the_way():
 
 def test_the_top_k_of_the_moment_is_what_is_fitted():
     ffn, x = make_layer(), inputs()
-    ffn.top_k = 12
+    ffn.set_top_k(12)
     ffn.fit_threshold(x)
     assert abs(active(ffn, x).sum().item() - 12 * 50) <= 1
 
@@ -188,8 +188,8 @@ def test_a_threshold_is_saved_and_loaded(llama, ids, tmp_path):
         assert one.threshold_log_ratio != 0 and torch.equal(
             one.threshold_log_ratio, other.threshold_log_ratio
         )
-        assert one.reference["threshold"] == other.reference["threshold"] != 1
-        assert torch.equal(one.threshold(), other.threshold()) and other.top_k == TOP_K
+        assert one.config.reference["threshold"] == other.config.reference["threshold"] != 1
+        assert torch.equal(one.threshold(), other.threshold()) and other.config.settings.top_k == TOP_K
     with torch.no_grad():
         assert torch.equal(own(ids).logits, student(ids).logits)
         assert torch.equal(
@@ -425,7 +425,7 @@ def test_a_resumed_sparse_run_ends_bit_equal(recipe, finished, monkeypatch, tmp_
 def test_a_finished_sparse_student_has_its_thresholds(finished):
     for ffn in load(finished).kernel_ffns().values():
         assert math.isfinite(ffn.threshold_log_ratio) and ffn.threshold_log_ratio != 0
-        assert ffn.top_k == ffn.config.settings.top_k == TOP_K
+        assert ffn.config.settings.top_k == TOP_K
 
 
 def test_gradient_checkpointing_changes_nothing(recipe, tmp_path):

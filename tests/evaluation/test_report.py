@@ -305,7 +305,7 @@ def test_an_exact_readout_of_the_same_units_has_the_teachers_own_figures(registr
     with torch.no_grad():
         for path, ffn in student.kernel_ffns().items():
             stock = teacher.base_model.get_submodule(path)
-            ffn.reference["scale"] = 1.0
+            ffn.set_reference("scale", 1.0)
             ffn.input_prototypes.weight.copy_(stock.c_fc.weight.T)
             ffn.input_prototypes.bias.copy_(stock.c_fc.bias)
             ffn.output_prototypes.weight.copy_(stock.c_proj.weight.T)
@@ -445,7 +445,7 @@ def test_the_report_is_blind_to_a_factor_between_rows_and_intensity(llama, stude
     with torch.no_grad():
         for ffn in student.kernel_ffns().values():
             ffn.output_prototypes.weight.mul_(8)
-            ffn.reference["scale"] /= 8
+            ffn.set_reference("scale", ffn.config.reference["scale"] / 8)
     after = evaluate_student(student, llama, ids)
     for one, other in zip(after["layers"], before["layers"]):
         assert {n: one[n] for n in LAYER} == pytest.approx({n: other[n] for n in LAYER}, rel=1e-4)

@@ -75,7 +75,7 @@ def test_half_yat_has_a_witness_against_it():
     angles = torch.arange(10) * 2 * math.pi / 10
     ffn.input_prototypes.weight.copy_(torch.stack([angles.cos(), angles.sin()], 1))
     ffn.input_prototypes.bias.zero_()
-    ffn.reference["epsilon"] = 10.0
+    ffn.set_reference("epsilon", 10.0)
     assert torch.linalg.eigvalsh(prototype_kernel(ffn))[0].item() == pytest.approx(-0.009, abs=1e-3)
 
 
@@ -119,7 +119,7 @@ def test_function_distances_are_a_metric(seed):
 
 def test_functions_of_two_spaces_are_refused():
     other = make_ffn("yat")
-    other.reference["epsilon"] = 1.3
+    other.set_reference("epsilon", 1.3)
     for layer in (other, make_ffn("imq")):
         with pytest.raises(InputError, match="one space"):
             function_distance(make_ffn("yat"), layer)
@@ -366,7 +366,7 @@ def test_the_layers_own_kernel_has_its_own_parameters():
     (here,) = far_field(ffn, x, (1.0,), ["yat"])
     pi = ffn.readout(x).shares.double()
     assert here.effective == pytest.approx((1 / pi.square().sum(-1)).mean().item(), rel=1e-5)
-    ffn.reference["epsilon"] = 50.0
+    ffn.set_reference("epsilon", 50.0)
     assert far_field(ffn, x, (1.0,), ["yat"])[0].effective != here.effective
 
 

@@ -19,7 +19,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_kernel_ffn import InputError
-from hf_kernel_ffn.checkpoint_code import one_pass, operators
+from hf_kernel_ffn.checkpoint_code import operators
+from hf_kernel_ffn.checkpoint_code.plan import Form, choose_form
 from hf_kernel_ffn.gpu import fused, trial
 from hf_kernel_ffn.gpu.fused import FEW, Fused, active, fuse, fused_mixture, gather
 
@@ -637,9 +638,9 @@ def test_left_alone_it_is_for_gpus():
         ),
         inputs(6).float().to(DEVICE),
     )
-    assert ffn.fused is None and ffn._has_one_pass(x) and one_pass
+    assert ffn.fused is None and choose_form(ffn, x).form is Form.ONE_PASS
     ffn.fused = Fused()
-    assert (ffn.fused.readout(ffn, x) is not None) is CUDA
+    assert (ffn.fused.reason_against_readout(ffn, x) is None) is CUDA
     assert "fused" not in ffn.state_dict() and "fused" not in ffn.config.to_dict()
 
 

@@ -6,6 +6,7 @@ import math
 import torch
 
 from hf_kernel_ffn import KernelFFN, KernelFFNConfig
+from hf_kernel_ffn.checkpoint_code.ffn import _log_loudness
 from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
 from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
 
@@ -71,7 +72,8 @@ def module(kernel, simplex, intensity, values, kind, norm, row_norm, seed, dtype
         )
         threshold = math.exp(max(-80.0, min(80.0, firing.median().item())))
         for one in (ffn, exact):
-            one.reference.update(scale=scale, threshold=threshold)
+            one.set_reference("scale", scale)
+            one.set_reference("threshold", threshold)
     return ffn.requires_grad_(True), exact.requires_grad_(True), x
 
 
@@ -81,7 +83,7 @@ def undecided(exact, x):
         return False
     with torch.no_grad():
         log_kernel = exact.kernel.log(*exact.scores(x.double()), **exact.kernel_parameters())
-        loudness = exact._log_loudness(log_kernel, x.double())
+        loudness = _log_loudness(log_kernel, exact.compute_ups(x.double()))
         if exact.config.settings.simplex == "threshold":
             return bool(((loudness - exact.log_threshold()).abs() < 0.05).any())
         ordered = loudness.sort(-1, descending=True).values

@@ -65,7 +65,7 @@ def layer(ffn, x):
     """Coefficients and output of a KernelFFN at one input ``x`` (a float64 vector), by the formula."""
     settings = ffn.config.settings
     learned = {
-        name: ffn.reference[name] * math.exp(ratio.item()) for name, ratio in ffn.log_ratio.items()
+        name: ffn.config.reference[name] * math.exp(ratio.item()) for name, ratio in ffn.log_ratio.items()
     }
     rows, b = _weights(ffn.input_prototypes)
     parameters = {name: learned[name] for name in ffn.kernel.parameters}
@@ -80,7 +80,7 @@ def layer(ffn, x):
             loudness = loudness * abs(weight @ x + bias)
         least = sorted(loudness)[-settings.top_k]
         if settings.simplex == "threshold":
-            least = ffn.reference["threshold"] * math.exp(ffn.threshold_log_ratio.item())
+            least = ffn.config.reference["threshold"] * math.exp(ffn.threshold_log_ratio.item())
         kappa = [k if size >= least else 0.0 for k, size in zip(kappa, loudness)]
     pi = shares(settings.simplex, kappa, learned.get("temperature", 1.0), settings.top_k)
     g = 1.0
@@ -88,7 +88,7 @@ def layer(ffn, x):
         g = learned["scale"] * sum(k for k, p in zip(kappa, pi) if p > 0)
     elif settings.intensity == "gate":
         weight, bias = _weights(ffn.gate)
-        g = ffn.reference["scale"] * math.log1p(math.exp(weight[0] @ x + bias[0]))
+        g = ffn.config.reference["scale"] * math.log1p(math.exp(weight[0] @ x + bias[0]))
     coefficients = g * pi
     if settings.values == "gated":
         weight, bias = _weights(ffn.value_proj)
