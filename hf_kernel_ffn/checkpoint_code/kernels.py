@@ -151,6 +151,18 @@ class HalfYat(Yat):
         return super().log(score.relu(), distance2, epsilon)
 
 
+class RootHalfYat(Kernel):
+    """κ = relu(x·w + b) / √(‖x − w‖² + ε): the root of half-yat, which grows as fast as its score. Not positive definite."""
+
+    def value(self, score, distance2, epsilon):
+        return score.relu() * (distance2 + epsilon).rsqrt()
+
+    def log(self, score, distance2, epsilon):
+        fires = score > 0
+        safe = score.where(fires, torch.ones_like(score))
+        return torch.where(fires, safe.log() - (distance2 + epsilon).log() / 2, -torch.inf)
+
+
 class ExponentialYat(Kernel):
     """κ = e^{ρ(x·w + b)} (x·w + b)² / (‖x − w‖² + ε), with ``rate`` = ρ: Yat times the exponential. Positive definite on the points
     (w, b), being a product of two such kernels (Schur), and all but one-sided: it vanishes where x·w + b is far below zero."""
@@ -205,3 +217,14 @@ register_kernel(
     HalfYat("half-yat", nonnegative=True, positive_definite=False, uses_bias=True, uses_distance=True, degree=2,
             parameters={"epsilon": "distance"})
 )  # fmt: skip
+register_kernel(
+    RootHalfYat(
+        "root-half-yat",
+        nonnegative=True,
+        positive_definite=False,
+        uses_bias=True,
+        uses_distance=True,
+        degree=1,
+        parameters={"epsilon": "distance"},
+    )
+)
