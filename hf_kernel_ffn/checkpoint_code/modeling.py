@@ -12,8 +12,8 @@ from torch import nn
 
 from .errors import InputError
 from .experts import KernelExperts
-from .ffn import KernelFFN
 from .integrity import check_folder, check_model, record_checksums
+from .tied import make_ffn
 
 
 class KernelModelMixin:
@@ -35,7 +35,7 @@ class KernelModelMixin:
             )
         for path, layer in layers.items():
             try:
-                install_ffn(self.base_model, path, KernelFFN(layer))
+                install_ffn(self.base_model, path, make_ffn(layer))
             except AttributeError:
                 raise InputError(
                     f"found no module {path!r} in {type(self).__name__}: the kernel_ffn entry is of another model"

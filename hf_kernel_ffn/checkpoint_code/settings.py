@@ -21,8 +21,13 @@ STOCK_GUARD = "kernel_ffn checkpoint: load it by an Auto class with trust_remote
 INTENSITIES = ("none", "mass", "gate")
 AT_THE_DATA = ("data-scale", "firing-means")
 """Initialisers whose input prototypes are as long as the inputs, so that distance can matter."""
-INITIALISERS = ("single", "polarised", *AT_THE_DATA)
-VALUES = ("fixed", "gated")
+INITIALISERS = ("single", "polarised", *AT_THE_DATA, "pieces")
+VALUES = ("fixed", "gated", "product")
+ROWS = ("free", "tied")
+PIECES = 8
+"""Kernels that stand in for a unit unless settings say how many. On SmolLM2's layers 3 and 20 six leave
+0.001 and 0.0004 of the variance unexplained, eight 0.0003 and 0.0001, twelve 0.0001 and 0.00003."""
+MOST_PIECES = 32
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class KernelFFNConfig:
     prototype), or data-scale (those rows made as long as the inputs); or firing-means (the mean input that fires a unit, one
     for each sign of a gated unit). None: the family's default."""
     values: str = "fixed"
-    """fixed output prototypes, or gated: each multiplied by its unit's u·x (gated FFNs)."""
+    """fixed output prototypes; gated, each multiplied by its unit's u·x (gated FFNs, free rows); or
+    product, kernels times relu(±u·x), which write v or −v (gated FFNs, tied rows)."""
     temperature: float | None = None
     """τ, the shares being map(log κ / τ). None: 1 where the coefficients are the kernel itself (mass with softmax
     or top-k), otherwise fitted per layer at conversion. Learned unless the coefficients are the kernel itself."""
@@ -52,6 +58,12 @@ class KernelFFNConfig:
     """Prototypes per hidden unit, up to 8. Both signs of a gated unit take two, and 1.5 gives the parameter count of a gated
     FFN, those with the largest output kept; 4 stand in for a gated unit by two pairs, which is much closer, and 2 for a plain
     one. None: 2 where a unit needs both signs, otherwise 1."""
+
+    rows: str = "free"
+    """free: every input prototype is a row of its own. tied: every unit is a sum of ``pieces`` kernels
+    in the plane of its own rows, at the parameters and products of the stock FFN (softmax and mass)."""
+    pieces: int | None = None
+    """Kernels per unit where rows are tied. None: 8."""
 
     def __post_init__(self):
         require_one_of("simplex", self.simplex, SIMPLEX_MAPS)
@@ -77,10 +89,39 @@ class KernelFFNConfig:
             raise InputError(
                 f"found top_k={self.top_k} with simplex {self.simplex!r}: only 'top-k' and 'threshold' keep a given number"
             )
+        require_one_of("rows", self.rows, ROWS)
+        if self.rows == "tied":
+            self._require_tied_settings()
+        elif self.values == "product" or self.pieces is not None or self.init == "pieces":
+            raise InputError(
+                "found values 'product', init 'pieces' or a number of pieces with rows 'free', "
+                "expected rows 'tied' with them: set rows, or leave them out"
+            )
         if self.values == "gated" and self.init == "polarised":
             raise InputError(
                 "values 'gated' with init 'polarised': gated values carry the sign already; use init 'single'"
             )
+
+    def _require_tied_settings(self) -> None:
+        """InputError where a setting does not go with tied rows."""
+        expected = {
+            "simplex": ("softmax",),
+            "intensity": ("mass",),
+            "values": ("fixed", "product"),
+            "init": (None, "pieces"),
+            "temperature": (None, 1.0),
+            "expansion": (None,),
+        }
+        for name, choices in expected.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise InputError(
+                    f"found {name}={value!r} with rows 'tied', expected "
+                    f"{' or '.join(map(repr, choices))}: leave it out, or set rows to 'free'"
+                )
+        count = self.pieces
+        if count is not None and (type(count) is not int or not 1 <= count <= MOST_PIECES):
+            raise InputError(f"found pieces={count!r}, expected an integer from 1 to {MOST_PIECES}")
 
     @property
     def sparse(self) -> bool:
@@ -113,7 +154,7 @@ class LayerConfig:
     hidden_size: int
     """Width of the residual stream."""
     prototypes: int
-    """Rows of the dictionary."""
+    """Input prototypes: rows of the dictionary, or the units that pieces are tied to."""
     reference: dict = field(default_factory=dict)
     """What conversion found for this layer, exact: ``scale`` of the intensity, ``temperature``, ``threshold`` of κ, and the
     kernel's parameters. The weights hold learned log-ratios to these, zero at conversion, so that half precision loses nothing."""
@@ -128,6 +169,8 @@ class LayerConfig:
     become the identity, numbers zero."""
     experts: int = 0
     """If this is one expert of a mixture, how many there are."""
+    gated: bool = False
+    """Where rows are tied, whether the teacher's units have two rows."""
 
     def to_dict(self) -> dict:
         return {**asdict(self), "absorbed": list(self.absorbed)}
@@ -181,6 +224,15 @@ def reject_unknown_keys(names, entry: dict, what: str) -> None:
             raise InputError(f"found unknown key {key!r} in the {what}: {hint}")
 
 
+def choose_default_settings(gated_teacher: bool) -> KernelFFNConfig:
+    """The most faithful settings for an FFN, which a conversion takes when it is given none.
+
+    On SmolLM2-135M without any text they lose 0.002 nats, where 2 free prototypes per unit lose 0.6.
+    """
+    values = "product" if gated_teacher else "fixed"
+    return KernelFFNConfig(kernel="root-half-yat", values=values, rows="tied")
+
+
 def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConfig:
     """``config`` with its initialiser and expansion resolved for a gated or plain teacher FFN.
 
@@ -196,6 +248,13 @@ def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNC
             raise InputError(
                 "found init 'polarised' for an FFN without a gate: it splits a unit's two rows; use init 'single'"
             )
+    if config.rows == "tied":
+        if config.values == "product" and not gated_teacher:
+            raise InputError(
+                "found values 'product' for an FFN without a gate: its units have one row each; use "
+                "values 'fixed'"
+            )
+        return replace(config, init="pieces", pieces=config.pieces or PIECES)
     kernel = get_kernel(config.kernel)
     init = config.init
     if init is None and kernel.uses_distance and not kernel.uses_bias:

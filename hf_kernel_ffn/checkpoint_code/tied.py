@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .ffn import ACTIVATION_BYTES, LOG_RATIO_BOUND
+from .ffn import ACTIVATION_BYTES, LOG_RATIO_BOUND, KernelFFN
 from .kernels import get_kernel
 from .linears import get_effective_weight
 from .record import Readout
@@ -65,6 +65,39 @@ class TiedKernelFFN(nn.Module):
         learned = [*self.kernel.parameters, "scale"]
         self.log_ratio = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in learned})
         self.dropout = nn.Dropout(config.dropout)
+
+    @classmethod
+    def from_pieces(
+        cls,
+        config: LayerConfig,
+        *,
+        rows: Tensor,
+        row_bias: Tensor | None,
+        values: Tensor | None,
+        value_bias: Tensor | None,
+        outputs: Tensor,
+        output_bias: Tensor | None,
+        pieces: dict[str, Tensor],
+    ) -> "TiedKernelFFN":
+        """A layer with these weights, in eval mode and without gradients.
+
+        Args:
+            rows, values: (units, hidden_size) g and u; ``values`` None in a plain FFN.
+            outputs: (units, hidden_size) v.
+            pieces: ``alpha``, ``shift``, ``amount`` and maybe ``beta``, (pieces, units) each.
+        """
+        with torch.device("meta"):  # drawing numbers that are replaced takes longer than the rest
+            ffn = cls(config).eval().requires_grad_(False)
+        ffn.to_empty(device=rows.device)
+        _fill_linear(ffn.input_prototypes, rows, row_bias)
+        _fill_linear(ffn.output_prototypes, outputs.T, output_bias)
+        if values is not None:
+            _fill_linear(ffn.value_proj, values, value_bias)
+        for name, parameter in ffn.pieces.items():
+            parameter.copy_(pieces[name])
+        for parameter in ffn.log_ratio.values():
+            parameter.zero_()
+        return ffn
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to (..., hidden_size), in the dtype of the input."""
@@ -211,3 +244,16 @@ class TiedKernelFFN(nn.Module):
 
 def _to_at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _fill_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    linear.weight.data = weight.contiguous()
+    if bias is None:
+        linear.bias.zero_()
+    else:
+        linear.bias.copy_(bias)
+
+
+def make_ffn(config: LayerConfig) -> nn.Module:
+    """The module that ``config`` describes, with random weights."""
+    return TiedKernelFFN(config) if config.settings.rows == "tied" else KernelFFN(config)

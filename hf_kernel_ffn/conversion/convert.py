@@ -30,6 +30,7 @@ from ..families.weights import is_finite, read_stock_weights
 from ..text.inputs import Inputs, count_rows, select_rows, tokens_per_row
 from .initialization import initial_gate_bias, initialise_prototypes
 from .ridge import calibrate_ffn
+from .tied import make_tied_ffn
 from .sampling import (
     make_blind_sample,
     read_ffn_inputs,
@@ -239,6 +240,10 @@ def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict
         else read_fit_sample(model, stock.path, ids)
     )
     in32: Any = {k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)}
+    if settings.rows == "tied":
+        layer = make_layer_config(model, stock, settings, weights.up.shape[1], len(weights.up), {})
+        tied = make_tied_ffn(weights._replace(**in32), layer, sample)
+        return tied, {"prototypes": len(weights.up), "parameters": sum(p.numel() for p in tied.parameters()), "reference": tied.config.reference}
     start = initialise_prototypes(weights._replace(**in32), settings, sample)
     reference = dict(start.parameters)
     reference["scale"] = start.scale if settings.intensity == "mass" else 1.0
