@@ -110,13 +110,14 @@ def test_pieces_hold_on_inputs_not_seen(values, gated):
 
 def test_a_spike_is_neither_all_that_is_seen_nor_lost():
     weights, inputs = make_weights(), make_inputs()
-    inputs[0] *= 60
+    spike = inputs[0] * 6  # its output is thirty times as long, at the start of every row
+    inputs[::50] = spike + torch.randn(8, SIZE, generator=torch.Generator().manual_seed(5)) / 10
     config = settings("product")
     fitted = fit_pieces(weights, config, inputs)
-    assert unexplained(weights, config, fitted, inputs[1:]) < 0.003
-    wanted = weights.coefficients(inputs[:1])
-    error = sum_pieces(weights, config, fitted, inputs[:1]) - wanted
-    assert error.norm() < 0.02 * wanted.norm()
+    assert unexplained(weights, config, fitted, inputs[1:50]) < 0.005
+    wanted = weights.coefficients(spike[None])
+    error = sum_pieces(weights, config, fitted, spike[None]) - wanted
+    assert error.norm() < 0.05 * wanted.norm()
 
 
 def test_columns_that_make_the_target_are_found():
