@@ -6,6 +6,7 @@ from torch import nn
 
 from hf_kernel_ffn import InputError, KernelFFNConfig
 from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
+from hf_kernel_ffn.conversion.pieces import fitting
 from hf_kernel_ffn.conversion.pieces.fitting import fit_pieces
 from hf_kernel_ffn.conversion.pieces.planes import (
     Pieces,
@@ -108,16 +109,24 @@ def test_pieces_hold_on_inputs_not_seen(values, gated):
     assert unexplained(weights, config, fitted, make_inputs(seed=9)) < 0.1
 
 
-def test_a_spike_is_neither_all_that_is_seen_nor_lost():
-    weights, inputs = make_weights(), make_inputs()
-    spike = inputs[0] * 6  # its output is thirty times as long, at the start of every row
+def test_a_spike_is_neither_all_that_is_seen_nor_lost(monkeypatch):
+    weights, ordinary = make_weights(), make_inputs()
+    spike = ordinary[0] * 6  # its output is thirty times as long, and it begins every row
+    inputs = ordinary.clone()
     inputs[::50] = spike + torch.randn(8, SIZE, generator=torch.Generator().manual_seed(5)) / 10
     config = settings("product")
-    fitted = fit_pieces(weights, config, inputs)
-    assert unexplained(weights, config, fitted, inputs[1:50]) < 0.005
-    wanted = weights.coefficients(spike[None])
-    error = sum_pieces(weights, config, fitted, spike[None]) - wanted
-    assert error.norm() < 0.05 * wanted.norm()
+
+    def errors(sample):
+        fitted = fit_pieces(weights, config, sample)
+        wanted = weights.coefficients(spike[None])
+        off = (sum_pieces(weights, config, fitted, spike[None]) - wanted).norm() / wanted.norm()
+        return unexplained(weights, config, fitted, ordinary), off.item()
+
+    ordinary_error, spike_error = errors(inputs)
+    assert ordinary_error < 0.005 and spike_error < 0.1
+    assert errors(ordinary)[1] > 2 * spike_error  # spikes left out
+    monkeypatch.setattr(fitting, "weigh_tokens", lambda outputs: torch.ones(len(outputs)))
+    assert errors(inputs)[0] > 2 * ordinary_error  # tokens not weighted
 
 
 def test_columns_that_make_the_target_are_found():
