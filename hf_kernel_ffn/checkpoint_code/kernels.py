@@ -173,6 +173,22 @@ class HalfYat(Yat):
         return super().log(score.relu(), distance2, epsilon)
 
 
+class RootHalfYat(Kernel):
+    """κ = relu(x·w + b) / √(‖x − w‖² + ε): the root of half-yat. Not positive definite.
+
+    It grows as fast as its score, where half-yat grows as its square.
+    """
+
+    def value(self, score: Tensor, distance2: Tensor, epsilon: Tensor) -> Tensor:
+        return score.relu() * (distance2 + epsilon).rsqrt()
+
+    def log(self, score: Tensor, distance2: Tensor, epsilon: Tensor) -> Tensor:
+        fires = score > 0
+        safe = score.where(fires, torch.ones_like(score))
+        log_kernel = safe.log() - (distance2 + epsilon).log() / 2
+        return torch.where(fires, log_kernel, -torch.inf)
+
+
 class ExponentialYat(Kernel):
     """κ = e^{ρ(x·w + b)} (x·w + b)² / (‖x − w‖² + ε), with ``rate`` = ρ.
 
@@ -252,6 +268,17 @@ register_kernel(
         uses_bias=True,
         uses_distance=True,
         degree=2,
+        parameters={"epsilon": "distance"},
+    )
+)
+register_kernel(
+    RootHalfYat(
+        "root-half-yat",
+        nonnegative=True,
+        positive_definite=False,
+        uses_bias=True,
+        uses_distance=True,
+        degree=1,
         parameters={"epsilon": "distance"},
     )
 )

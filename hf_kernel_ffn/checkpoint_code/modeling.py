@@ -18,6 +18,7 @@ from .experts import KernelExperts
 from .ffn import KernelFFN
 from .integrity import check_folder, check_model, record_checksums
 from .record import Readout
+from .tied import make_ffn
 
 if TYPE_CHECKING:  # it is put before a stock model class
     from transformers import PreTrainedModel as _StockModel
@@ -53,7 +54,7 @@ class KernelModelMixin(_StockModel):
             )
         for path, layer in layers.items():
             try:
-                install_ffn(self.base_model, path, KernelFFN(layer))
+                install_ffn(self.base_model, path, make_ffn(layer))
             except AttributeError:
                 raise InputError(
                     f"found no module {path!r} in {type(self).__name__}: "

@@ -43,10 +43,20 @@ INTENSITIES = ("none", "mass", "gate")
 """How loudly a mixture may be written."""
 AT_THE_DATA = ("data-scale", "firing-means")
 """Initialisers whose input prototypes are as long as the inputs, so that distance can matter."""
-INITIALISERS = ("single", "polarised", *AT_THE_DATA)
+INITIALISERS = ("single", "polarised", *AT_THE_DATA, "pieces")
 """Where input prototypes may start."""
-VALUES = ("fixed", "gated")
+VALUES = ("fixed", "gated", "product")
 """What output prototypes may be."""
+ROWS = ("free", "tied")
+"""Whose input prototypes are: their own, or made of their unit's rows."""
+PIECES = 8
+"""Kernels that stand in for a unit unless settings say how many.
+
+On SmolLM2's layers 3 and 20, six leave 0.001 and 0.0004 of the variance unexplained, eight 0.0003
+and 0.0001, twelve 0.0001 and 0.00003.
+"""
+MOST_PIECES = 32
+"""Kernels per unit, at most: every one is an elementwise step of the forward pass."""
 LARGEST_EXPANSION = 8
 """Prototypes per hidden unit, at most: more stand in for a unit no more closely."""
 
@@ -80,7 +90,12 @@ class KernelFFNConfig:
     the mean input that fires a unit, one for each sign of a gated unit. None: the family's default.
     """
     values: str = "fixed"
-    """fixed output prototypes, or gated: each multiplied by its unit's u·x (gated FFNs)."""
+    """fixed, gated or product.
+
+    fixed output prototypes are the unit's own; gated ones are multiplied by its u·x (gated FFNs,
+    free rows); product makes kernels products with relu(±u·x), which write v or −v (gated FFNs,
+    tied rows).
+    """
     temperature: float | None = None
     """τ, the shares being map(log κ / τ).
 
@@ -96,6 +111,15 @@ class KernelFFNConfig:
     with the largest output kept; 4 stand in for a gated unit by two pairs, which is much closer,
     and 2 for a plain one. None: 2 where a unit needs both signs, otherwise 1.
     """
+
+    rows: str = "free"
+    """free or tied.
+
+    free: every input prototype is a row of its own. tied: every unit is a sum of ``pieces`` kernels
+    in the plane of its own rows, at the parameters and matrix products of the stock FFN.
+    """
+    pieces: int | None = None
+    """Kernels per unit where rows are tied. None: 8."""
 
     def __post_init__(self) -> None:
         require_one_of("simplex", self.simplex, SIMPLEX_MAPS)
@@ -119,11 +143,42 @@ class KernelFFNConfig:
                 most=LARGEST_EXPANSION,
             )
         self._check_top_k()
+        self._check_rows()
         if self.values == "gated" and self.init == "polarised":
             raise InputError(
                 "values 'gated' with init 'polarised': gated values carry the sign already; "
                 "use init 'single'"
             )
+
+    def _check_rows(self) -> None:
+        """InputError where a setting does not go with the rows."""
+        require_one_of("rows", self.rows, ROWS)
+        if self.rows == "free":
+            if self.values == "product" or self.pieces is not None or self.init == "pieces":
+                raise InputError(
+                    "found values 'product', init 'pieces' or a number of pieces with rows 'free', "
+                    "expected rows 'tied' with them: set rows, or leave them out"
+                )
+            return
+
+        expected: dict[str, tuple[object, ...]] = {
+            "simplex": ("softmax",),
+            "intensity": ("mass",),
+            "values": ("fixed", "product"),
+            "init": (None, "pieces"),
+            "temperature": (None, 1.0),
+            "expansion": (None,),
+        }
+        for name, choices in expected.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise InputError(
+                    f"found {name}={value!r} with rows 'tied', expected "
+                    f"{' or '.join(map(repr, choices))}: leave it out, or set rows to 'free'"
+                )
+        count = self.pieces
+        if count is not None and not (is_positive_integer(count) and count <= MOST_PIECES):
+            raise InputError(f"found pieces={count!r}, expected an integer from 1 to {MOST_PIECES}")
 
     def _check_top_k(self) -> None:
         if self.sparse and not is_positive_integer(self.top_k):
@@ -171,7 +226,7 @@ class LayerConfig:
     hidden_size: int
     """Width of the residual stream."""
     prototypes: int
-    """Rows of the dictionary."""
+    """Input prototypes: rows of the dictionary, or the units that pieces are tied to."""
     reference: Mapping[str, float] = field(default_factory=dict)
     """What conversion found for this layer, exact.
 
@@ -193,6 +248,8 @@ class LayerConfig:
     """
     experts: int = 0
     """If this is one expert of a mixture, how many there are."""
+    gated: bool = False
+    """Where rows are tied, whether the teacher's units have two rows."""
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of config.json."""
@@ -221,6 +278,11 @@ class LayerConfig:
             require_number(name, entry.get(name, 0.0), expected, least=0, most=1)
         for name in ("number", "experts"):
             require_count(name, entry.get(name, 0))
+        if not isinstance(entry.get("gated", False), bool):
+            raise InputError(
+                f"found gated={entry['gated']!r} in the kernel_ffn entry, expected true or false: "
+                f"{DAMAGED}"
+            )
         return cls(settings=settings, **entry)
 
 
@@ -254,6 +316,16 @@ def _check_absorbed(paths: object) -> tuple[str, ...]:
     return tuple(paths)
 
 
+def choose_default_settings(gated_teacher: bool) -> KernelFFNConfig:
+    """The most faithful settings for a gated or plain FFN: what a conversion takes by default.
+
+    SmolLM2-135M converted by them without any text loses 0.003 nats; with two free prototypes per
+    unit it loses 0.6.
+    """
+    values = "product" if gated_teacher else "fixed"
+    return KernelFFNConfig(kernel="root-half-yat", values=values, rows="tied")
+
+
 def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConfig:
     """``config`` with its initialiser and expansion resolved for a gated or plain teacher FFN.
 
@@ -270,6 +342,14 @@ def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNC
             "found init 'polarised' for an FFN without a gate: it splits a unit's two rows; "
             "use init 'single'"
         )
+
+    if not gated_teacher and config.values == "product":
+        raise InputError(
+            "found values 'product' for an FFN without a gate: its units have one row each; "
+            "use values 'fixed'"
+        )
+    if config.rows == "tied":
+        return replace(config, init="pieces", pieces=config.pieces or PIECES)
 
     init = config.init or _choose_initialiser(config, gated_teacher)
     needs_bandwidth = "bandwidth" in get_kernel(config.kernel).parameters.values()

@@ -37,6 +37,7 @@ from .sampling import (
     split_fitted_and_held,
     write_own_text,
 )
+from .tied import make_tied_ffn
 
 CALIBRATION_TOKENS = 16_384
 """Tokens that a conversion reads, of the user's text or of the model's own making."""
@@ -239,6 +240,14 @@ def _convert_ffn(model, stock: StockFFN, settings, ids) -> tuple[KernelFFN, dict
         else read_fit_sample(model, stock.path, ids)
     )
     in32: Any = {k: v.float() for k, v in weights._asdict().items() if isinstance(v, Tensor)}
+    if settings.rows == "tied":
+        layer = make_layer_config(model, stock, settings, weights.up.shape[1], len(weights.up), {})
+        tied = make_tied_ffn(weights._replace(**in32), layer, sample)
+        return tied, {
+            "prototypes": len(weights.up),
+            "parameters": sum(p.numel() for p in tied.parameters()),
+            "reference": tied.config.reference,
+        }
     start = initialise_prototypes(weights._replace(**in32), settings, sample)
     reference = dict(start.parameters)
     reference["scale"] = start.scale if settings.intensity == "mass" else 1.0

@@ -189,7 +189,9 @@ def test_a_threshold_is_saved_and_loaded(llama, ids, tmp_path):
             one.threshold_log_ratio, other.threshold_log_ratio
         )
         assert one.config.reference["threshold"] == other.config.reference["threshold"] != 1
-        assert torch.equal(one.threshold(), other.threshold()) and other.config.settings.top_k == TOP_K
+        assert (
+            torch.equal(one.threshold(), other.threshold()) and other.config.settings.top_k == TOP_K
+        )
     with torch.no_grad():
         assert torch.equal(own(ids).logits, student(ids).logits)
         assert torch.equal(

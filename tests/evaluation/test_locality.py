@@ -89,7 +89,8 @@ def pair(llama, ids):
 def plain_logs(name, ffn, x):
     """(tokens, prototypes) of the denominator and of log κ, in float64, one by one."""
     values = {
-        n: ffn.config.reference[n] * math.exp(ffn.log_ratio[n].item()) for n in ffn.kernel.parameters
+        n: ffn.config.reference[n] * math.exp(ffn.log_ratio[n].item())
+        for n in ffn.kernel.parameters
     }
     rows = ffn.input_prototypes.weight.detach().double().numpy()
     bias = ffn.input_prototypes.bias

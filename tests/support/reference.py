@@ -65,7 +65,8 @@ def layer(ffn, x):
     """Coefficients and output of a KernelFFN at one input ``x`` (a float64 vector), by the formula."""
     settings = ffn.config.settings
     learned = {
-        name: ffn.config.reference[name] * math.exp(ratio.item()) for name, ratio in ffn.log_ratio.items()
+        name: ffn.config.reference[name] * math.exp(ratio.item())
+        for name, ratio in ffn.log_ratio.items()
     }
     rows, b = _weights(ffn.input_prototypes)
     parameters = {name: learned[name] for name in ffn.kernel.parameters}

@@ -1,0 +1,259 @@
+"""Kernel readouts whose rows are tied to a unit's own: any number of kernels at the stock products.
+
+Unit i of the teacher has a row g_i (its gate row, or its only one), in a gated FFN a second row u_i,
+and an output v_i. Its P pieces are kernels at points of the plane of g_i and u_i:
+
+    w_ip = α_ip g_i + β_ip u_i,    s_ip = w_ip·x + b_ip,    κ_ip = κ(s_ip, ‖x − w_ip‖²) ≥ 0
+    y = Σ_i c_i v_i + b_out,       c_i = Σ_p a_ip κ_ip             (fixed values)
+                                   c_i = Σ_p a_ip κ_ip (u_i·x)     (product)
+
+Every score and distance follows from g_i·x, u_i·x, ‖x‖², ‖g_i‖², ‖u_i‖² and g_i·u_i. So there are as
+many matrix products as in the stock FFN, whatever P is.
+
+The signs of the amounts a_ip and of u_i·x say whether a piece writes v_i or −v_i. Over the dictionary
+of all v_i and all −v_i the coefficients are sums of kernels, or of products of kernels with
+relu(±u_i·x), and nonnegative: the readout is conic.
+
+This file travels inside converted checkpoints: it imports nothing but torch.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .ffn import ACTIVATION_BYTES, LOG_RATIO_BOUND, KernelFFN
+from .kernels import get_kernel
+from .linears import get_effective_weight
+from .record import Readout
+from .settings import LayerConfig
+
+CACHED_NUMBERS = 2**16
+"""Scores that are worked on at once on a CPU: this many float32 numbers, several times over, fit its cache."""
+TENSORS_PER_PIECE = 8
+"""Tensors of the size of the scores that the backward pass of one piece keeps."""
+
+
+class TiedKernelFFN(nn.Module):
+    """A readout with ``config.settings.pieces`` kernels per unit of the teacher, rows tied to the unit's own.
+
+    Weights: ``input_prototypes`` (units, hidden_size) holds g with the teacher's bias;
+    ``value_proj`` (units, hidden_size) u, in gated FFNs; ``output_prototypes`` (hidden_size, units) v,
+    with b_out as its bias. ``pieces`` holds ``alpha``, ``shift`` and ``amount``, and ``beta`` where
+    values are fixed in a gated FFN, (pieces, units) each. ``log_ratio`` holds learned log-ratios to
+    the layer's reference values.
+    """
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        settings = config.settings
+        self.config = config
+        self.kernel = get_kernel(settings.kernel)
+        self.activation_bytes = ACTIVATION_BYTES
+
+        size = config.hidden_size
+        units = config.prototypes
+        self.input_prototypes = nn.Linear(size, units)
+        self.output_prototypes = nn.Linear(units, size)
+        if config.gated:
+            self.value_proj = nn.Linear(size, units)
+
+        names = ["alpha", "shift", "amount"]
+        if config.gated and settings.values == "fixed":
+            names.append("beta")
+        shape = (settings.pieces, units)
+        self.pieces = nn.ParameterDict({name: nn.Parameter(torch.zeros(shape)) for name in names})
+        learned = [*self.kernel.parameters, "scale"]
+        self.log_ratio = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in learned})
+        self.dropout = nn.Dropout(config.dropout)
+
+    @classmethod
+    def from_pieces(
+        cls,
+        config: LayerConfig,
+        *,
+        rows: Tensor,
+        row_bias: Tensor | None,
+        values: Tensor | None,
+        value_bias: Tensor | None,
+        outputs: Tensor,
+        output_bias: Tensor | None,
+        pieces: dict[str, Tensor],
+    ) -> "TiedKernelFFN":
+        """A layer with these weights, in eval mode and without gradients.
+
+        Args:
+            rows, values: (units, hidden_size) g and u; ``values`` None in a plain FFN.
+            outputs: (units, hidden_size) v.
+            pieces: ``alpha``, ``shift``, ``amount`` and maybe ``beta``, (pieces, units) each.
+        """
+        with torch.device("meta"):  # drawing numbers that are replaced takes longer than the rest
+            ffn = cls(config).eval().requires_grad_(False)
+        ffn.to_empty(device=rows.device)
+        _fill_linear(ffn.input_prototypes, rows, row_bias)
+        _fill_linear(ffn.output_prototypes, outputs.T, output_bias)
+        if values is not None:
+            _fill_linear(ffn.value_proj, values, value_bias)
+        for name, parameter in ffn.pieces.items():
+            parameter.copy_(pieces[name])
+        for parameter in ffn.log_ratio.values():
+            parameter.zero_()
+        return ffn
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden_size) to (..., hidden_size), in the dtype of the input."""
+        coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
+        hidden_dropout = self.config.hidden_dropout
+        coefficients = nn.functional.dropout(coefficients, hidden_dropout, self.training)
+        return self.dropout(self.output_prototypes(coefficients))
+
+    def coefficients(self, hidden_states: Tensor) -> Tensor:
+        """c (..., units), float32 at least, of either sign: what multiplies ``output_prototypes``."""
+        scores = self._scores(hidden_states)
+        total = self._sum_pieces(scores, self.pieces["amount"])
+        return total if not self._is_product else total * scores[1]
+
+    def readout(self, hidden_states: Tensor) -> Readout:
+        """The record at ``hidden_states`` (..., hidden_size), over all v_i and then all −v_i."""
+        scores = self._scores(hidden_states)
+        amount = self.pieces["amount"]
+        writes = self._sum_pieces(scores, amount.clamp_min(0))
+        writes_against = self._sum_pieces(scores, (-amount).clamp_min(0))
+        if self._is_product:
+            along = scores[1].clamp_min(0)
+            against = (-scores[1]).clamp_min(0)
+            plus = writes * along + writes_against * against
+            minus = writes * against + writes_against * along
+        else:
+            plus = writes
+            minus = writes_against
+
+        coefficients = torch.cat([plus, minus], -1)
+        intensity = coefficients.sum(-1, keepdim=True)
+        shares = coefficients / intensity.where(intensity > 0, torch.ones_like(intensity))
+        weight, bias = get_effective_weight(self.output_prototypes, hidden_states)
+        units = range(self.config.prototypes)
+        return Readout(
+            coefficients=coefficients.to(hidden_states.dtype),
+            dictionary=torch.cat([weight.T, -weight.T]),
+            bias=bias,
+            shares=shares,
+            intensity=intensity.squeeze(-1),
+            names=(*(f"{unit}+" for unit in units), *(f"{unit}-" for unit in units)),
+        )
+
+    def positive(self, name: str) -> Tensor:
+        """``reference · exp(learned log-ratio)`` > 0, shape (1,), float32 at least."""
+        log_ratio = _to_at_least_float32(self.log_ratio[name])
+        bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+        return self.config.reference[name] * bounded.exp()
+
+    def kernel_parameters(self) -> dict[str, Tensor]:
+        """The kernel's parameters by name, shape (1,) each."""
+        return {name: self.positive(name) for name in self.kernel.parameters}
+
+    @property
+    def _is_product(self) -> bool:
+        return self.config.settings.values == "product"
+
+    def _scores(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """g·x + bias and u·x + bias (..., units), and ‖x‖² (..., 1), float32 at least."""
+        gate = _to_at_least_float32(self.input_prototypes(hidden_states))
+        up = None
+        if self.config.gated:
+            up = _to_at_least_float32(self.value_proj(hidden_states))
+        square = _to_at_least_float32(hidden_states).square().sum(-1, keepdim=True)
+        return gate, up, square
+
+    def _sum_pieces(self, scores: tuple[Tensor, Tensor | None, Tensor], amount: Tensor) -> Tensor:
+        """scale · Σ_p ``amount`` κ_p, (..., units)."""
+        gate = scores[0]
+        numbers = self._piece_numbers(gate, _to_at_least_float32(amount) * self.positive("scale"))
+        if torch.compiler.is_compiling():
+            return self._sum_block(*scores, numbers)
+
+        needs_gradient = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in (*scores, *numbers.values())
+        )
+        block = self._tokens_at_once(gate, needs_gradient)
+        if block >= gate[..., 0].numel():
+            return self._sum_block(*scores, numbers)
+
+        flat = [None if part is None else part.flatten(0, -2).split(block) for part in scores]
+        blocks = zip(*(part or [None] * len(flat[0]) for part in flat), strict=True)
+        if needs_gradient:  # the pieces of a block are computed again in its backward pass
+            sums = [
+                checkpoint(self._sum_block, *rows, numbers, use_reentrant=False) for rows in blocks
+            ]
+        else:
+            sums = [self._sum_block(*rows, numbers) for rows in blocks]
+        return torch.cat(sums).view(gate.shape)
+
+    def _tokens_at_once(self, gate: Tensor, needs_gradient: bool) -> int:
+        units = max(1, gate.shape[-1])
+        if needs_gradient:
+            per_token = TENSORS_PER_PIECE * len(self.pieces["alpha"]) * units * gate.itemsize
+            return max(1, self.activation_bytes // per_token)
+        if gate.device.type == "cpu":
+            return max(1, CACHED_NUMBERS // units)
+        return max(1, self.activation_bytes // (TENSORS_PER_PIECE * units * gate.itemsize))
+
+    def _piece_numbers(self, like: Tensor, amount: Tensor) -> dict[str, Tensor]:
+        """Of every piece (pieces, units): α, β, b, the amount; with a distance the bias of s and ‖w‖²."""
+        numbers = {
+            name: self.pieces[name].to(like.dtype) for name in self.pieces if name != "amount"
+        }
+        numbers["amount"] = amount
+        if not self.kernel.uses_distance:
+            return numbers
+
+        example = self.input_prototypes.weight.new_empty(1, self.config.hidden_size)
+        rows, bias = get_effective_weight(self.input_prototypes, example)
+        rows = rows.to(like.dtype)
+        alpha = numbers["alpha"]
+        numbers["norm2"] = alpha.square() * rows.square().sum(-1)
+        numbers["bias"] = numbers["shift"] + (0 if bias is None else alpha * bias)
+        if "beta" in numbers:
+            beta = numbers["beta"]
+            values, value_bias = get_effective_weight(self.value_proj, example)
+            values = values.to(like.dtype)
+            between = (rows * values).sum(-1)
+            numbers["norm2"] = numbers["norm2"] + beta.square() * values.square().sum(-1)
+            numbers["norm2"] = numbers["norm2"] + 2 * alpha * beta * between
+            numbers["bias"] = numbers["bias"] + (0 if value_bias is None else beta * value_bias)
+        return numbers
+
+    def _sum_block(
+        self, gate: Tensor, up: Tensor | None, square: Tensor, numbers: dict[str, Tensor]
+    ) -> Tensor:
+        """Σ_p a_p κ_p of the tokens of one block, (tokens, units)."""
+        parameters = self.kernel_parameters()
+        total = torch.zeros_like(gate)
+        for piece in range(len(numbers["alpha"])):
+            score = torch.addcmul(numbers["shift"][piece], gate, numbers["alpha"][piece])
+            if "beta" in numbers:
+                score = torch.addcmul(score, up, numbers["beta"][piece])
+            distance2 = None
+            if self.kernel.uses_distance:
+                without_bias = score - numbers["bias"][piece]
+                distance2 = torch.add(square + numbers["norm2"][piece], without_bias, alpha=-2)
+                distance2 = distance2.clamp_min(0)
+            kernel = self.kernel.value(score, distance2, **parameters)
+            total = torch.addcmul(total, kernel, numbers["amount"][piece])
+        return total
+
+
+def _to_at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _fill_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    linear.weight.data = weight.contiguous()
+    if bias is None:
+        linear.bias.zero_()
+    else:
+        linear.bias.copy_(bias)
+
+
+def make_ffn(config: LayerConfig) -> nn.Module:
+    """The module that ``config`` describes, with random weights."""
+    return TiedKernelFFN(config) if config.settings.rows == "tied" else KernelFFN(config)

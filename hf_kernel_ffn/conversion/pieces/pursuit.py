@@ -1,0 +1,115 @@
+"""Which kernels stand in for a unit: orthogonal matching pursuit over candidates in its plane.
+
+Pati, Rezaiifar and Krishnaprasad 1993; the columns chosen are swept out of the others (orthogonal
+least squares), so that each step takes the candidate that leaves the least error.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...checkpoint_code.kernels import Kernel
+from .planes import Pieces, Planes, typical_size
+
+OUTWARD_KNOTS = (0.0, 0.2, 0.4, 0.7, 1.0, 1.4, 1.8, 2.3, 3.0, 4.0, 6.0, 9.0, 14.0, 25.0)
+"""Where pieces along one row start, in typical sizes of its product. Both sides start at zero or
+beyond and grow outward: as near as pieces that start anywhere, with less cancellation between them."""
+SHIFTS = (-3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0)
+"""Shifts of pieces anywhere in the plane, in the same unit."""
+ANGLES = 12
+"""Directions of pieces in the plane, evenly spaced."""
+COLLINEAR = 1e-4
+"""A candidate is passed over when less than this share of it is new beside those chosen."""
+JITTER = 1e-6
+"""Added to the squared norms, one each, of the columns that are fitted together."""
+AMOUNT_PRICE = 3e-7
+"""Price of a squared amount, in energies of a piece with a typical score at every token. It silences
+pieces that fire barely and at a few tokens: without it they get amounts of ten thousand."""
+
+
+def make_line_candidates(first: Tensor) -> Pieces:
+    """Pieces relu(±g·x + b), b ≤ 0; ``first`` (u, n) the products with the rows g."""
+    size = typical_size(first)
+    table = [(side, -knot) for side in (1.0, -1.0) for knot in OUTWARD_KNOTS]
+    side, shift = first.new_tensor(table).T[..., None]
+    alpha = side.expand(-1, len(size))
+    return Pieces(alpha, None, shift * size, torch.zeros_like(alpha))
+
+
+def make_plane_candidates(first: Tensor, second: Tensor) -> Pieces:
+    """Pieces in ``ANGLES`` directions of the plane, its coordinates scaled to a like spread."""
+    size = typical_size(first)
+    ratio = size / typical_size(second)
+    table = [
+        (2 * math.pi * (number + 0.5) / ANGLES, shift)
+        for number in range(ANGLES)
+        for shift in SHIFTS
+    ]
+    angle, shift = first.new_tensor(table).T[..., None]
+    alpha = angle.cos().expand(-1, len(size))
+    return Pieces(alpha, angle.sin() * ratio, shift * size, torch.zeros_like(alpha))
+
+
+def choose_pieces(
+    candidates: Pieces, values: Tensor, target: Tensor, price: Tensor, count: int
+) -> Pieces:
+    """The ``count`` candidates of each unit that fit its target best, with their amounts.
+
+    Args:
+        candidates: (C, u) each.
+        values: (u, C, n) their kernels, times the square roots of the tokens' weights; overwritten.
+        target: (u, n) what the unit wants, times the same.
+        price: (u,) of a squared amount.
+    """
+    size = (values.square().sum(-1) + price[:, None].clamp_min(1e-30)).sqrt()
+    values.div_(size[..., None])
+    gram = values @ values.transpose(1, 2)
+    gram.diagonal(dim1=1, dim2=2).fill_(1)
+    cross = (values @ target[..., None])[..., 0]
+    index, amount = pursue(gram, cross, count)
+    amount = (amount / size.gather(1, index)).T
+    index = index.T
+    beta = None if candidates.beta is None else candidates.beta.gather(0, index)
+    return Pieces(
+        alpha=candidates.alpha.gather(0, index),
+        beta=beta,
+        shift=candidates.shift.gather(0, index),
+        amount=amount,
+    )
+
+
+def pursue(gram: Tensor, cross: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(u, count) numbers of the columns chosen, and their amounts, fitted together.
+
+    ``gram`` (u, C, C) and ``cross`` (u, C) of columns of norm one with each other and the target.
+    """
+    rest = gram.clone()
+    left = cross.clone()
+    units = torch.arange(len(gram), device=gram.device)
+    chosen = []
+    for _ in range(count):
+        new = rest.diagonal(dim1=1, dim2=2)
+        gain = torch.where(new > COLLINEAR, left.square() / new.clamp_min(COLLINEAR), -1.0)
+        best = gain.argmax(1)
+        chosen.append(best)
+        length = new[units, best].clamp_min(COLLINEAR).sqrt()
+        direction = rest[units, best] / length[:, None]
+        explained = left[units, best] / length
+        left.sub_(direction * explained[:, None])
+        rest.baddbmm_(direction[:, :, None], direction[:, None], alpha=-1)
+        rest[units, best, best] = 0
+
+    index = torch.stack(chosen, 1)
+    small = gram[units[:, None, None], index[:, :, None], index[:, None]].double()
+    small.diagonal(dim1=1, dim2=2).add_(JITTER)
+    amounts = torch.linalg.solve(small, cross.gather(1, index).double()[..., None])[..., 0]
+    return index, amounts.to(gram.dtype)
+
+
+def price_of_amounts(kernel: Kernel, planes: Planes, scale: Tensor) -> Tensor:
+    """(u,) the price of a squared amount; ``scale`` (u, n) square roots of the tokens' weights."""
+    degree = kernel.degree or 1
+    return AMOUNT_PRICE * typical_size(planes.first).pow(2 * degree) * scale.square().sum(1)
