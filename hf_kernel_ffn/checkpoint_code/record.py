@@ -3,9 +3,11 @@
 This file travels inside converted checkpoints: it imports nothing but torch and transformers.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from .settings import LayerConfig
 
 
 class Readout(NamedTuple):
@@ -28,3 +30,15 @@ class Readout(NamedTuple):
         """(..., hidden_size): the FFN's output, as the record's own sum."""
         written = self.coefficients @ self.dictionary
         return written if self.bias is None else written + self.bias
+
+
+@runtime_checkable
+class ReadableFFN(Protocol):
+    """An FFN that can say what it wrote: a kernel readout, or another module with the same interface."""
+
+    config: LayerConfig
+    """Its settings and sizes."""
+
+    def readout(self, hidden_states: Tensor) -> Readout:
+        """The record at ``hidden_states`` (..., hidden_size), coefficients (..., prototypes)."""
+        ...
