@@ -298,7 +298,12 @@ def read(
     passed = trace(loaded, tokenizer, prompt, None if html is not None else [position])
     chosen = None if layers is None else parse_layers(layers, len(passed.ffn_inputs))
     found = summary(
-        passed, tokenizer, position, chosen, top, None if ids is None else Support(loaded, ids)
+        passed,
+        tokenizer,
+        position,
+        layers=chosen,
+        top=top,
+        support=None if ids is None else Support(loaded, ids),
     )
     if json_file is not None:
         write_text(

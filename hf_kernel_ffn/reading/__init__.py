@@ -1,4 +1,6 @@
-"""Read any FFN, converted or untouched, and any attention head, through one record: coefficients over a named dictionary.
+"""Read any FFN, converted or untouched, and any attention head, through one record.
+
+A record is coefficients over a named dictionary.
 
 :func:`trace` keeps one forward pass; its records go to the functions of the other files:
 
@@ -10,6 +12,7 @@
 * ``report`` all of it as one page.
 """
 
-from .tracing import Trace, ffn_readout, trace
+from .model_parts import ffn_readout
+from .tracing import Trace, trace
 
 __all__ = ["Trace", "ffn_readout", "trace"]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint_code.errors import InputError
-from .tracing import Trace, described, get_attention, projection
+from .model_parts import get_attention, get_projection_weight, get_qkv_names
+from .tracing import Trace
 
 
 class SymmetrisedAttention(NamedTuple):
@@ -47,7 +48,7 @@ def symmetrised_attention(model: Any, trace: Trace, layer: int, head: int) -> Sy
     Raises:
         InputError: the model normalises queries and keys, so that the score is no bilinear form; or there is no such head.
     """
-    attention, names = get_attention(model, layer), described(model, "qkv")
+    attention, names = get_attention(model, layer), get_qkv_names(model)
     if hasattr(attention, "q_norm"):
         raise InputError(
             f"found normalised queries in layer {layer}, expected plain projections: the score is no bilinear form"
@@ -88,7 +89,7 @@ def symmetrised_attention(model: Any, trace: Trace, layer: int, head: int) -> Sy
 def _affine(linear: nn.Module) -> Tensor:
     """(out, in), or (out, in + 1) with the bias as its last column: what acts on (x, 1)."""
     bias: Any = linear.bias
-    weight = projection(linear)
+    weight = get_projection_weight(linear)
     return (weight if bias is None else torch.cat([weight, bias.detach()[:, None]], 1)).double()
 
 

@@ -20,9 +20,10 @@ from ..checkpoint_code.linears import get_effective_weight
 from ..checkpoint_code.record import Readout
 from ..storage.files import write_text
 from .decompositions import alternatives as alternative_shares
+from .model_parts import get_layer_number, is_kernel_ffn
 from .naming import written
 from .regimes import mixtures, regime
-from .tracing import Trace, get_layer_number
+from .tracing import Trace
 
 Namer = Callable[[str, list[int], Tensor], list[list[str]]]
 """(path of the FFN, N rows of its dictionary by number, those rows (N, hidden_size)) -> the tokens that each row promotes."""
@@ -203,7 +204,7 @@ def _cells(record: Readout, top: int, has_shares: bool) -> list[dict]:
 
 def _support(ffn: Any, inputs: Tensor) -> list[list[float] | None]:
     """Per token log Σκ and minus the distance to the nearest input prototype; None from an FFN without a kernel."""
-    if not hasattr(ffn, "kernel_parameters"):
+    if not is_kernel_ffn(ffn):
         return [None] * len(inputs)
     score, distance2 = ffn.scores(inputs)
     log_mass = ffn.kernel.log(score, distance2, **ffn.kernel_parameters()).double().logsumexp(-1)

@@ -10,6 +10,7 @@ from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.reading import trace
 from hf_kernel_ffn.reading.contexts import contexts
 from hf_kernel_ffn.reading.editing import Addition, Edit, edited, effect
+from hf_kernel_ffn.reading.model_parts import get_unembedding
 from hf_kernel_ffn.reading.steering import addition, raise_token, raise_token_by_addition
 from hf_kernel_ffn.reading.support import (
     Support,
@@ -18,7 +19,6 @@ from hf_kernel_ffn.reading.support import (
     support_scores,
     text_scores,
 )
-from hf_kernel_ffn.reading.tracing import unembedding
 from hf_kernel_ffn.storage.loading import load_student
 
 KERNELS = ("half-yat", "yat", "exponential", "gaussian", "imq", "exponential-yat")
@@ -164,7 +164,7 @@ def test_the_effect_is_measured(model, ids):
 
 def test_a_token_is_raised_by_one_prototype(model, ids):
     found, used = trace(model, Letters(), ids[0]), contexts(model, [ids[4:]])
-    token = unembedding(model).norm(dim=-1).argmax().item()
+    token = get_unembedding(model).norm(dim=-1).argmax().item()
     change, result = raise_token(found, token, used, ids[1:3], 0.3)
     assert (
         result.probability[0] < 0.1 and 0.3 <= result.probability[1] < 0.4 and result.rank[1] == 1
@@ -178,7 +178,7 @@ def test_a_token_is_raised_by_one_prototype(model, ids):
 def test_a_token_is_raised_by_a_new_prototype(pair, ids):
     _, student = pair
     found = trace(student, Letters(), ids[0])
-    token = unembedding(student).norm(dim=-1).argmax().item()
+    token = get_unembedding(student).norm(dim=-1).argmax().item()
     change, result = raise_token_by_addition(found, token, ids[4:], ids[1:3], 0.3)
     assert (
         0.3 <= result.probability[1] < 0.4
