@@ -166,22 +166,21 @@ def lens_kl(
 def require_plain_logits(model: PreTrainedModel, ids: Tensor) -> None:
     """InputError unless the logits at ``ids`` (rows, length) are what the final state says.
 
-    Some models scale their logits or cap them after the unembedding: a lens would then show other
+    Some models scale or cap their logits after the unembedding: a lens would then show other
     probabilities than the model has.
     """
     last_block = {"last": get_blocks(model)[-1]}
     ids = ids.to(get_embedding_weight(model).device)
     with capture_inputs_and_outputs(last_block) as captured:
         logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
-    read = _unembed(model, _select_states(captured["last"][1])).float()
+    read_off = _unembed(model, _select_states(captured["last"][1])).float()
 
-    difference = (logits - read).abs().max().item()
-    largest = logits.abs().max().item()
-    if not difference <= ROUNDING * largest:
+    error = ((logits - read_off).abs().max() / logits.abs().max().clamp_min(1e-30)).item()
+    if not error <= ROUNDING:
         raise InputError(
-            f"found logits up to {difference:.3g} away from the unembedding of the normalised final "
-            f"state, where the largest is {largest:.3g}, expected rounding: a "
-            f"{get_family(model).model_type!r} scales or caps its logits, which no lens here does"
+            f"found logits that differ by {error:.2g} of the largest from the unembedding of the "
+            f"normalised final state, expected rounding: a {get_family(model).model_type!r} scales "
+            "or caps its logits, which no lens here does"
         )
 
 

@@ -173,9 +173,10 @@ def _choose_positions(length: int, positions: Sequence[int] | None) -> list[int]
     """Ascending positions from the start, each once; InputError if one is outside of the prompt."""
     if positions is None:
         return list_last_positions(length)
-    if any(not -length <= position < length for position in positions):
+    outside = [position for position in positions if not -length <= position < length]
+    if outside:
         raise InputError(
-            f"found positions {list(positions)}, expected numbers from {-length} to {length - 1}"
+            f"found positions {outside}, expected numbers from {-length} to {length - 1}"
         )
     return sorted({position % length for position in positions})
 
