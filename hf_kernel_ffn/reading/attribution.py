@@ -26,8 +26,8 @@ KINDS = ("embedding", "head", "prototype", "bias")
 ROUNDING = 1e-3
 """Largest remainder that passes for rounding, over the largest part."""
 ROUNDING_STEPS = 8
-"""The same in rounding steps of the model's dtype, over what was rounded. Models that add up stay below
-four; this matters for half precision."""
+"""The same in rounding steps of the model's dtype, over what was rounded. Models that add up stay
+below four; this matters for half precision."""
 
 
 class Part(NamedTuple):
@@ -73,10 +73,11 @@ class LogitSplit(NamedTuple):
 def logit_split(
     trace: Trace, token: int | None = None, against: int | None = None, position: int = -1
 ) -> LogitSplit:
-    """Split the logit of ``token`` (minus that of ``against``, if given) at ``position``, in float64.
+    """Split the logit of ``token`` (minus that of ``against``, if given) at ``position``, in
+    float64.
 
-    The final norm is linearised at the actual state by holding its scale. What is left is a linear map
-    of the residual stream, which is the sum of what was written into it (Elhage et al. 2021,
+    The final norm is linearised at the actual state by holding its scale. What is left is a linear
+    map of the residual stream, which is the sum of what was written into it (Elhage et al. 2021,
     "A Mathematical Framework for Transformer Circuits").
 
     Args:
@@ -84,9 +85,9 @@ def logit_split(
         against: another token; None for the logit itself.
 
     Raises:
-        InputError: the position was not kept; the final norm is neither a LayerNorm nor an RMSNorm; or
-            the parts do not add up to the logit, since the model has writers that the table of
-            families does not name, norms on what is written, or scaled logits.
+        InputError: the position was not kept; the final norm is neither a LayerNorm nor an
+            RMSNorm; or the parts do not add up to the logit, since the model has writers that the
+            table of families does not name, norms on what is written, or scaled logits.
     """
     place = trace.at(position)
     if token is None:
@@ -167,5 +168,6 @@ def _require_rounding(trace: Trace, remainder: float, largest: float, rounded: f
         raise InputError(
             f"found a remainder of {remainder:.3g} where the parts of a logit are at most "
             f"{abs(largest):.3g}, expected rounding: a {get_family(trace.model).model_type!r} has "
-            "norms on what is written, scaled logits or other writers, so its logits cannot be split"
+            "norms on what is written, scaled logits or other writers, so its logits cannot be "
+            "split"
         )

@@ -1,4 +1,5 @@
-"""Where prototypes fire: their top contexts and their use over a corpus, and the rules that follow."""
+"""Where prototypes fire: their top contexts and their use over a corpus, and the rules that
+follow."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from ..checkpoint_code.errors import InputError
 from ..families.hooks import capture_inputs_and_outputs
 from ..storage.files import replace_file
 from .model_parts import (
+    decode_tokens,
     ffn_readout,
     get_embedding_weight,
     get_layer_number,
@@ -30,8 +32,8 @@ BEFORE = 8
 AFTER = 2
 """Tokens of a context after the one that fires."""
 SKIP = 8
-"""Positions at the start of each row that are left out: with little before it, a token's input is much
-the same everywhere."""
+"""Positions at the start of each row that are left out: with little before it, a token's input is
+much the same everywhere."""
 RARE = 0.001
 """A prototype is rare below this share of tokens."""
 ALWAYS = 0.5
@@ -44,8 +46,8 @@ class Contexts(NamedTuple):
     """Of one FFN's P prototypes: the strongest contexts, and how often each is used."""
 
     values: Tensor
-    """(P, top) float32, descending: |coefficient| at the token that fires; 0 where a prototype fires on
-    fewer tokens."""
+    """(P, top) float32, descending: |coefficient| at the token that fires; 0 where a prototype
+    fires on fewer tokens."""
     windows: Tensor
     """(P, top, BEFORE + 1 + AFTER) int32 token ids around it, OUTSIDE beyond the row's ends."""
     activations: Tensor
@@ -67,9 +69,11 @@ class Contexts(NamedTuple):
         return [_describe_usage(share) for share in shares.tolist()]
 
     def purity(self) -> Tensor:
-        """(P,) float64: the share of a prototype's top contexts that fire on their most common token.
+        """(P,) float64: the share of a prototype's top contexts that fire on their most common
+        token.
 
-        NaN where it fires on fewer tokens than there are contexts (fewer are purer by chance alone).
+        NaN where it fires on fewer tokens than there are contexts (fewer are purer by chance
+        alone).
         """
         firing_tokens = self.windows[:, :, BEFORE]
         most_common = firing_tokens.mode(-1, keepdim=True).values
@@ -99,11 +103,12 @@ def contexts(
     top: int = 20,
     progress: bool = False,
 ) -> dict[str, Contexts]:
-    """Stream token ids through ``model``, stock or converted, and keep each prototype's ``top`` contexts.
+    """Stream token ids through ``model``, stock or converted, and keep each prototype's ``top``
+    contexts.
 
     Args:
-        batches: (rows, length) int64 each, such as ``ids.split(8)``; read once, one at a time: memory
-            grows with prototypes × top, not with the text.
+        batches: (rows, length) int64 each, such as ``ids.split(8)``; read once, one at a time:
+            memory grows with prototypes × top, not with the text.
         paths: FFNs to read; None for all.
 
     Raises:
@@ -118,8 +123,8 @@ def contexts(
     for batch in _progress(batches, progress):
         if batch.ndim != 2 or batch.shape[1] <= SKIP:
             raise InputError(
-                f"found ids of shape {tuple(batch.shape)}, expected rows longer than {SKIP} tokens: "
-                "join short ones"
+                f"found ids of shape {tuple(batch.shape)}, expected rows longer than {SKIP} "
+                "tokens: join short ones"
             )
         ids = batch.to(device)
         with capture_inputs_and_outputs(modules) as captured:
@@ -242,7 +247,7 @@ def _mark_text(tokenizer: PreTrainedTokenizerBase, window: Tensor) -> str:
     """The text of ``window`` (BEFORE + 1 + AFTER,), the token that fires in »«."""
 
     def decode(part: Tensor) -> str:
-        return tokenizer.decode([number for number in part.tolist() if number != OUTSIDE])
+        return decode_tokens(tokenizer, [number for number in part.tolist() if number != OUTSIDE])
 
     before = decode(window[:BEFORE])
     firing = decode(window[BEFORE : BEFORE + 1])
@@ -258,8 +263,8 @@ def export_contexts(
 ) -> int:
     """Write JSON lines for an automatic labeller, one prototype a line; dead ones are left out.
 
-    A line has layer, path, prototype, promoted and suppressed tokens, the share of tokens on which it
-    fires, and its contexts as token strings with one activation each.
+    A line has layer, path, prototype, promoted and suppressed tokens, the share of tokens on which
+    it fires, and its contexts as token strings with one activation each.
 
     Returns:
         How many lines were written.
@@ -298,7 +303,7 @@ def _describe_prototype(
         inside = [place for place, token in enumerate(window) if token != OUTSIDE]
         examples.append(
             {
-                "tokens": [tokenizer.decode([window[place]]) for place in inside],
+                "tokens": [decode_tokens(tokenizer, [window[place]]) for place in inside],
                 "activations": [activations[place] for place in inside],
             }
         )

@@ -1,4 +1,5 @@
-"""Change one prototype, for as long as a context is open or for good, and measure what that does."""
+"""Change one prototype, for as long as a context is open or for good, and measure what that
+does."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ BATCH_ROWS = 8
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of one row of an FFN's dictionary: ``v ← scale · v + write``. Any FFN, converted or stock."""
+    """A change of one row of an FFN's dictionary: ``v ← scale · v + write``. Any FFN, converted
+    or stock."""
 
     path: str
     """The FFN, under the base model."""
@@ -62,8 +64,8 @@ def edited(model: PreTrainedModel, *changes: Change) -> Iterator[PreTrainedModel
     To keep them, save inside of the context (``save_pretrained``) or use :func:`edit`.
 
     Raises:
-        InputError: a path or prototype does not exist, an addition is for a stock FFN or one with gated
-            values, or the dictionary cannot be written to (quantised, adapted).
+        InputError: a path or prototype does not exist, an addition is for a stock FFN or one with
+            gated values, or the dictionary cannot be written to (quantised, adapted).
     """
     with ExitStack() as undo:
         for change in changes:
@@ -81,7 +83,8 @@ def edit(model: PreTrainedModel, change: Change) -> Undo:
         ffn = model.base_model.get_submodule(change.path)
     except AttributeError:
         raise InputError(
-            f"found no FFN {change.path!r} in the model, expected a path such as those of its records"
+            f"found no FFN {change.path!r} in the model, expected a path such as those of its "
+            "records"
         ) from None
     if isinstance(change, Addition):
         return _add_prototype(model, ffn, change)

@@ -1,4 +1,5 @@
-"""The tuned lens: per layer one affine map from the residual stream to the one before the final norm."""
+"""The tuned lens: per layer one affine map from the residual stream to the one before the final
+norm."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ rounding, over the largest logit."""
 class TunedLens:
     """``logits_l(h) = unembed(norm(A_l h + b_l))`` (Belrose et al. 2023, arXiv:2303.08112).
 
-    A_l and b_l are the least-squares map to the final state, in place of the one that minimises KL. The
-    logit lens is A = 1, b = 0.
+    A_l and b_l are the least-squares map to the final state, in place of the one that minimises
+    KL. The logit lens is A = 1, b = 0.
     """
 
     maps: Tensor
@@ -45,7 +46,8 @@ class TunedLens:
     """(layers, hidden_size) float32: b_l."""
 
     def directions(self, layer: int, directions: Tensor) -> Tensor:
-        """What becomes of ``directions`` (n, hidden_size) written in block ``layer``, same shape."""
+        """What becomes of ``directions`` (n, hidden_size) written in block ``layer``, same
+        shape."""
         return directions @ self.maps[layer].to(directions).T
 
     def logits(self, model: PreTrainedModel, layer: int, states: Tensor) -> Tensor:
@@ -102,9 +104,7 @@ class _Moments:
         covariance = self.square / self.count - mean.outer(mean)
         identity = torch.eye(len(mean), dtype=torch.float64)
         ridge = PULL * covariance.diagonal().mean() * identity
-        change = torch.linalg.solve(
-            covariance + ridge, self.cross / self.count - mean.outer(gap)
-        )
+        change = torch.linalg.solve(covariance + ridge, self.cross / self.count - mean.outer(gap))
         return identity + change.T, gap - mean @ change
 
 
@@ -200,15 +200,14 @@ def _read_logits(
 
 
 def _read_states(model: PreTrainedModel, ids: Tensor, batch_rows: int) -> Iterator[list[Tensor]]:
-    """The residual stream after every block, (tokens, hidden_size) float64 on the CPU, by batches."""
+    """The residual stream after every block, (tokens, hidden_size) float64 on the CPU, by
+    batches."""
     blocks = {str(layer): block for layer, block in enumerate(get_blocks(model))}
     device = get_embedding_weight(model).device
     for batch in ids.split(batch_rows):
         with capture_inputs_and_outputs(blocks) as captured:
             model.base_model(input_ids=batch.to(device), use_cache=False)
-        yield [
-            _select_states(captured[name][1]).flatten(0, 1).double().cpu() for name in blocks
-        ]
+        yield [_select_states(captured[name][1]).flatten(0, 1).double().cpu() for name in blocks]
 
 
 def _select_states(output: Tensor | tuple[Tensor, ...]) -> Tensor:

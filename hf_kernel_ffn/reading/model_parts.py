@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol, TypeGuard, cast, runtime_checkable
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint_code.errors import InputError
@@ -27,7 +27,8 @@ class _HasKernel(ReadableFFN, Protocol):
 
 
 def is_kernel_ffn(ffn: object) -> TypeGuard[KernelFFN]:
-    """Whether ``ffn`` is a kernel readout, of this package's class or of one a checkpoint brought."""
+    """Whether ``ffn`` is a kernel readout, of this package's class or of one a checkpoint
+    brought."""
     return isinstance(ffn, _HasKernel)
 
 
@@ -124,13 +125,19 @@ def list_ffn_paths(model: PreTrainedModel) -> list[str]:
     return find_ffn_paths(model, get_family(model))
 
 
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of ``ids``."""
+    return cast(str, tokenizer.decode(ids))
+
+
 def get_layer_number(path: str) -> int:
     """The number in an FFN's path."""
     return next(int(part) for part in path.split(".") if part.isdigit())
 
 
 def ffn_readout(model: PreTrainedModel, path: str, inputs: Tensor) -> Readout:
-    """Read the FFN at ``path`` (under the base model) at its ``inputs`` (..., hidden_size), whatever stands there.
+    """Read the FFN at ``path`` (under the base model) at its ``inputs`` (..., hidden_size),
+    whatever stands there.
 
     That is a kernel readout, the teacher's own FFN, or another :class:`ReadableFFN`.
     """

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .lens import TunedLens
 from .model_parts import (
     count_key_value_heads,
+    decode_tokens,
     ffn_readout,
     get_blocks,
     get_described,
@@ -89,7 +90,7 @@ def _name_tokens(
     tokenizer: PreTrainedTokenizerBase, ids: Tensor, values: Tensor
 ) -> list[tuple[str, float]]:
     """The tokens ``ids`` (n,) as text, each with its value."""
-    texts = [tokenizer.decode([number]) for number in ids.tolist()]
+    texts = [decode_tokens(tokenizer, [number]) for number in ids.tolist()]
     return list(zip(texts, values.tolist(), strict=True))
 
 
@@ -137,8 +138,8 @@ class Feeds(NamedTuple):
     role: str
     """query, key or value."""
     gain: float
-    """‖W v̂‖ over what a random direction gets, ‖W‖_F/√hidden_size. v̂ is the prototype as the norm
-    before that attention hands it on, at length one."""
+    """‖W v̂‖ over what a random direction gets, ‖W‖_F/√hidden_size. v̂ is the prototype
+    as the norm before that attention hands it on, at length one."""
 
 
 @torch.no_grad()
@@ -158,6 +159,8 @@ def feeds(
     places: list[tuple[int, int, str]] = []
     gains: list[Tensor] = []
     norms = find_attention_norms(model)
+    groups = count_key_value_heads(model)
+    heads = {"query": model.config.num_attention_heads, "key": groups, "value": groups}
     for later in range(layer + 1, len(norms)):
         norm = norms[later]
         handed_on = directions.float()
@@ -166,10 +169,7 @@ def feeds(
         unit = nn.functional.normalize(handed_on, dim=-1)
 
         for role, weight in zip(ROLES, get_qkv_weights(model, later), strict=True):
-            heads = (
-                model.config.num_attention_heads if role == "query" else count_key_value_heads(model)
-            )
-            for head, projection in enumerate(weight.float().chunk(heads)):
+            for head, projection in enumerate(weight.float().chunk(heads[role])):
                 by_chance = projection.norm() / projection.shape[1] ** 0.5
                 places.append((later, head, role))
                 gains.append((unit @ projection.T).norm(dim=-1) / by_chance)
@@ -180,7 +180,8 @@ def feeds(
     best = torch.stack(gains, -1).topk(min(top, len(places)))
     for row, name in enumerate(names):
         for gain, place in zip(best.values[row].tolist(), best.indices[row].tolist(), strict=True):
-            table.append(Feeds(name, *places[place], gain))
+            later, head, role = places[place]
+            table.append(Feeds(name, later, head, role, gain))
     return table
 
 
@@ -190,9 +191,9 @@ def nearest_tokens(
 ) -> list[list[tuple[str, float]]]:
     """Find for each prototype or unit of the FFN at ``path`` the ``top`` tokens that fire it most.
 
-    The tokens' embeddings go through the FFN's own norm, and those with the largest |coefficient| are
-    given with it: nearest in the layer's own kernel. What attention adds is left out, so this tells
-    more of early layers than of late ones.
+    The tokens' embeddings go through the FFN's own norm, and those with the largest |coefficient|
+    are given with it: nearest in the layer's own kernel. What attention adds is left out, so this
+    tells more of early layers than of late ones.
     """
     block = get_blocks(model)[get_layer_number(path)]
     norm = block.get_submodule(get_described(model, "ffn_norm"))

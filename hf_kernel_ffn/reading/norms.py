@@ -1,7 +1,8 @@
 """What a norm does, measured on known vectors instead of read off its parameters.
 
-Families keep a norm's gain in different ways: as ``weight``, as ``1 + weight`` (Gemma, Nemotron), or
-not at all (OLMo). A norm that is asked what it does to a known vector answers right in each case.
+Families keep a norm's gain in different ways: as ``weight``, as ``1 + weight`` (Gemma, Nemotron),
+or not at all (OLMo). A norm that is asked what it does to a known vector answers right in each
+case.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ PROBE = 1024.0
 """Size of a probe's entries. It is so large that a norm's epsilon is rounding beside their mean
 square, and a power of two, so that dividing by it is exact."""
 MISFIT = 1e-3
-"""A norm that is further than this from the formula below, relative to its output, is another kind."""
+"""A norm that is further than this from the formula below, relative to its output, is another
+kind."""
 
 
 class NormResponse(NamedTuple):
-    """A norm as ``norm(h) = gain · (h - mean(h)) / scale(h) + shift``; an RMSNorm keeps the mean."""
+    """A norm as ``norm(h) = gain · (h - mean(h)) / scale(h) + shift``; an RMSNorm keeps the
+    mean."""
 
     gain: Tensor
     """(hidden_size,) float64: what multiplies each normalised coordinate."""
@@ -77,8 +80,8 @@ def linearise_norm(norm: nn.Module, state: Tensor, direction: Tensor) -> tuple[T
     """Hold the scale of ``norm`` at ``state`` (hidden_size,): then the norm is affine.
 
     Returns:
-        ``u`` (hidden_size,) float64 and ``a`` such that ``direction · norm(h) = u·h + a`` at ``state``
-        and wherever the scale is the same.
+        ``u`` (hidden_size,) float64 and ``a`` such that ``direction · norm(h) = u·h + a`` at
+        ``state`` and wherever the scale is the same.
 
     Raises:
         InputError: ``norm`` is neither a LayerNorm nor an RMSNorm.
@@ -89,8 +92,8 @@ def linearise_norm(norm: nn.Module, state: Tensor, direction: Tensor) -> tuple[T
     numerator = response.numerator(state)
     written = copy.deepcopy(norm).double()(state[None])[0].double() - response.shift
 
-    # One number leads from the numerator to what the norm writes. It is fitted rather than computed,
-    # since norms name their epsilon differently.
+    # One number leads from the numerator to what the norm writes. It is fitted rather than
+    # computed, since norms name their epsilon differently.
     inverse_scale = (written @ numerator) / numerator.square().sum().clamp_min(1e-300)
     misfit = (written - inverse_scale * numerator).norm()
     if not misfit <= MISFIT * written.norm():

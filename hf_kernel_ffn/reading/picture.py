@@ -89,7 +89,8 @@ def _why_there_is_none(ffn: KernelFFN, record: Readout, room: int) -> str | None
 
 
 def _project_prototypes(ffn: KernelFFN, inputs: Tensor, mean: Tensor, axes: Tensor) -> Tensor:
-    """(P, 5): w·mean, w along both axes, b and ‖w‖² of every prototype, which is all a kernel needs."""
+    """(P, 5): w·mean, w along both axes, b and ‖w‖² of every prototype, which is all a kernel
+    needs."""
     weight, bias = get_effective_weight(ffn.input_prototypes, inputs)
     rows = weight.double()
     columns = [
@@ -111,8 +112,8 @@ def _project_gate(ffn: KernelFFN, inputs: Tensor, mean: Tensor, axes: Tensor) ->
 
 
 def find_plane(states: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The plane of ``states`` (rows, d): mean (d,), first two principal directions (2, d), and their
-    share of the variance."""
+    """The plane of ``states`` (rows, d): mean (d,), first two principal directions (2, d), and
+    their share of the variance."""
     mean = states.mean(0)
     # Two rows of zeros: two directions even of one row.
     padded = torch.cat([states - mean, states.new_zeros(2, states.shape[1])])

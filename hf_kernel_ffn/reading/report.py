@@ -29,11 +29,11 @@ from .regimes import Mixture, mixtures, regime
 from .tracing import Trace
 
 Namer = Callable[[str, list[int], Tensor], list[list[str]]]
-"""(path of the FFN, N rows of its dictionary by number, those rows (N, hidden_size)) -> the tokens that
-each row promotes."""
+"""(path of the FFN, N rows of its dictionary by number, those rows (N, hidden_size)) -> the tokens
+that each row promotes."""
 PICTURED = 48_000
-"""Prototypes, over all layers, that get into the pictures: 37 bytes each, the rest of the page fits beside
-them in 5 MB."""
+"""Prototypes, over all layers, that get into the pictures: 37 bytes each, the rest of the page
+fits beside them in 5 MB."""
 NO_MASS = -1e9
 """Stands for a log-mass of −∞: JSON has no infinity."""
 USED = 1e-9
@@ -56,15 +56,16 @@ def report_data(
     Args:
         student: the trace to read, of a stock or a converted model.
         teacher: another model's trace of the same tokens and positions, to stand beside it.
-        tokenizer: names the tokens that a prototype promotes by the logit lens, if there is no ``namer``.
+        tokenizer: names the tokens that a prototype promotes by the logit lens, if there is no
+            ``namer``.
         top: coefficients kept per layer and token, by |c|‖v‖; of the others, number and mass.
-        alternatives: by an FFN's path, (count, prototypes) shares that all give the output of the last
-            position kept, row 0 the layer's own.
+        alternatives: by an FFN's path, (count, prototypes) shares that all give the output of the
+            last position kept, row 0 the layer's own.
         namer: batched, to be quick over a large vocabulary; see :data:`Namer`.
 
     Raises:
-        InputError: the traces are of different tokens, positions or layers, or alternatives do not fit
-            a layer.
+        InputError: the traces are of different tokens, positions or layers, or alternatives do not
+            fit a layer.
     """
     alternatives = alternatives or {}
     _require_same_prompt(student, teacher)
@@ -159,9 +160,7 @@ def _require_same_prompt(student: Trace, teacher: Trace | None) -> None:
         )
 
 
-def _describe_layers(
-    student: Trace, alternatives: Mapping[str, Tensor], top: int
-) -> list[dict]:
+def _describe_layers(student: Trace, alternatives: Mapping[str, Tensor], top: int) -> list[dict]:
     """Per layer what is shown once: attention, picture, and other decompositions."""
     room = PICTURED
     layers = []
@@ -299,8 +298,8 @@ def _describe_alternatives(path: str, record: Readout, rows: Tensor, top: int) -
     """Sparse shares of each decomposition, and how far from one another their outputs are."""
     if rows.ndim != 2 or rows.shape[1] != len(record.dictionary) or (rows < 0).any():
         raise InputError(
-            f"found alternatives of shape {tuple(rows.shape)} for {path}, expected nonnegative shares "
-            f"(count, {len(record.dictionary)}): take them from decompositions of this layer"
+            f"found alternatives of shape {tuple(rows.shape)} for {path}, expected nonnegative "
+            f"shares (count, {len(record.dictionary)}): take them from decompositions of this layer"
         )
     rows = rows.double().cpu()
     outputs = rows @ record.dictionary.double().cpu()
@@ -322,8 +321,8 @@ def _describe_alternatives(path: str, record: Readout, rows: Tensor, top: int) -
 def _encode_attention(weights: Tensor, positions: list[int]) -> dict:
     """Heads' weights (heads, P, T) over the positions kept, as bytes 255·√weight in base64.
 
-    Row i has the first i + 1 positions and then all other tokens together. The root keeps the digits
-    of small weights.
+    Row i has the first i + 1 positions and then all other tokens together. The root keeps the
+    digits of small weights.
     """
     all_weights = weights.double().cpu()
     kept = all_weights[:, :, positions]

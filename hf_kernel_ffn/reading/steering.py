@@ -20,8 +20,8 @@ from .norms import linearise_norm
 from .tracing import Trace
 
 RARELY = (0.999, 0.99, 0.9)
-"""Shares of a text's tokens on which a new prototype's score is below zero. The first is taken at which it
-takes part where it should."""
+"""Shares of a text's tokens on which a new prototype's score is below zero. The first is taken at
+which it takes part where it should."""
 LENGTHS = 12
 """Lengths of its row that are tried, from the layer's median on, each √2 times the one before."""
 STEPS = 8
@@ -36,19 +36,21 @@ AnyChange = TypeVar("AnyChange", Edit, Addition)
 
 @torch.no_grad()
 def addition(trace: Trace, path: str, write: Tensor, ids: Tensor, position: int = -1) -> Addition:
-    """Make a prototype for the FFN at ``path`` that fires at ``position`` of ``trace`` and rarely elsewhere.
+    """Make a prototype for the FFN at ``path`` that fires at ``position`` of ``trace`` and rarely
+    elsewhere.
 
-    With a score x·w + b, w points from the text's mean input to this one, and b leaves 999 of 1000 of the
-    text's tokens below zero (99 of 100 or 9 of 10 where that is too few to take part). Its length is the first
-    at which it is as loud as the others that fire, or the loudest. Without a bias, w is this input.
+    With a score x·w + b, w points from the text's mean input to this one, and b leaves 999 of 1000
+    of the text's tokens below zero (99 of 100 or 9 of 10 where that is too few to take part). Its
+    length is the first at which it is as loud as the others that fire, or the loudest. Without a
+    bias, w is this input.
 
     Args:
         write: (hidden_size,) what it writes at ``position``.
         ids: (rows, length) token ids of ordinary text.
 
     Raises:
-        InputError: the input is too ordinary along its own direction, or the layer is no kernel readout
-            with fixed values.
+        InputError: the input is too ordinary along its own direction, or the layer is no kernel
+            readout with fixed values.
     """
     model = trace.model
     state = trace.ffn_inputs[path][trace.at(position)].float()
@@ -87,7 +89,8 @@ class _Loudness(NamedTuple):
 def _measure_loudness(
     trace: Trace, path: str, state: Tensor, row: Tensor, bias: float
 ) -> _Loudness:
-    """How loud a prototype with ``row`` and ``bias`` would be at the input ``state`` (hidden_size,)."""
+    """How loud a prototype with ``row`` and ``bias`` would be at the input ``state``
+    (hidden_size,)."""
     inputs = state.to(trace.ffn_inputs[path])[None]
     with edited(trace.model, Addition(path, row, bias, torch.zeros_like(row))):
         coefficients = ffn_readout(trace.model, path, inputs).coefficients[0].float()
@@ -99,7 +102,8 @@ def _measure_loudness(
 def _find_loudest_stretch(
     trace: Trace, path: str, state: Tensor, row: Tensor, bias: float
 ) -> tuple[float, float]:
-    """The first stretch of ``row`` and ``bias`` that is as loud as the others at ``state``, or the loudest.
+    """The first stretch of ``row`` and ``bias`` that is as loud as the others at ``state``, or the
+    loudest.
 
     Returns:
         The stretch and the new prototype's coefficient; zeros where it does not fire.
@@ -126,10 +130,12 @@ def raise_token(
     probability: float = 0.5,
     candidates: int = 4,
 ) -> tuple[Edit, Effect] | None:
-    """Find the edit of one prototype (or hidden unit) that makes ``token`` likely after the prompt of ``trace``.
+    """Find the edit of one prototype (or hidden unit) that makes ``token`` likely after the prompt
+    of ``trace``.
 
-    A row gets the token's unembedding direction (through the frozen final norm) added, as much as is needed.
-    Selective are rows that fire here and rarely elsewhere: small Σc²/tokens over c² at the prompt's end.
+    A row gets the token's unembedding direction (through the frozen final norm) added, as much
+    as is needed. Selective are rows that fire here and rarely elsewhere: small Σc²/tokens over
+    c² at the prompt's end.
 
     Args:
         used: the contexts of FFNs on ordinary text, by path.
@@ -166,7 +172,8 @@ def raise_token_by_addition(
     """As :func:`raise_token`, by one new prototype in whichever layer disturbs ``others`` least.
 
     Args:
-        ids: (rows, length) token ids of ordinary text on which it is to be silent (:func:`addition`).
+        ids: (rows, length) token ids of ordinary text on which it is to be silent
+            (:func:`addition`).
     """
     direction = _find_direction(trace, token)
     additions = []
@@ -178,7 +185,8 @@ def raise_token_by_addition(
 
 
 def _find_direction(trace: Trace, token: int) -> Tensor:
-    """(hidden_size,) float32 of length one: what raises the logit of ``token`` most at the prompt's end."""
+    """(hidden_size,) float32 of length one: what raises the logit of ``token`` most at the
+    prompt's end."""
     row = get_unembedding(trace.model)[token]
     direction, _ = linearise_norm(get_final_norm(trace.model), trace.states[-1][-1], row)
     return nn.functional.normalize(direction, dim=0).float()
@@ -191,26 +199,34 @@ def _choose_cheapest(
     others: Tensor,
     probability: float,
 ) -> tuple[AnyChange, Effect] | None:
-    """Of ``changes``, each as small as reaches ``probability``, the one that disturbs ``others`` least."""
+    """Of ``changes``, each as small as reaches ``probability``, the one that disturbs ``others``
+    least."""
     model = trace.model
     plain = predictions(model, others)
     stream_norm = trace.states[-1][-1].norm().item()
 
     best: tuple[AnyChange, Effect] | None = None
     for change in changes:
-
-        def is_enough(amount: float, change: AnyChange = change) -> bool:
-            louder = _scale_write(change, amount)
-            return _read_probability(model, louder, trace.ids, token) >= probability
-
-        amount = _find_least_amount(is_enough, stream_norm)
-        if amount is None:
+        smallest = _make_least(trace, token, change, probability, unit=stream_norm)
+        if smallest is None:
             continue
-        smallest = _scale_write(change, amount)
         result = effect(model, [smallest], trace.ids, token, others, plain)
         if best is None or result.collateral_kl < best[1].collateral_kl:
             best = smallest, result
     return best
+
+
+def _make_least(
+    trace: Trace, token: int, change: AnyChange, probability: float, *, unit: float
+) -> AnyChange | None:
+    """``change`` with as little of its write as reaches ``probability``; None if none does."""
+
+    def is_enough(amount: float) -> bool:
+        louder = _scale_write(change, amount)
+        return _read_probability(trace.model, louder, trace.ids, token) >= probability
+
+    amount = _find_least_amount(is_enough, unit)
+    return None if amount is None else _scale_write(change, amount)
 
 
 def _scale_write(change: AnyChange, amount: float) -> AnyChange:
@@ -219,9 +235,7 @@ def _scale_write(change: AnyChange, amount: float) -> AnyChange:
     return replace(change, write=change.write * amount)
 
 
-def _read_probability(
-    model: PreTrainedModel, change: Change, context: Tensor, token: int
-) -> float:
+def _read_probability(model: PreTrainedModel, change: Change, context: Tensor, token: int) -> float:
     """Probability of ``token`` after ``context`` (T,) in the changed model."""
     with edited(model, change):
         logits = model(input_ids=context[None], use_cache=False).logits[0, -1]

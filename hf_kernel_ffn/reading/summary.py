@@ -32,15 +32,17 @@ def summary(
     """Read everything about ``position`` into JSON types.
 
     Args:
-        layers: numbers of the layers to read; None: all. Regimes are of all positions that the trace kept.
+        layers: numbers of the layers to read; None: all. Regimes are of all positions that the
+            trace kept.
         top: contributions per layer, and parts of the logit.
         support: adds how well each layer covers its input, in percent of ordinary text.
 
     Returns:
-        ``position``; ``token``; ``next``, the likely next tokens with their probabilities; ``layers``, each
-        with its regime, the figures of its mixture, and its largest contributions with what they write; and
-        ``logit``, the gap between the two likeliest tokens, split exactly. Where it cannot be split, its
-        ``reason`` says why, there are no parts, and the remainder is all of it.
+        ``position``; ``token``; ``next``, the likely next tokens with their probabilities;
+        ``layers``, each with its regime, the figures of its mixture, and its largest contributions
+        with what they write; and ``logit``, the gap between the two likeliest tokens, split
+        exactly. Where it cannot be split, its ``reason`` says why, there are no parts, and the
+        remainder is all of it.
 
     Raises:
         InputError: as :meth:`Trace.at`.
@@ -50,9 +52,7 @@ def summary(
     best = trace.logits[place].float().softmax(-1).topk(NEXT)
     covered: dict[str, Supported] = {}
     if support is not None:
-        covered = {
-            row.path: row for row in support.percentiles(trace) if row.position == position
-        }
+        covered = {row.path: row for row in support.percentiles(trace) if row.position == position}
     paths = [
         path for path in trace.ffn_inputs if layers is None or get_layer_number(path) in layers
     ]
@@ -62,9 +62,7 @@ def summary(
         "token": trace.tokens[position],
         "next": [
             (tokenizer.decode([token]), probability)
-            for token, probability in zip(
-                best.indices.tolist(), best.values.tolist(), strict=True
-            )
+            for token, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ],
         "layers": [
             _summarise_layer(trace, tokenizer, path, place, top=top, covered=covered.get(path))

@@ -1,4 +1,5 @@
-"""Abstain: how well an input is covered by what a layer knows, as percentiles over ordinary text."""
+"""Abstain: how well an input is covered by what a layer knows, as percentiles over ordinary
+text."""
 
 from __future__ import annotations
 
@@ -33,11 +34,11 @@ def support_scores(model: PreTrainedModel, path: str, inputs: Tensor) -> dict[st
     Returns:
         Two scores, (tokens,) float32 each, larger for better covered:
 
-        * ``nearest``: −min_i ‖x − w_i‖², whether or not the kernel looks at distance; of a stock FFN
-          the rows of W_in (of its gate);
-        * ``mass``: log Σκ over all prototypes, −inf where none fires; of a stock FFN log Σ|c_i|‖v_i‖.
-          Yat's κ does not vanish far away (it tends to ‖w‖²cos²θ), so its mass says nothing of
-          distance: compare the AUCs.
+        * ``nearest``: −min_i ‖x − w_i‖², whether or not the kernel looks at distance; of a
+          stock FFN the rows of W_in (of its gate);
+        * ``mass``: log Σκ over all prototypes, −inf where none fires; of a stock FFN log
+          Σ|c_i|‖v_i‖. Yat's κ does not vanish far away (it tends to ‖w‖²cos²θ), so its
+          mass says nothing of distance: compare the AUCs.
     """
     ffn = model.base_model.get_submodule(path)
     if is_kernel_ffn(ffn):
@@ -81,7 +82,8 @@ def text_scores(
 
 
 class Supported(NamedTuple):
-    """How well one token is covered in one layer, in percent of ordinary text that is covered less."""
+    """How well one token is covered in one layer, in percent of ordinary text that is covered
+    less."""
 
     position: int
     path: str
@@ -107,7 +109,8 @@ class Support:
         }
 
     def percentiles(self, trace: Trace) -> Rows[Supported]:
-        """Rate every position and layer of ``trace``, a pass of the model that was calibrated on."""
+        """Rate every position and layer of ``trace``, a pass of the model that was calibrated
+        on."""
         table = Rows[Supported]()
         for path, inputs in trace.ffn_inputs.items():
             scores = support_scores(trace.model, path, inputs)
@@ -131,7 +134,8 @@ class Separation(NamedTuple):
     score: str
     against: str
     auc: float
-    """Chance that a token of the ordinary text scores higher than one of the other: 0.5 is a coin."""
+    """Chance that a token of the ordinary text scores higher than one of the other: 0.5 is a
+    coin."""
 
 
 def separations(

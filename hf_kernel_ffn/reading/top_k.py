@@ -10,8 +10,8 @@ def merge_top_k(best: tuple[Tensor, ...], new: tuple[Tensor, ...], top: int) -> 
     """Of two tables with candidates for the same rows, the ``top`` largest of each row, descending.
 
     Args:
-        best, new: (rows, candidates) values to rank by, then any (rows, candidates, ...) tensors that
-            belong to them.
+        best, new: (rows, candidates) values to rank by, then any (rows, candidates, ...) tensors
+            that belong to them.
     """
     joined = [torch.cat(pair, 1) for pair in zip(best, new, strict=True)]
     values, kept = joined[0].topk(min(top, joined[0].shape[1]))

@@ -15,6 +15,7 @@ from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.record import Readout
 from .model_parts import (
     count_key_value_heads,
+    decode_tokens,
     ffn_readout,
     get_attention,
     get_blocks,
@@ -89,7 +90,8 @@ class Trace:
         return self._records[path]
 
     def head(self, layer: int, head: int, position: int) -> Readout:
-        """The record of one attention head at ``position``: convex, coefficients (1, T), named by tokens.
+        """The record of one attention head at ``position``: convex, coefficients (1, T), named by
+        tokens.
 
         The bias of the output projection, which all heads of a block have in common, is left out.
         """
@@ -118,10 +120,11 @@ def trace(
     text: str | Tensor,
     positions: Sequence[int] | None = None,
 ) -> Trace:
-    """Run ``model`` (a causal language model, stock or converted) over ``text`` and keep what was written.
+    """Run ``model`` (a causal language model, stock or converted) over ``text`` and keep what was
+    written.
 
-    The prompt goes through in chunks with a cache: memory grows with T by the keys and values alone,
-    with P by the rest.
+    The prompt goes through in chunks with a cache: memory grows with T by the keys and values
+    alone, with P by the rest.
 
     Args:
         text: the prompt, or its token ids (T,).
@@ -142,7 +145,7 @@ def trace(
     return Trace(
         model=model,
         ids=ids,
-        tokens=[tokenizer.decode([number]) for number in ids.tolist()],
+        tokens=[decode_tokens(tokenizer, [number]) for number in ids.tolist()],
         positions=kept,
         embedding=pieces["embedding", 0],
         ffn_inputs={path: pieces["ffn", layer] for layer, path in enumerate(paths)},

@@ -35,8 +35,8 @@ TOKENS = 24
 ATTENTION = ("attention", "qkv", "attention_out")
 """What an entry has to describe for its heads to be read."""
 STREAM = (*ATTENTION, "ffn_norm", "final_norm")
-"""What it has to describe for the residual stream to be split. Entries leave ``ffn_norm`` out where a norm
-stands on what is written, as the parts do not add up then."""
+"""What it has to describe for the residual stream to be split. Entries leave ``ffn_norm`` out
+where a norm stands on what is written, as the parts do not add up then."""
 
 
 class Check(NamedTuple):
@@ -59,8 +59,8 @@ def check_family(model: PreTrainedModel, seed: int = 0) -> Rows[Check]:
         seed: of the random inputs.
 
     Raises:
-        InputError: the model is converted, quantised, or of no known family, or an FFN is not where the
-            entry says.
+        InputError: the model is converted, quantised, or of no known family, or an FFN is not
+            where the entry says.
     """
     family = get_architecture_of_model(model)
     model.eval()
@@ -85,9 +85,7 @@ def _judge(claim: str, error: float) -> Check:
     return Check(claim, error, ok, "" if ok else f"expected an error below {TOLERANCE:g}")
 
 
-def _find_undescribed(
-    model: PreTrainedModel, family: Architecture, parts: tuple[str, ...]
-) -> str:
+def _find_undescribed(model: PreTrainedModel, family: Architecture, parts: tuple[str, ...]) -> str:
     """Why ``parts`` of the entry cannot be checked on ``model``; empty if they can."""
     missing = [part for part in parts if getattr(family, part) is None]
     if missing:
@@ -169,7 +167,8 @@ def _check_logit_split(claim: str, passed: Trace) -> Check:
 
 
 def _measure_final_norm_error(model: PreTrainedModel) -> float:
-    """Difference between the unembedding's input and the final norm of what the last block wrote."""
+    """Difference between the unembedding's input and the final norm of what the last block
+    wrote."""
     head = cast(nn.Module, model.get_output_embeddings())
     modules = {"block": get_blocks(model)[-1], "head": head}
     ids = _make_ids(model, seed=0)[None].to(get_embedding_weight(model).device)
@@ -213,9 +212,7 @@ def _measure_attention_error(passed: Trace) -> float:
     )
 
 
-def _run_attentions(
-    model: PreTrainedModel, modules: list[nn.Module], ids: Tensor
-) -> list[Tensor]:
+def _run_attentions(model: PreTrainedModel, modules: list[nn.Module], ids: Tensor) -> list[Tensor]:
     """(T, d) that each attention module writes over ``ids`` (T,)."""
     written: list[Tensor] = []
 
@@ -244,7 +241,8 @@ def _sum_heads(passed: Trace, layer: int) -> Tensor:
 
 
 def _measure_stream_error(passed: Trace) -> float:
-    """Largest error of what each block adds to the residual stream, over layers and positions kept."""
+    """Largest error of what each block adds to the residual stream, over layers and positions
+    kept."""
     before = passed.embedding
     errors = []
     for path in passed.ffn_inputs:

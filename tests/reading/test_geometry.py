@@ -15,7 +15,8 @@ from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
 from hf_kernel_ffn.reading import trace
 from hf_kernel_ffn.reading.attention import symmetrised_attention
 from hf_kernel_ffn.reading.decompositions import alternatives, caratheodory, share_spread
-from hf_kernel_ffn.reading.dial import dial, far_field, retrieval
+from hf_kernel_ffn.reading.dial import dial, retrieval
+from hf_kernel_ffn.reading.far_field import far_field
 from hf_kernel_ffn.reading.geometry import (
     embedding_distances,
     embedding_norms,
