@@ -85,7 +85,7 @@ def caratheodory(readout: Readout, place: int = -1) -> Tensor:
 
 @torch.no_grad()
 def alternatives(
-    readout: Readout, place: int = -1, count: int = 5, seed: int = 0, support: bool = False
+    readout: Readout, place: int = -1, count: int = 5, *, seed: int = 0, support: bool = False
 ) -> Tensor:
     """Find other shares that give the same Σπv.
 

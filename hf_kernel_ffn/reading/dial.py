@@ -94,9 +94,6 @@ def dial(
     centroid = dictionary.mean(0)
     scale = (top - centroid).norm()
 
-    def measure_distance(point: Tensor, end: Tensor) -> float:
-        return ((point - end).norm() / scale).nan_to_num(0.0).item()
-
     table = Rows[Dial]()
     for temperature in temperatures:
         turned = ((logs - logs.max()) / temperature).softmax(-1)
@@ -111,11 +108,16 @@ def dial(
                 effective=1 / turned.square().sum().item(),
                 largest=turned.max().item(),
                 retrieval=retrieval(patterns),
-                from_top=measure_distance(point, top),
-                from_centroid=measure_distance(point, centroid),
+                from_top=_measure_distance(point, top, scale),
+                from_centroid=_measure_distance(point, centroid, scale),
             )
         )
     return table
+
+
+def _measure_distance(point: Tensor, end: Tensor, scale: Tensor) -> float:
+    """Distance between two points over ``scale``; zero where that is zero."""
+    return ((point - end).norm() / scale).nan_to_num(0.0).item()
 
 
 def retrieval(shares: Tensor) -> str:

@@ -181,6 +181,7 @@ def effect(
     changes: Sequence[Change],
     context: Tensor,
     token: int,
+    *,
     others: Tensor,
     plain: Tensor | None = None,
 ) -> Effect:

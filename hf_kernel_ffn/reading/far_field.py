@@ -85,9 +85,9 @@ def far_field(
                 "makes no mixture"
             )
         parameters = _choose_parameters(ffn, kernel, states)
-        own_log_mass = _Mixture.measure(ffn, kernel, parameters, states, 1.0).log_mass
+        own_log_mass = _Mixture.measure(ffn, kernel, parameters, states, factor=1.0).log_mass
         for factor in factors:
-            mixture = _Mixture.measure(ffn, kernel, parameters, states, factor)
+            mixture = _Mixture.measure(ffn, kernel, parameters, states, factor=factor)
             table.append(mixture.summarise(name, factor, own_log_mass))
     return table
 
@@ -109,6 +109,7 @@ class _Mixture(NamedTuple):
         kernel: Kernel,
         parameters: Mapping[str, Tensor],
         states: Tensor,
+        *,
         factor: float,
     ) -> _Mixture:
         """The mixture of ``kernel`` over the prototypes of ``ffn``, ``factor`` times as far out."""

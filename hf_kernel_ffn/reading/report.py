@@ -108,7 +108,7 @@ def other_mixtures(trace: Trace, count: int, seed: int = 0) -> dict[str, Tensor]
     for path in trace.ffn_inputs:
         record = trace.ffn(path)
         if regime(record).has_shares and (record.coefficients[-1] > 0).any():
-            rows = alternative_shares(record, -1, count + 1, seed)
+            rows = alternative_shares(record, -1, count + 1, seed=seed)
             if len(rows) > 1:
                 by_path[path] = rows
     return by_path
@@ -248,7 +248,7 @@ def _describe_cells(record: Readout, top: int, has_shares: bool) -> list[dict]:
     cells = []
     for row, mixture in enumerate(mixtures(record)):
         kept = [index for index in order[row].tolist() if coefficients[row, index] != 0]
-        cell = _describe_cell(coefficients[row], along[row], mass[row], kept, mixture)
+        cell = _describe_cell(coefficients[row], along[row], mass[row], kept=kept, mixture=mixture)
         if not has_shares:
             cell["restAlong"] = _shorten((along[row].sum() - along[row, kept].sum()).item())
         cells.append(cell)
@@ -256,7 +256,7 @@ def _describe_cells(record: Readout, top: int, has_shares: bool) -> list[dict]:
 
 
 def _describe_cell(
-    coefficients: Tensor, along: Tensor, mass: Tensor, kept: list[int], mixture: Mixture
+    coefficients: Tensor, along: Tensor, mass: Tensor, *, kept: list[int], mixture: Mixture
 ) -> dict:
     """One token of a layer: (P,) coefficients, contributions along the output, and masses."""
     rest = (mass.sum() - mass[kept].sum()).clamp_min(0).item()

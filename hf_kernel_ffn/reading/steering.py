@@ -35,7 +35,9 @@ AnyChange = TypeVar("AnyChange", Edit, Addition)
 
 
 @torch.no_grad()
-def addition(trace: Trace, path: str, write: Tensor, ids: Tensor, position: int = -1) -> Addition:
+def addition(
+    trace: Trace, path: str, write: Tensor, ids: Tensor, *, position: int = -1
+) -> Addition:
     """Make a prototype for the FFN at ``path`` that fires at ``position`` of ``trace`` and rarely
     elsewhere.
 
@@ -60,17 +62,17 @@ def addition(trace: Trace, path: str, write: Tensor, ids: Tensor, position: int 
             f"found {type(ffn).__name__} at {path}, expected a kernel readout: convert the model"
         )
     if not ffn.kernel.uses_bias:
-        loudness = _measure_loudness(trace, path, state, state, 0.0)
-        return Addition(path, state, 0.0, write / loudness.added)
+        candidate = Addition(path, state, 0.0, write)
+        return _scale_write(candidate, 1 / _measure_loudness(trace, state, candidate).added)
 
     inputs = torch.cat(list(read_ffn_inputs(model, path, ids))).float()
     median_length = ffn.input_prototypes.weight.float().norm(dim=-1).median()
     row = nn.functional.normalize(state - inputs.mean(0), dim=0) * median_length
     for share in RARELY:
         bias = -(inputs @ row).quantile(share).item()
-        stretch, loudest = _find_loudest_stretch(trace, path, state, row, bias)
+        candidate, loudest = _find_loudest_stretch(trace, state, Addition(path, row, bias, write))
         if loudest > 0 and row @ state + bias > 0:
-            return Addition(path, row * stretch, bias * stretch, write / loudest)
+            return replace(candidate, write=write / loudest)
     raise InputError(
         f"found position {position} too ordinary at {path}: its input is hardly further out than "
         f"{RARELY[-1]:.0%} of the text's; choose another layer or position"
@@ -86,39 +88,38 @@ class _Loudness(NamedTuple):
     """Mean of the others that fire."""
 
 
-def _measure_loudness(
-    trace: Trace, path: str, state: Tensor, row: Tensor, bias: float
-) -> _Loudness:
-    """How loud a prototype with ``row`` and ``bias`` would be at the input ``state``
-    (hidden_size,)."""
-    inputs = state.to(trace.ffn_inputs[path])[None]
-    with edited(trace.model, Addition(path, row, bias, torch.zeros_like(row))):
-        coefficients = ffn_readout(trace.model, path, inputs).coefficients[0].float()
+def _measure_loudness(trace: Trace, state: Tensor, candidate: Addition) -> _Loudness:
+    """How loud a new prototype would be at the input ``state`` (hidden_size,)."""
+    inputs = state.to(trace.ffn_inputs[candidate.path])[None]
+    with edited(trace.model, candidate):
+        record = ffn_readout(trace.model, candidate.path, inputs)
+    coefficients = record.coefficients[0].float()
     others = coefficients[:-1]
     firing = others[others > 0]
     return _Loudness(coefficients[-1].item(), firing.mean().item() if len(firing) else 0.0)
 
 
 def _find_loudest_stretch(
-    trace: Trace, path: str, state: Tensor, row: Tensor, bias: float
-) -> tuple[float, float]:
-    """The first stretch of ``row`` and ``bias`` that is as loud as the others at ``state``, or the
-    loudest.
+    trace: Trace, state: Tensor, candidate: Addition
+) -> tuple[Addition, float]:
+    """Stretch a new prototype's row and bias until it is as loud as the others at ``state``.
 
     Returns:
-        The stretch and the new prototype's coefficient; zeros where it does not fire.
+        The first stretch of ``candidate`` that is, or the loudest; and its coefficient, 0 where
+        none fires.
     """
     loudest = 0.0
-    best_stretch = 0.0
+    best = candidate
     for step in range(LENGTHS):
-        stretch = 2 ** (step / 2)
-        loudness = _measure_loudness(trace, path, state, row * stretch, bias * stretch)
+        factor = 2 ** (step / 2)
+        stretched = replace(candidate, when=candidate.when * factor, bias=candidate.bias * factor)
+        loudness = _measure_loudness(trace, state, stretched)
         if loudness.added >= loudest:
             loudest = loudness.added
-            best_stretch = stretch
+            best = stretched
         if loudness.added >= loudness.others:
             break
-    return best_stretch, loudest
+    return best, loudest
 
 
 @torch.no_grad()
@@ -127,6 +128,7 @@ def raise_token(
     token: int,
     used: Mapping[str, Contexts],
     others: Tensor,
+    *,
     probability: float = 0.5,
     candidates: int = 4,
 ) -> tuple[Edit, Effect] | None:
@@ -162,12 +164,12 @@ def raise_token(
         Edit(path, prototype, write=direction / coefficient)
         for _, path, prototype, coefficient in rated[:candidates]
     ]
-    return _choose_cheapest(trace, token, edits, others, probability)
+    return _choose_cheapest(trace, token, edits, others=others, probability=probability)
 
 
 @torch.no_grad()
 def raise_token_by_addition(
-    trace: Trace, token: int, ids: Tensor, others: Tensor, probability: float = 0.5
+    trace: Trace, token: int, ids: Tensor, others: Tensor, *, probability: float = 0.5
 ) -> tuple[Addition, Effect] | None:
     """As :func:`raise_token`, by one new prototype in whichever layer disturbs ``others`` least.
 
@@ -181,7 +183,7 @@ def raise_token_by_addition(
         # A layer that does not tell the context from ordinary text is left out; another may.
         with suppress(InputError):
             additions.append(addition(trace, path, direction, ids))
-    return _choose_cheapest(trace, token, additions, others, probability)
+    return _choose_cheapest(trace, token, additions, others=others, probability=probability)
 
 
 def _find_direction(trace: Trace, token: int) -> Tensor:
@@ -196,6 +198,7 @@ def _choose_cheapest(
     trace: Trace,
     token: int,
     changes: Sequence[AnyChange],
+    *,
     others: Tensor,
     probability: float,
 ) -> tuple[AnyChange, Effect] | None:
@@ -207,17 +210,17 @@ def _choose_cheapest(
 
     best: tuple[AnyChange, Effect] | None = None
     for change in changes:
-        smallest = _make_least(trace, token, change, probability, unit=stream_norm)
+        smallest = _make_least(trace, token, change, probability=probability, unit=stream_norm)
         if smallest is None:
             continue
-        result = effect(model, [smallest], trace.ids, token, others, plain)
+        result = effect(model, [smallest], trace.ids, token, others=others, plain=plain)
         if best is None or result.collateral_kl < best[1].collateral_kl:
             best = smallest, result
     return best
 
 
 def _make_least(
-    trace: Trace, token: int, change: AnyChange, probability: float, *, unit: float
+    trace: Trace, token: int, change: AnyChange, *, probability: float, unit: float
 ) -> AnyChange | None:
     """``change`` with as little of its write as reaches ``probability``; None if none does."""
 

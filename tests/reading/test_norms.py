@@ -1,4 +1,4 @@
-"""Readings are right whatever norm a family has: gains that are 1 + weight, none at all, and means that are subtracted."""
+"""Readings are right whatever norm a family has: gains of 1 + weight, none, means subtracted."""
 
 import pytest
 import torch
@@ -7,18 +7,33 @@ from tiny_families import tiny
 from torch import nn
 
 from hf_kernel_ffn import InputError
-from hf_kernel_ffn.reading import trace
+from hf_kernel_ffn.reading import trace, tracing
 from hf_kernel_ffn.reading.attribution import logit_split
 from hf_kernel_ffn.reading.lens import fit_lens, lens_kl
-from hf_kernel_ffn.reading.model_parts import get_final_norm, get_unembedding
+from hf_kernel_ffn.reading.model_parts import (
+    get_blocks,
+    get_final_norm,
+    get_qkv_weights,
+    get_unembedding,
+)
 from hf_kernel_ffn.reading.naming import feeds, written
 from hf_kernel_ffn.reading.norms import find_attention_norms, linearise_norm, measure_norm
 from hf_kernel_ffn.reading.steering import _find_direction
 from hf_kernel_ffn.reading.summary import summary
 
 SPLIT = (
-    "llama", "gpt2", "mistral", "gemma", "nemotron", "olmo", "qwen2", "qwen3", "smollm3", "starcoder2", "ministral",
-)  # fmt: skip
+    "llama",
+    "gpt2",
+    "mistral",
+    "gemma",
+    "nemotron",
+    "olmo",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "starcoder2",
+    "ministral",
+)
 """Families whose parts add up to the residual stream."""
 POST_NORM = ("gemma2", "gemma3_text", "olmo2", "olmo3", "granite", "cohere", "cohere2", "exaone4")
 """Families whose parts do not: norms or factors on what is written, scaled or capped logits."""
@@ -85,7 +100,8 @@ def test_a_norm_is_measured(model):
 @pytest.mark.parametrize("size", [7, 32])
 def test_the_parameters_of_known_norms(size):
     norm = nn.LayerNorm(size)
-    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
     response = measure_norm(norm, torch.zeros(size))
     assert response.centred and torch.allclose(response.gain.float(), norm.weight, atol=1e-6)
     assert torch.allclose(response.shift.float(), norm.bias, atol=1e-5)
@@ -107,24 +123,21 @@ def test_the_direction_that_raises_a_token_does(model, ids):
     direction, state = _find_direction(passed, 17).double(), passed.states[-1][-1].double()
     head, norm = get_unembedding(model).double(), get_final_norm(model)
 
-    def logit(step):
-        return (head[17] @ norm((state + step * direction).float()).double()).item()
+    def logit(state):
+        return (head[17] @ norm(state.float()).double()).item()
 
-    slope = (logit(1e-2) - logit(-1e-2)) / 2e-2
+    def slope_along(way):
+        return (logit(state + 1e-2 * way) - logit(state - 1e-2 * way)) / 2e-2
+
+    slope = slope_along(direction)
     for seed in range(5):
         other = torch.randn(len(state), generator=torch.Generator().manual_seed(seed)).double()
         other = other - other @ state / state.square().sum() * state
-        other = other / other.norm()
-        way = (logit_of(head, norm, state + 1e-2 * other) - logit_of(head, norm, state - 1e-2 * other)) / 2e-2
-        assert way < slope + 1e-3
-
-
-def logit_of(head, norm, state):
-    return (head[17] @ norm(state.float()).double()).item()
+        assert slope_along(other / other.norm()) < slope + 1e-3
 
 
 def test_what_a_direction_writes_is_what_it_adds(model):
-    """Written at a large state, a direction changes the logits by what is said, over the norm's scale."""
+    """A large state in a direction has the logits that are said of it, over the norm's scale."""
     norm, size = get_final_norm(model), model.config.hidden_size
     direction = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     far = 1e6 * direction
@@ -134,12 +147,14 @@ def test_what_a_direction_writes_is_what_it_adds(model):
     assert [text for text, _ in found.promoted] == [f"<{i}>" for i in best.indices.tolist()]
     centred = measure_norm(norm, direction).centred
     scale = (direction - direction.mean() if centred else direction).square().mean().sqrt().item()
-    assert [value / scale for _, value in found.promoted] == pytest.approx(best.values.tolist(), rel=1e-3)
+    amounts = [value / scale for _, value in found.promoted]
+    assert amounts == pytest.approx(best.values.tolist(), rel=1e-3)
 
 
 def test_the_norm_before_attention_is_found_by_what_it_hands_on(model):
-    for block, norm in zip(model.base_model.get_submodule("h" if model.config.model_type == "gpt2" else "layers"), find_attention_norms(model)):
-        assert norm is (block.ln_1 if model.config.model_type == "gpt2" else block.input_layernorm)
+    name = "ln_1" if model.config.model_type == "gpt2" else "input_layernorm"
+    expected = [getattr(block, name) for block in get_blocks(model)]
+    assert find_attention_norms(model) == expected
 
 
 def test_attention_that_reads_the_stream_itself():
@@ -153,19 +168,14 @@ def test_heads_are_fed_through_the_gain(model):
     found = feeds(model, 0, directions, ("a", "b", "c"), top=2)
     handed = torch.nn.functional.normalize(norm(1e6 * directions) - norm(-1e6 * directions), dim=-1)
     assert len(found) == 6
-    from hf_kernel_ffn.reading.model_parts import get_qkv_weights
-
-    weights = dict(zip(("query", "key", "value"), get_qkv_weights(model, 1)))
+    weights = dict(zip(("query", "key", "value"), get_qkv_weights(model, 1), strict=True))
     for row in found:
-        heads = len(weights[row.role]) // (size // 4) if model.config.model_type != "qwen3" else len(weights[row.role]) // 8
-        part = weights[row.role].chunk(heads)[row.head]
+        part = weights[row.role].split(8)[row.head]  # head_dim
         expected = (part @ handed["abc".index(row.prototype)]).norm() / part.norm() * size**0.5
         assert row.gain == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_an_untouched_trace_and_summary_compute_each_record_once(ids, monkeypatch):
-    from hf_kernel_ffn.reading import tracing
-
     model, asked = tiny("llama", "AutoModelForCausalLM", num_hidden_layers=4), []
     original = tracing.ffn_readout
 

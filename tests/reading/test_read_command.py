@@ -1,4 +1,4 @@
-"""``hf-kernel-ffn read``: what it prints is what the functions say, for converted and stock models."""
+"""``hf-kernel-ffn read`` prints what the functions say, for converted and stock models."""
 
 import json
 import sys
@@ -110,7 +110,8 @@ def test_a_model_with_few_positions_reads_text(read, teacher_folder, text_file, 
         folder, "--prompt", PROMPT, "--text", text_file, "--json", tmp_path / "out.json"
     )
     assert code == 0, stderr
-    assert all("support" in layer for layer in json.loads((tmp_path / "out.json").read_text())["layers"])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert all("support" in layer for layer in found["layers"])
 
 
 def test_the_page_takes_the_positions_that_the_terminal_takes(read, folders, tmp_path):

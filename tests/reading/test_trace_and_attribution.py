@@ -1,4 +1,4 @@
-"""One pass as records: what it keeps adds up to the model, and what is said of it is what the coefficients allow."""
+"""One pass as records: what it keeps adds up to the model, and is said as far as it allows."""
 
 import json
 
@@ -223,7 +223,8 @@ def test_alignment_with_a_basis():
 def test_which_later_heads_listen(model):
     layer, heads = 2, model_parts.get_attention(model, 2)
     family = model_parts.get_family(model)
-    weight = model_parts.get_projection_weight(getattr(heads, family.qkv[0]))[:8]  # the queries of head 0
+    queries = model_parts.get_projection_weight(getattr(heads, family.qkv[0]))
+    weight = queries[:8]  # of head 0
     block = model.base_model.get_submodule(f"{family.layers}.{layer}")
     gain = next(
         module for name, module in block.named_children() if "norm" in name or name.startswith("ln")

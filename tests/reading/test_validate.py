@@ -1,4 +1,4 @@
-"""What a family's entry says by names is true by numbers, and an entry that is wrong is found out."""
+"""What a family's entry says by names is true by numbers, and a wrong entry is found out."""
 
 import sys
 from dataclasses import replace
