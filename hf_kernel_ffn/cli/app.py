@@ -285,6 +285,7 @@ def read(
     from ..reading import trace
     from ..reading.summary import summary
     from ..reading.support import Support
+    from ..reading.tracing import list_last_positions, tokenize_prompt
     from ..storage.files import require_place, write_text
     from ..storage.loading import load_model, load_teacher, load_tokenizer
     from ..text.packing import read_token_ids
@@ -293,13 +294,18 @@ def read(
         if file is not None:
             require_place(file)
     quieten()
-    loaded, tokenizer = load_model(model, dtype, device, trust_remote_code), load_tokenizer(model)
-    ids = None if text is None else read_token_ids(tokenizer, [text], 256, 16_384)
-    passed = trace(loaded, tokenizer, prompt, None if html is not None else [position])
+    loaded = load_model(model, dtype, device, trust_remote_code)
+    tokenizer = load_tokenizer(model)
+    ids = tokenize_prompt(tokenizer, prompt)
+    positions = [position] if html is None else [*list_last_positions(len(ids)), position]
+    passed = trace(loaded, tokenizer, ids, positions)
+
     chosen = None if layers is None else parse_layers(layers, len(passed.ffn_inputs))
-    found = summary(
-        passed, tokenizer, position, chosen, top, None if ids is None else Support(loaded, ids)
-    )
+    support = None
+    if text is not None:
+        length = min(256, getattr(loaded.config, "max_position_embeddings", None) or 256)
+        support = Support(loaded, read_token_ids(tokenizer, [text], length, 16_384))
+    found = summary(passed, tokenizer, position, layers=chosen, top=top, support=support)
     if json_file is not None:
         write_text(
             json_file,
@@ -312,7 +318,7 @@ def read(
         beside = (
             None
             if teacher is None
-            else trace(load_teacher(teacher, dtype, device), tokenizer, prompt)
+            else trace(load_teacher(teacher, dtype, device), tokenizer, ids, positions)
         )
         write_report(
             html,
@@ -411,6 +417,13 @@ def families(
             help="what looks like an FFN in this model, and which entry describes it",
         ),
     ] = None,
+    check: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="MODEL",
+            help="whether what its family's entry says by names is so by numbers",
+        ),
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="run the model's own code")] = False,
 ) -> None:
     """List the architectures that can be converted."""
@@ -424,6 +437,9 @@ def families(
         quieten()
         found = rows(load_empty_teacher(explain, trust_remote_code))
         print_table(["FFN", "sizes", "activation", "entry"], [list(row.values()) for row in found])
+        return
+    if check is not None:
+        _check_family(check)
         return
     print_table(
         ["model_type", "FFN", "W_in", "gate", "W_out", "default"],
@@ -439,6 +455,33 @@ def families(
             for a in ARCHITECTURES.values()
         ],
     )
+
+
+def _check_family(model: str) -> None:
+    """Print what the entry for ``model`` claims; InputError if a claim is wrong."""
+    from ..checkpoint_code.errors import InputError
+    from ..reading.validate import check_family
+    from ..storage.loading import load_teacher
+
+    quieten()
+    checks = check_family(load_teacher(model))
+    verdicts = {True: "ok", False: "NOT OK", None: "–"}
+    rows = [
+        [
+            check.claim,
+            "–" if check.error is None else f"{check.error:.1e}",
+            verdicts[check.ok],
+            check.reason,
+        ]
+        for check in checks
+    ]
+    print_table(["claim", "error", "", ""], rows)
+    wrong = sum(check.ok is False for check in checks)
+    if wrong:
+        raise InputError(
+            f"found {wrong} claim{'s' * (wrong > 1)} of the family's entry wrong, expected none: "
+            "see the table, and mend the Architecture"
+        )
 
 
 def quieten() -> None:

@@ -107,6 +107,8 @@ def print_reading(found: dict) -> None:
         ],
         rows,
     )
+    if "reason" in logit:
+        typer.echo(logit["reason"])
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

@@ -1,22 +1,40 @@
-"""Who wrote a logit: its exact split over the embedding, every attention head and every prototype of every FFN."""
+"""Who wrote a logit: its exact split over the embedding, every head and every prototype."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint_code.errors import InputError
+from .model_parts import (
+    get_family,
+    get_final_norm,
+    get_layer_number,
+    get_output_projection,
+    get_unembedding,
+    get_unembedding_bias,
+)
+from .norms import linearise_norm
 from .rows import Rows
-from .tracing import Trace, described, get_attention, get_layer_number, unembedding
+from .tracing import Trace
+
+KINDS = ("embedding", "head", "prototype", "bias")
+"""What a part of a logit may be."""
+ROUNDING = 1e-3
+"""Largest remainder that passes for rounding, over the largest part."""
+ROUNDING_STEPS = 8
+"""The same in rounding steps of the model's dtype, over what was rounded. Models that add up stay
+below four; this matters for half precision."""
 
 
 class Part(NamedTuple):
     """One additive part of a logit, in logits: a signed contribution, never a share."""
 
     kind: str
-    """embedding, head, prototype or bias."""
+    """One of :data:`KINDS`."""
     layer: int | None
     name: str
     """``head 3``, a prototype's name in its record, or which bias."""
@@ -34,95 +52,122 @@ class LogitSplit(NamedTuple):
     parts: Rows[Part]
     """Largest |amount| first; prototypes that did not fire are left out."""
     remainder: float
-    """What no part accounts for: rounding, unless the model has writers that the table of architectures does not name."""
+    """What no part accounts for: rounding."""
 
     def kinds(self) -> dict[str, float]:
         """The parts summed by kind."""
         return {
-            k: sum(p.amount for p in self.parts if p.kind == k)
-            for k in ("embedding", "head", "prototype", "bias")
+            kind: sum(part.amount for part in self.parts if part.kind == kind) for kind in KINDS
         }
 
     def carried(self, top: int = 10) -> float:
-        """Σ of the ``top`` largest prototypes' contributions over ``value``: beyond one where others oppose them."""
-        return sum([p.amount for p in self.parts if p.kind == "prototype"][:top]) / self.value
+        """The ``top`` largest prototypes' contributions over ``value``.
+
+        Beyond one where other parts oppose them.
+        """
+        amounts = [part.amount for part in self.parts if part.kind == "prototype"]
+        return sum(amounts[:top]) / self.value
 
 
 @torch.no_grad()
 def logit_split(
     trace: Trace, token: int | None = None, against: int | None = None, position: int = -1
 ) -> LogitSplit:
-    """Split the logit of ``token`` (minus that of ``against``, if given) at ``position``, in float64.
+    """Split the logit of ``token`` (minus that of ``against``, if given) at ``position``, in
+    float64.
 
-    The final norm is linearised at the actual state by holding its scale: what is left is a linear map of the residual stream,
-    which is the sum of what was written into it (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
+    The final norm is linearised at the actual state by holding its scale. What is left is a linear
+    map of the residual stream, which is the sum of what was written into it (Elhage et al. 2021,
+    "A Mathematical Framework for Transformer Circuits").
 
     Args:
         token: None for the model's most likely next token.
         against: another token; None for the logit itself.
 
     Raises:
-        InputError: the position was not kept, or the final norm is neither a LayerNorm nor an RMSNorm.
+        InputError: the position was not kept; the final norm is neither a LayerNorm nor an
+            RMSNorm; or the parts do not add up to the logit, since the model has writers that the
+            table of families does not name, norms on what is written, or scaled logits.
     """
-    place, model = trace.at(position), trace.model
-    logits = trace.logits[place].double()
-    token = int(logits.argmax()) if token is None else token
-    toward = unembedding(model)[token].double()
-    offset = getattr(model.get_output_embeddings(), "bias", None)
-    constant = 0.0 if offset is None else offset[token].item()
-    value = logits[token].item()
+    place = trace.at(position)
+    if token is None:
+        token = int(trace.logits[place].argmax())
+    toward, bias = _read_token(trace, token)
+    value = trace.logits[place, token].double().item()
     if against is not None:
-        toward = toward - unembedding(model)[against].double()
-        constant -= 0.0 if offset is None else offset[against].item()
-        value -= logits[against].item()
-    direction, shift = frozen_norm(final_norm(model), trace.states[-1][place].double(), toward)
-    parts: Rows[Part] = Rows(
-        [Part("embedding", None, "embedding", (direction @ trace.embedding[place].double()).item())]
+        toward_other, bias_other = _read_token(trace, against)
+        toward = toward - toward_other
+        bias -= bias_other
+        value -= trace.logits[place, against].double().item()
+
+    final_state = trace.states[-1][place]
+    direction, shift = linearise_norm(get_final_norm(trace.model), final_state, toward)
+    embedded = direction @ trace.embedding[place].double()
+    parts = Rows(
+        [
+            Part("embedding", None, "embedding", embedded.item()),
+            Part("bias", None, "final norm and unembedding", shift + bias),
+            *_attention_parts(trace, direction, place),
+            *_ffn_parts(trace, direction, place),
+        ]
     )
-    parts.append(Part("bias", None, "final norm and unembedding", shift + constant))
+    parts.sort(key=lambda part: -abs(part.amount))
+
+    remainder = value - sum(part.amount for part in parts)
+    rounded = (direction * final_state.double()).norm().item() + sum(
+        abs(trace.logits[place, number].item()) for number in (token, against) if number is not None
+    )
+    _require_rounding(trace, remainder, parts[0].amount, rounded)
+    return LogitSplit(trace.positions[place], token, against, value, parts, remainder)
+
+
+def _read_token(trace: Trace, token: int) -> tuple[Tensor, float]:
+    """(hidden_size,) float64 what the logit of ``token`` reads, and what is added to it."""
+    bias = get_unembedding_bias(trace.model)
+    direction = get_unembedding(trace.model)[token].double()
+    return direction, 0.0 if bias is None else bias[token].item()
+
+
+def _attention_parts(trace: Trace, direction: Tensor, place: int) -> Iterator[Part]:
+    """What every head, and the bias of every output projection, wrote along ``direction``."""
+    position = trace.positions[place]
     for layer, weights in enumerate(trace.attention):
         for head in range(len(weights)):
-            wrote = trace.head(layer, head, trace.positions[place]).output()[0].double()
-            parts.append(Part("head", layer, f"head {head}", (direction @ wrote).item()))
-        bias = getattr(get_attention(model, layer), described(model, "attention_out")).bias
+            written = trace.head(layer, head, position).output()[0].double()
+            yield Part("head", layer, f"head {head}", (direction @ written).item())
+        bias = cast(Tensor | None, get_output_projection(trace.model, layer).bias)
         if bias is not None:
-            parts.append(Part("bias", layer, "attention", (direction @ bias.double()).item()))
+            yield Part("bias", layer, "attention", (direction @ bias.double()).item())
+
+
+def _ffn_parts(trace: Trace, direction: Tensor, place: int) -> Iterator[Part]:
+    """What every prototype that fired, and the bias of every FFN, wrote along ``direction``."""
     for path in trace.ffn_inputs:
+        layer = get_layer_number(path)
         record = trace.ffn(path)
         amounts = record.coefficients[place].double() * (record.dictionary.double() @ direction)
-        fired = amounts.nonzero()[:, 0].tolist()
-        parts += [
-            Part("prototype", get_layer_number(path), record.names[i], amounts[i].item())
-            for i in fired
-        ]
+        for prototype in amounts.nonzero()[:, 0].tolist():
+            name = record.names[prototype]
+            yield Part("prototype", layer, name, amounts[prototype].item())
         if record.bias is not None:
             bias = record.bias if record.bias.ndim == 1 else record.bias[place]
-            parts.append(
-                Part("bias", get_layer_number(path), "FFN", (direction @ bias.double()).item())
-            )
-    parts.sort(key=lambda part: -abs(part.amount))
-    return LogitSplit(
-        trace.positions[place], token, against, value, parts, value - sum(p.amount for p in parts)
-    )
+            yield Part("bias", layer, "FFN", (direction @ bias.double()).item())
 
 
-def final_norm(model: Any) -> nn.Module:
-    """The norm before the unembedding."""
-    return model.base_model.get_submodule(described(model, "final_norm"))
+def _require_rounding(trace: Trace, remainder: float, largest: float, rounded: float) -> None:
+    """InputError unless ``remainder`` is rounding.
 
-
-def frozen_norm(norm: nn.Module, state: Tensor, direction: Tensor) -> tuple[Tensor, float]:
-    """``u`` (hidden_size,) and ``a`` with ``direction · norm(h) = u · h + a`` at ``state`` and wherever the scale is the same
-    (float64). InputError if ``norm`` is neither a LayerNorm nor an RMSNorm."""
-    weight: Any = getattr(norm, "weight", None)
-    gain = torch.ones_like(direction) if weight is None else weight.detach().double()
-    if isinstance(norm, nn.LayerNorm):
-        scaled = gain * direction
-        u = (scaled - scaled.mean()) / (state.var(correction=0) + norm.eps).sqrt()
-        return u, 0.0 if norm.bias is None else (norm.bias.double() @ direction).item()
-    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if epsilon is None or getattr(norm, "bias", None) is not None:
+    Args:
+        largest: the largest part of the logit.
+        rounded: size of the numbers that the model rounded: the final state along what is read, and
+            the logits.
+    """
+    step = torch.finfo(trace.logits.dtype).eps
+    tolerance = max(ROUNDING * abs(largest), ROUNDING_STEPS * step * rounded)
+    if not abs(remainder) <= tolerance:
         raise InputError(
-            f"found a {type(norm).__name__} as the norm, expected a LayerNorm or an RMSNorm: it cannot be linearised"
+            f"found a remainder of {remainder:.3g} where the parts of a logit are at most "
+            f"{abs(largest):.3g}, expected rounding: a {get_family(trace.model).model_type!r} has "
+            "norms on what is written, scaled logits or other writers, so its logits cannot be "
+            "split"
         )
-    return gain * direction / (state.square().mean() + epsilon).sqrt(), 0.0

@@ -1,24 +1,31 @@
-"""Change one prototype: scale, silence, rewrite or add it, for as long as a context is open or for good, and what that does."""
+"""Change one prototype, for as long as a context is open or for good, and measure what that
+does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
-from .tracing import family_of
+from ..checkpoint_code.record import ReadableFFN
+from .model_parts import get_family, is_kernel_ffn
+
+BATCH_ROWS = 8
+"""Rows of text that the model reads at once."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of one row of an FFN's dictionary: ``v ← scale · v + write``. Any FFN, converted or stock."""
+    """A change of one row of an FFN's dictionary: ``v ← scale · v + write``. Any FFN, converted
+    or stock."""
 
     path: str
     """The FFN, under the base model."""
@@ -35,6 +42,7 @@ class Addition:
     """A new prototype of a converted FFN: *when this, write that*."""
 
     path: str
+    """The FFN, under the base model."""
     when: Tensor
     """(hidden_size,) input prototype w."""
     bias: float
@@ -43,14 +51,21 @@ class Addition:
     """(hidden_size,) output prototype v."""
 
 
+Change = Edit | Addition
+"""What can be done to a model."""
+Undo = Callable[[], None]
+"""Puts a model back as it was before a change."""
+
+
 @contextmanager
-def edited(model: Any, *changes: Edit | Addition) -> Iterator[Any]:
-    """``model`` with ``changes``, put back bit by bit when the context is left; to keep them, save inside of it
-    (``save_pretrained``) or use :func:`edit`.
+def edited(model: PreTrainedModel, *changes: Change) -> Iterator[PreTrainedModel]:
+    """``model`` with ``changes``, put back bit by bit when the context is left.
+
+    To keep them, save inside of the context (``save_pretrained``) or use :func:`edit`.
 
     Raises:
-        InputError: a path or prototype does not exist, an addition is for a stock FFN or one with gated values, or the
-            dictionary cannot be written to (quantised, adapted).
+        InputError: a path or prototype does not exist, an addition is for a stock FFN or one with
+            gated values, or the dictionary cannot be written to (quantised, adapted).
     """
     with ExitStack() as undo:
         for change in changes:
@@ -59,17 +74,21 @@ def edited(model: Any, *changes: Edit | Addition) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def edit(model: Any, change: Edit | Addition) -> Any:
-    """Make one change of ``model`` for good; returns the function that undoes it. InputError as :func:`edited`."""
+def edit(model: PreTrainedModel, change: Change) -> Undo:
+    """Make one change of ``model`` for good; returns the function that undoes it.
+
+    InputError as :func:`edited`.
+    """
     try:
         ffn = model.base_model.get_submodule(change.path)
     except AttributeError:
         raise InputError(
-            f"found no FFN {change.path!r} in the model, expected a path such as those of its records"
+            f"found no FFN {change.path!r} in the model, expected a path such as those of its "
+            "records"
         ) from None
     if isinstance(change, Addition):
-        return _add(model, ffn, change)
-    rows = _dictionary(model, ffn)
+        return _add_prototype(model, ffn, change)
+    rows = _view_dictionary(model, ffn)
     if not 0 <= change.prototype < len(rows):
         raise InputError(
             f"found prototype {change.prototype}, expected a number from 0 to {len(rows) - 1}"
@@ -84,55 +103,65 @@ def edit(model: Any, change: Edit | Addition) -> Any:
 
 @torch.no_grad()
 def _put_back(row: Tensor, before: Tensor) -> None:
+    """Write ``before`` into ``row`` again."""
     row.copy_(before)
 
 
-def _dictionary(model: Any, ffn: nn.Module) -> Tensor:
+def _view_dictionary(model: PreTrainedModel, ffn: nn.Module) -> Tensor:
     """(prototypes, hidden_size): the rows as a view of the weight itself."""
-    name = "output_prototypes" if hasattr(ffn, "output_prototypes") else family_of(model).down
-    linear: Any = getattr(ffn, name, None)
+    name = "output_prototypes" if isinstance(ffn, ReadableFFN) else get_family(model).down
+    linear = getattr(ffn, name, None)
     if not isinstance(linear, (nn.Linear, Conv1D)) or not linear.weight.is_floating_point():
         raise InputError(
-            f"found a {type(linear).__name__} as {name}, expected a plain Linear: merge adapters, load unquantised"
+            f"found a {type(linear).__name__} as {name}, expected a plain Linear: merge adapters, "
+            "load unquantised"
         )
-    return linear.weight.detach() if isinstance(linear, Conv1D) else linear.weight.detach().T
+    weight = linear.weight.detach()
+    return weight if isinstance(linear, Conv1D) else weight.T
 
 
-def _add(model: Any, ffn: Any, rule: Addition) -> Any:
-    """Put a layer that is one prototype wider in place of ``ffn``."""
-    settings = getattr(getattr(ffn, "config", None), "settings", None)
-    if type(ffn).__name__ != KernelFFN.__name__ or settings is None or settings.values == "gated":
+def _add_prototype(model: PreTrainedModel, ffn: nn.Module, addition: Addition) -> Undo:
+    """Put a layer that is one prototype wider in place of ``ffn``; returns what undoes it."""
+    if not is_kernel_ffn(ffn) or ffn.config.settings.values == "gated":
         raise InputError(
-            f"found {type(ffn).__name__} at {rule.path}, expected a kernel readout with fixed values: a stock FFN's width is fixed "
-            "for all layers; convert the model"
+            f"found {type(ffn).__name__} at {addition.path}, expected a kernel readout with fixed "
+            "values: a stock FFN's width is fixed for all layers; convert the model"
         )
-    # The class of the layer that is there: a checkpoint loaded with its own code has its own.
-    wide = type(ffn)(replace(ffn.config, prototypes=ffn.config.prototypes + 1))
-    wide.to(ffn.output_prototypes.weight).train(ffn.training)
-    state = dict(ffn.state_dict())
-    new = {
-        "input_prototypes.weight": rule.when[None],
-        "input_prototypes.bias": torch.tensor([rule.bias]),
-        "output_prototypes.weight": rule.write[:, None],
-        "units": (state["units"].abs().max() + 1)[None],
-    }
-    for name, part in new.items():
-        if name in state:
-            state[name] = torch.cat(
-                [state[name], part.to(state[name])], 1 if name == "output_prototypes.weight" else 0
-            )
-    wide.load_state_dict(state)
-    for parameter, old in zip(wide.parameters(), ffn.parameters()):
-        parameter.requires_grad_(old.requires_grad)
-    entry = model.config.kernel_ffn["layers"][rule.path]
+    wide = _widen(ffn, addition)
+    entry = model.config.kernel_ffn["layers"][addition.path]
     entry["prototypes"] += 1
-    model.base_model.set_submodule(rule.path, wide)
+    model.base_model.set_submodule(addition.path, wide)
 
     def undo() -> None:
         entry["prototypes"] -= 1
-        model.base_model.set_submodule(rule.path, ffn)
+        model.base_model.set_submodule(addition.path, ffn)
 
     return undo
+
+
+def _widen(ffn: KernelFFN, addition: Addition) -> KernelFFN:
+    """A copy of ``ffn`` with the new prototype behind its own ones."""
+    # The class of the layer that is there: a checkpoint loaded with its own code has its own.
+    wide = type(ffn)(replace(ffn.config, prototypes=ffn.config.prototypes + 1))
+    wide.to(ffn.output_prototypes.weight).train(ffn.training)
+
+    state = dict(ffn.state_dict())
+    added = {
+        "input_prototypes.weight": addition.when[None],
+        "input_prototypes.bias": torch.tensor([addition.bias]),
+        "output_prototypes.weight": addition.write[:, None],
+        "units": (state["units"].abs().max() + 1)[None],
+    }
+    for name, part in added.items():
+        if name in state:
+            dimension = 1 if name == "output_prototypes.weight" else 0
+            state[name] = torch.cat([state[name], part.to(state[name])], dimension)
+    wide.load_state_dict(state)
+
+    wide.top_k = ffn.top_k
+    for parameter, old in zip(wide.parameters(), ffn.parameters(), strict=True):
+        parameter.requires_grad_(old.requires_grad)
+    return wide
 
 
 class Effect(NamedTuple):
@@ -148,10 +177,11 @@ class Effect(NamedTuple):
 
 @torch.no_grad()
 def effect(
-    model: Any,
-    changes: list[Edit | Addition],
+    model: PreTrainedModel,
+    changes: Sequence[Change],
     context: Tensor,
     token: int,
+    *,
     others: Tensor,
     plain: Tensor | None = None,
 ) -> Effect:
@@ -163,23 +193,28 @@ def effect(
         others: (rows, length) token ids of text that should stay as it is.
         plain: :func:`predictions` on ``others`` before the changes, if they are at hand.
     """
-
-    def next_token() -> tuple[float, int]:
-        logits = model(input_ids=context[None], use_cache=False).logits[0, -1].float()
-        return logits.softmax(-1)[token].item(), 1 + int((logits > logits[token]).sum())
-
-    before, plain = next_token(), predictions(model, others) if plain is None else plain
+    if plain is None:
+        plain = predictions(model, others)
+    probability, rank = _rate_next_token(model, context, token)
     with edited(model, *changes):
-        after, now = next_token(), predictions(model, others)
-    kl = (plain.exp() * (plain - now)).sum(-1).mean().item()
-    return Effect((before[0], after[0]), (before[1], after[1]), kl)
+        changed_probability, changed_rank = _rate_next_token(model, context, token)
+        changed = predictions(model, others)
+    kl = (plain.exp() * (plain - changed)).sum(-1).mean().item()
+    return Effect((probability, changed_probability), (rank, changed_rank), kl)
+
+
+def _rate_next_token(model: PreTrainedModel, context: Tensor, token: int) -> tuple[float, int]:
+    """Probability and rank of ``token`` after ``context`` (T,)."""
+    logits = model(input_ids=context[None], use_cache=False).logits[0, -1].float()
+    rank = 1 + int((logits > logits[token]).sum())
+    return logits.softmax(-1)[token].item(), rank
 
 
 @torch.no_grad()
-def predictions(model: Any, ids: Tensor) -> Tensor:
+def predictions(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """(rows, length, vocabulary) float32 log-probabilities at ``ids`` (rows, length)."""
-    parts = [
-        model(input_ids=some, use_cache=False).logits.float().log_softmax(-1)
-        for some in ids.split(8)
+    batches = [
+        model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+        for batch in ids.split(BATCH_ROWS)
     ]
-    return torch.cat(parts)
+    return torch.cat(batches)

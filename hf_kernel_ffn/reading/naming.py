@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .attribution import final_norm
 from .lens import TunedLens
-from .rows import Rows
-from .tracing import (
-    described,
-    family_of,
+from .model_parts import (
+    count_key_value_heads,
+    decode_tokens,
     ffn_readout,
-    get_attention,
+    get_blocks,
+    get_described,
+    get_embedding_weight,
+    get_final_norm,
     get_layer_number,
-    projection,
-    unembedding,
+    get_qkv_weights,
+    get_unembedding,
 )
+from .norms import find_attention_norms, measure_norm
+from .rows import Rows
+from .top_k import merge_top_k
 
 CHUNK = 1024
 """Token embeddings that go through an FFN together."""
+ROLES = ("query", "key", "value")
+"""What a projection of a head is for, in the order in which a family's entry names them."""
 
 
 class Written(NamedTuple):
-    """The tokens whose logits a direction moves most, with by how much, in logits per unit of the direction, the final
-    norm's scale aside."""
+    """The tokens whose logits a direction moves most, and by how much.
+
+    The amounts are in logits per unit of the direction, the final norm's scale aside.
+    """
 
     promoted: list[tuple[str, float]]
     suppressed: list[tuple[str, float]]
@@ -37,39 +47,51 @@ class Written(NamedTuple):
 
 @torch.no_grad()
 def written(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     directions: Tensor,
     top: int = 5,
+    *,
     lens: TunedLens | None = None,
     layer: int | None = None,
 ) -> list[Written]:
-    """What each of ``directions`` (n, hidden_size), such as a record's dictionary rows, does to the logits on the direct path: the
-    logit lens on weights (Geva et al. 2022, arXiv:2203.14680). With ``lens`` and the ``layer`` that writes, by the tuned lens's map
-    of that layer."""
-    directions = (
-        directions.float() if lens is None else lens.directions(layer or 0, directions.float())
-    )
-    norm: Any = final_norm(model)
-    gain = getattr(norm, "weight", None)
-    if isinstance(norm, nn.LayerNorm):
-        directions = directions - directions.mean(-1, keepdim=True)
-    scaled = directions if gain is None else directions * gain.float()
-    found = []
-    for some in scaled.split(CHUNK):
-        logits = some @ unembedding(model).float().T
-        sides = [logits.topk(top, largest=largest) for largest in (True, False)]
-        for row in range(len(some)):
-            lists = [
-                list(zip(_texts(tokenizer, side.indices[row]), side.values[row].tolist()))
-                for side in sides
-            ]
-            found.append(Written(*lists))
-    return found
+    """Tell what each of ``directions`` does to the logits on the direct path.
+
+    This is the logit lens on weights (Geva et al. 2022, arXiv:2203.14680).
+
+    Args:
+        directions: (n, hidden_size), such as the rows of a record's dictionary.
+        top: tokens on either side.
+        lens: sends the directions through the tuned lens's map of ``layer`` first.
+        layer: the block that writes the directions; None: the first.
+    """
+    directions = directions.float()
+    if lens is not None:
+        directions = lens.directions(layer or 0, directions)
+    read_directions = measure_norm(get_final_norm(model), directions).numerator(directions)
+    unembedding = get_unembedding(model).float()
+
+    rows = []
+    for chunk in read_directions.split(CHUNK):
+        logits = chunk @ unembedding.T
+        highest = logits.topk(top)
+        lowest = logits.topk(top, largest=False)
+        for row in range(len(chunk)):
+            rows.append(
+                Written(
+                    _name_tokens(tokenizer, highest.indices[row], highest.values[row]),
+                    _name_tokens(tokenizer, lowest.indices[row], lowest.values[row]),
+                )
+            )
+    return rows
 
 
-def _texts(tokenizer: Any, ids: Tensor) -> list[str]:
-    return [tokenizer.decode([i]) for i in ids.tolist()]
+def _name_tokens(
+    tokenizer: PreTrainedTokenizerBase, ids: Tensor, values: Tensor
+) -> list[tuple[str, float]]:
+    """The tokens ``ids`` (n,) as text, each with its value."""
+    texts = [decode_tokens(tokenizer, [number]) for number in ids.tolist()]
+    return list(zip(texts, values.tolist(), strict=True))
 
 
 class Aligned(NamedTuple):
@@ -81,22 +103,30 @@ class Aligned(NamedTuple):
 
 
 def aligned(
-    directions: Tensor, names: tuple, basis: Tensor, features: list[str], top: int = 1
+    directions: Tensor, names: Sequence[str], basis: Tensor, features: list[str], *, top: int = 1
 ) -> Rows[Aligned]:
-    """For each of ``directions`` (n, hidden_size), called ``names``, the ``top`` rows of a feature ``basis`` (features, hidden_size)
-    with the largest |cosine|, such as the decoder of a sparse autoencoder or probe directions; most aligned first."""
-    cosine = (
-        nn.functional.normalize(directions.float(), dim=-1)
-        @ nn.functional.normalize(basis.float(), dim=-1).T
-    )
-    found = Rows[Aligned]()
-    for name, row in zip(names, cosine):
-        found += [
-            Aligned(name, features[i], row[i].item())
-            for i in row.abs().topk(min(top, len(features))).indices.tolist()
-        ]
-    found.sort(key=lambda entry: -abs(entry.cosine))
-    return found
+    """Find for each of ``directions`` the rows of a feature ``basis`` with the largest |cosine|.
+
+    Args:
+        directions: (n, hidden_size).
+        names: of the directions.
+        basis: (features, hidden_size), such as the decoder of a sparse autoencoder, or probes.
+        features: names of the basis's rows.
+        top: rows for each direction.
+
+    Returns:
+        ``top`` rows for each direction, most aligned first.
+    """
+    unit_directions = nn.functional.normalize(directions.float(), dim=-1)
+    unit_basis = nn.functional.normalize(basis.float(), dim=-1)
+    cosines = unit_directions @ unit_basis.T
+
+    table = Rows[Aligned]()
+    for name, row in zip(names, cosines, strict=True):
+        for feature in row.abs().topk(min(top, len(features))).indices.tolist():
+            table.append(Aligned(name, features[feature], row[feature].item()))
+    table.sort(key=lambda entry: -abs(entry.cosine))
+    return table
 
 
 class Feeds(NamedTuple):
@@ -108,64 +138,75 @@ class Feeds(NamedTuple):
     role: str
     """query, key or value."""
     gain: float
-    """‖W v̂‖ over what a random direction gets, ‖W‖_F/√hidden_size; v̂ the prototype through the gain of that block's norm."""
+    """‖W v̂‖ over what a random direction gets, ‖W‖_F/√hidden_size. v̂ is the prototype
+    as the norm before that attention hands it on, at length one."""
 
 
 @torch.no_grad()
-def feeds(model: Any, layer: int, directions: Tensor, names: tuple, top: int = 3) -> Rows[Feeds]:
-    """For each of ``directions`` (n, hidden_size), written by block ``layer`` and called ``names``, the ``top`` query, key and value
-    projections of later blocks that read it most (the composition scores of Elhage et al. 2021, for one direction)."""
-    family, config = family_of(model), model.config
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    places, gains = [], []
-    count = len(model.base_model.get_submodule(family.layers))
-    for later in range(layer + 1, count):
-        block = model.base_model.get_submodule(f"{family.layers}.{later}")
-        norm: Any = next(
-            module
-            for name, module in block.named_children()
-            if "norm" in name or name.startswith("ln")
-        )
-        through = nn.functional.normalize(directions.float() * norm.weight.detach().float(), dim=-1)
-        attention = get_attention(model, later)
-        weights = [projection(getattr(attention, name)) for name in described(model, "qkv")]
-        for role, weight in zip(
-            ("query", "key", "value"), weights if len(weights) == 3 else weights[0].chunk(3)
-        ):
-            for head, part in enumerate(weight.float().chunk(heads if role == "query" else groups)):
+def feeds(
+    model: PreTrainedModel, layer: int, directions: Tensor, names: Sequence[str], *, top: int = 3
+) -> Rows[Feeds]:
+    """Find the projections of later heads that read each of ``directions`` most.
+
+    These are the composition scores of Elhage et al. 2021, for one direction.
+
+    Args:
+        layer: the block that writes the directions; only later ones are looked at.
+        directions: (n, hidden_size).
+        names: of the directions.
+        top: query, key or value projections for each direction.
+    """
+    places: list[tuple[int, int, str]] = []
+    gains: list[Tensor] = []
+    norms = find_attention_norms(model)
+    groups = count_key_value_heads(model)
+    heads = {"query": model.config.num_attention_heads, "key": groups, "value": groups}
+    for later in range(layer + 1, len(norms)):
+        norm = norms[later]
+        handed_on = directions.float()
+        if norm is not None:
+            handed_on = measure_norm(norm, handed_on).numerator(handed_on)
+        unit = nn.functional.normalize(handed_on, dim=-1)
+
+        for role, weight in zip(ROLES, get_qkv_weights(model, later), strict=True):
+            for head, projection in enumerate(weight.float().chunk(heads[role])):
+                by_chance = projection.norm() / projection.shape[1] ** 0.5
                 places.append((later, head, role))
-                gains.append((through @ part.T).norm(dim=-1) / (part.norm() / part.shape[1] ** 0.5))
-    found = Rows[Feeds]()
-    if places:
-        best = torch.stack(gains, -1).topk(min(top, len(places)))
-        for name, values, indices in zip(names, best.values.tolist(), best.indices.tolist()):
-            for value, (later, head, role) in zip(values, (places[i] for i in indices)):
-                found.append(Feeds(name, later, head, role, value))
-    return found
+                gains.append((unit @ projection.T).norm(dim=-1) / by_chance)
+
+    table = Rows[Feeds]()
+    if not places:
+        return table
+    best = torch.stack(gains, -1).topk(min(top, len(places)))
+    for row, name in enumerate(names):
+        for gain, place in zip(best.values[row].tolist(), best.indices[row].tolist(), strict=True):
+            later, head, role = places[place]
+            table.append(Feeds(name, later, head, role, gain))
+    return table
 
 
 @torch.no_grad()
 def nearest_tokens(
-    model: Any, tokenizer: Any, path: str, top: int = 5
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, top: int = 5
 ) -> list[list[tuple[str, float]]]:
-    """For each prototype or unit of the FFN at ``path`` the ``top`` tokens whose embeddings, sent through the FFN's own norm, have
-    the largest |coefficient|, with the coefficient: nearest in the layer's own kernel. What attention adds is left out, so
-    this tells more of early layers than of late ones."""
-    family = family_of(model)
-    norm = model.base_model.get_submodule(
-        f"{family.layers}.{get_layer_number(path)}.{described(model, 'ffn_norm')}"
-    )
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for start, some in enumerate(model.get_input_embeddings().weight.detach().split(CHUNK)):
-        c = ffn_readout(model, path, norm(some)).coefficients.float().T
-        values, places = c.abs().topk(min(top, c.shape[1]))
-        part = (values, places + start * CHUNK, c.gather(1, places))
-        if best is not None:
-            part = tuple(torch.cat(pair, 1) for pair in zip(best, part))  # type: ignore[assignment]
-        kept = part[0].topk(min(top, part[0].shape[1])).indices
-        best = tuple(tensor.gather(1, kept) for tensor in part)  # type: ignore[assignment]
-    assert best is not None
+    """Find for each prototype or unit of the FFN at ``path`` the ``top`` tokens that fire it most.
+
+    The tokens' embeddings go through the FFN's own norm, and those with the largest |coefficient|
+    are given with it: nearest in the layer's own kernel. What attention adds is left out, so this
+    tells more of early layers than of late ones.
+    """
+    block = get_blocks(model)[get_layer_number(path)]
+    norm = block.get_submodule(get_described(model, "ffn_norm"))
+
+    best: tuple[Tensor, ...] = ()
+    for number, embeddings in enumerate(get_embedding_weight(model).split(CHUNK)):
+        coefficients = ffn_readout(model, path, norm(embeddings)).coefficients.float().T
+        sizes, places = coefficients.abs().topk(min(top, coefficients.shape[1]))
+        chunk = (sizes, places + number * CHUNK, coefficients.gather(1, places))
+        best = merge_top_k(best, chunk, top) if best else chunk
+
+    _, ids, values = best
     return [
-        list(zip(_texts(tokenizer, ids), values.tolist())) for ids, values in zip(best[1], best[2])
+        _name_tokens(tokenizer, ids_of_row, values_of_row)
+        for ids_of_row, values_of_row in zip(ids, values, strict=True)
     ]

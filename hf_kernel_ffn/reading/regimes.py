@@ -1,17 +1,20 @@
-"""What may be said about a layer's coefficients, and what they say: choice, intensity, cancellation, contributions.
+"""What may be said about a layer's coefficients, and what they say: choice, intensity,
+cancellation, contributions.
 
-Two yes/no questions, whether the coefficients are nonnegative and whether they sum to one, make four regimes (Bouhsine 2026, "The
-Readout is a Convex Combination of Prototypes"). Shares are spoken of in the convex and the conic one only.
+Two yes/no questions, whether the coefficients are nonnegative and whether they sum to one, make
+four regimes (Bouhsine 2026, "The Readout is a Convex Combination of Prototypes"). Shares are
+spoken of in the convex and the conic one only.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.record import Readout
 from .rows import Rows
 
@@ -23,9 +26,11 @@ REGIMES = {
 }
 """By whether the coefficients are nonnegative, and whether they sum to one."""
 TOLERANCE = 1e-4
-"""How far Σc may be from one in a convex or affine regime; half precision rounds by 100 times as much, so sums are taken over float64."""
+"""How far Σc may be from one in a convex or affine regime; half precision rounds by 100 times as
+much, so sums are taken over float64."""
 QUIET = 0.25
-"""An output is small below this share of the batch's median norm, and its mass small below this share of the median mass."""
+"""An output is small below this share of the batch's median norm, and its mass small below this
+share of the median mass."""
 
 
 class Regime(NamedTuple):
@@ -47,16 +52,23 @@ class Regime(NamedTuple):
 
 
 def regime(readout: Readout, tolerance: float = TOLERANCE) -> Regime:
-    """The regime of a record (coefficients (..., prototypes)) on its batch, read off the numbers and not off the settings. Sums may
-    differ from one by ``tolerance``."""
-    c = readout.coefficients.double().flatten(0, -2)
-    mass = c.abs() * readout.dictionary.double().norm(dim=-1)
-    sums = c.sum(-1)
-    one = bool(((sums - 1).abs() <= tolerance).all())
-    least = c.min().item()
-    negative = (mass * (c < 0)).sum() / mass.sum().clamp_min(1e-300)
+    """Read the regime of a record on its batch off the numbers, not off the settings.
+
+    Args:
+        readout: coefficients (..., prototypes).
+        tolerance: how far sums may be from one.
+    """
+    coefficients = readout.coefficients.double().flatten(0, -2)
+    mass = coefficients.abs() * readout.dictionary.double().norm(dim=-1)
+    negative = (mass * (coefficients < 0)).sum() / mass.sum().clamp_min(1e-300)
+    least = coefficients.min().item()
+    sums = coefficients.sum(-1)
+    sums_to_one = bool(((sums - 1).abs() <= tolerance).all())
     return Regime(
-        REGIMES[least >= 0, one], least, negative.item(), (sums.min().item(), sums.max().item())
+        name=REGIMES[least >= 0, sums_to_one],
+        least=least,
+        negative_mass=negative.item(),
+        sums=(sums.min().item(), sums.max().item()),
     )
 
 
@@ -64,20 +76,23 @@ def shares(readout: Readout) -> Tensor:
     """(..., prototypes) float64: each coefficient over their sum, zero where nothing fires.
 
     Raises:
-        InputError: a coefficient is negative: there are signed contributions and cancellation, but no shares.
+        InputError: a coefficient is negative: there are signed contributions and cancellation, but
+            no shares.
     """
-    c = readout.coefficients.double()
-    if (c < 0).any():
+    coefficients = readout.coefficients.double()
+    if (coefficients < 0).any():
         raise InputError(
-            f"found negative coefficients in a {regime(readout).name} readout, expected a convex or conic one: it has signed "
-            "contributions and cancellation, but no shares; use contributions()"
+            f"found negative coefficients in a {regime(readout).name} readout, expected a convex "
+            "or conic one: it has signed contributions and cancellation, but no shares; use "
+            "contributions()"
         )
-    total = c.sum(-1, keepdim=True)
-    return c / total.where(total > 0, 1.0)
+    total = coefficients.sum(-1, keepdim=True)
+    return coefficients / total.where(total > 0, 1.0)
 
 
 class Mixture(NamedTuple):
-    """Choice and intensity of one token, apart. Masses are Σ|c_i|‖v_i‖, in the units of the residual stream."""
+    """Choice and intensity of one token, apart. Masses are Σ|c_i|‖v_i‖, in the units of the
+    residual stream."""
 
     position: int
     entropy: float
@@ -93,37 +108,56 @@ class Mixture(NamedTuple):
     written: float
     """‖Σ c_i v_i‖."""
     coherence: float
-    """written / mass. For figures that no reparametrisation can improve see ``evaluation.readability``."""
+    """written / mass. For figures that no reparametrisation can improve see
+    ``evaluation.readability``."""
     diagnosis: str
     """``written``; of a small output, ``nothing fired`` or ``strong messages cancelled``."""
 
 
 def mixtures(readout: Readout) -> Rows[Mixture]:
-    """What each token of a record (coefficients (tokens, prototypes)) chose, and how loudly. An output below a quarter of the
-    batch's median norm is small: nothing fired if its mass is below a quarter of the median too, otherwise messages cancelled."""
-    c, v = readout.coefficients.double(), readout.dictionary.double()
-    mass = c.abs() * v.norm(dim=-1)
-    total, written = mass.sum(-1), (c @ v).norm(dim=-1)
-    p = mass / total.where(total > 0, 1.0)[:, None]
-    entropy = -(p * p.where(p > 0, 1.0).log()).sum(-1)
-    small, silent = (
-        written < QUIET * written.median(),
-        (total < QUIET * total.median()) | (total == 0),
-    )
-    small = small | (total == 0)
-    rows = zip(
-        entropy.tolist(), (c != 0).sum(-1).tolist(), (1 / p.square().sum(-1).clamp_min(1e-300)).tolist(),
-        (mass * (c > 0)).sum(-1).tolist(), (mass * (c < 0)).sum(-1).tolist(), c.abs().sum(-1).tolist(), written.tolist(),
-        (written / total.where(total > 0, 1.0)).tolist(), small.tolist(), silent.tolist(),
-    )  # fmt: skip
+    """Tell what each token of a record (coefficients (tokens, prototypes)) chose, and how loudly.
+
+    An output below a quarter of the batch's median norm is small: nothing fired if its mass is
+    below a quarter of the median too, otherwise messages cancelled.
+    """
+    coefficients = readout.coefficients.double()
+    dictionary = readout.dictionary.double()
+    mass = coefficients.abs() * dictionary.norm(dim=-1)
+    total = mass.sum(-1)
+    safe_total = total.where(total > 0, 1.0)
+    written = (coefficients @ dictionary).norm(dim=-1)
+    probabilities = mass / safe_total[:, None]
+    entropy = -(probabilities * probabilities.where(probabilities > 0, 1.0).log()).sum(-1)
+    effective = 1 / probabilities.square().sum(-1).clamp_min(1e-300)
+
+    is_small = (written < QUIET * written.median()) | (total == 0)
+    is_silent = (total < QUIET * total.median()) | (total == 0)
+    columns = {
+        "entropy": entropy,
+        "active": (coefficients != 0).sum(-1),
+        "effective": effective.where(total > 0, 0.0),
+        "positive_mass": (mass * (coefficients > 0)).sum(-1),
+        "negative_mass": (mass * (coefficients < 0)).sum(-1),
+        "intensity": coefficients.abs().sum(-1),
+        "written": written,
+        "coherence": written / safe_total,
+    }
+    figures = {name: column.tolist() for name, column in columns.items()}
     return Rows(
-        Mixture(i, e, a, n if a else 0.0, pos, neg, g, w, r, _diagnosis(s, q))
-        for i, (e, a, n, pos, neg, g, w, r, s, q) in enumerate(rows)
+        Mixture(
+            position=row,
+            **{name: column[row] for name, column in figures.items()},
+            diagnosis=_diagnose(bool(is_small[row]), bool(is_silent[row])),
+        )
+        for row in range(len(coefficients))
     )
 
 
-def _diagnosis(small: bool, silent: bool) -> str:
-    return "written" if not small else "nothing fired" if silent else "strong messages cancelled"
+def _diagnose(is_small: bool, is_silent: bool) -> str:
+    """A word for an output."""
+    if not is_small:
+        return "written"
+    return "nothing fired" if is_silent else "strong messages cancelled"
 
 
 class Contribution(NamedTuple):
@@ -142,20 +176,37 @@ class Contribution(NamedTuple):
 
 
 def contributions(readout: Readout, place: int = -1, top: int | None = None) -> Rows[Contribution]:
-    """The exact additive split of what was written at one token (row ``place`` of the coefficients (tokens, prototypes)) into
-    prototypes, largest ‖c v‖ first; ``top`` of them, or all that are not zero. Their sum and the bias are the layer's output."""
-    one = readout._replace(coefficients=readout.coefficients[place : place + 1 or None])
-    c, v = one.coefficients[0].double(), readout.dictionary.double()
-    share = shares(one)[0].tolist() if (c >= 0).all() else [None] * len(c)
-    norm = c.abs() * v.norm(dim=-1)
-    along = c * (v @ nn.functional.normalize(c @ v, dim=0))
-    order = norm.argsort(descending=True, stable=True)[
-        : int((c != 0).sum()) if top is None else top
-    ].tolist()
+    """Split what was written at one token exactly into prototypes, largest ‖c v‖ first.
+
+    Their sum and the bias are the layer's output.
+
+    Args:
+        place: row of the coefficients (tokens, prototypes).
+        top: so many of them; None: all that are not zero.
+    """
+    row = readout._replace(coefficients=readout.coefficients[place : place + 1 or None])
+    coefficients = row.coefficients[0].double()
+    dictionary = readout.dictionary.double()
+    share: list[float | None] = [None] * len(coefficients)
+    if (coefficients >= 0).all():
+        share = shares(row)[0].tolist()
+
+    norm = coefficients.abs() * dictionary.norm(dim=-1)
+    direction = nn.functional.normalize(coefficients @ dictionary, dim=0)
+    along = coefficients * (dictionary @ direction)
+    count = int((coefficients != 0).sum()) if top is None else top
+    order = norm.argsort(descending=True, stable=True)[:count].tolist()
     return Rows(
-        Contribution(readout.names[i], i, c[i].item(), share[i], norm[i].item(), along[i].item())
-        for i in order
-        if c[i] != 0
+        Contribution(
+            name=readout.names[prototype],
+            prototype=prototype,
+            coefficient=coefficients[prototype].item(),
+            share=share[prototype],
+            norm=norm[prototype].item(),
+            along=along[prototype].item(),
+        )
+        for prototype in order
+        if coefficients[prototype] != 0
     )
 
 
@@ -171,13 +222,14 @@ class Nonlinearity(NamedTuple):
 
 
 @torch.no_grad()
-def nonlinearities(ffn: Any, inputs: Tensor) -> Rows[Nonlinearity]:
-    """The source article's experiment: the scores of one converted layer stay, only what is applied to them is swapped, and each
-    lands in a regime. ReLU, GELU and tanh leave them to themselves, softmax and the kernel (normalised by its mass) make a mixture,
-    scores over their sum an affine one.
+def nonlinearities(ffn: KernelFFN, inputs: Tensor) -> Rows[Nonlinearity]:
+    """Swap what is applied to the scores of one converted layer, and see where each lands.
+
+    The source article's experiment: ReLU, GELU and tanh leave the scores to themselves, softmax
+    and the kernel (normalised by its mass) make a mixture, scores over their sum an affine one.
 
     Args:
-        ffn: a KernelFFN, for its scores, kernel and dictionary.
+        ffn: for its scores, kernel and dictionary.
         inputs: (tokens, hidden_size).
     """
     score, distance2 = ffn.scores(inputs)
@@ -193,9 +245,10 @@ def nonlinearities(ffn: Any, inputs: Tensor) -> Rows[Nonlinearity]:
         f"{ffn.kernel.name} × mass": kernel,
         f"{ffn.kernel.name} / mass": kernel / mass.where(mass > 0, 1.0),
     }
-    record, found = ffn.readout(inputs), Rows[Nonlinearity]()
+    record = ffn.readout(inputs)
+    table = Rows[Nonlinearity]()
     for name, coefficients in applied.items():
-        what = regime(record._replace(coefficients=coefficients))
+        where = regime(record._replace(coefficients=coefficients))
         active = (coefficients != 0).sum(-1).double().mean().item()
-        found.append(Nonlinearity(name, what.name, what.negative_mass, active, what.sums))
-    return found
+        table.append(Nonlinearity(name, where.name, where.negative_mass, active, where.sums))
+    return table

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..checkpoint_code.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas
 
 Row = TypeVar("Row", bound=tuple)
 
@@ -12,8 +15,8 @@ Row = TypeVar("Row", bound=tuple)
 class Rows(list[Row]):
     """Named tuples of one kind, in order."""
 
-    def to_pandas(self) -> Any:
-        """A pandas.DataFrame with a column per field. InputError if pandas is not installed."""
+    def to_pandas(self) -> pandas.DataFrame:
+        """The table with a column per field. InputError if pandas is not installed."""
         try:
             import pandas
         except ImportError as error:

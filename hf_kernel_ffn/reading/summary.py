@@ -1,70 +1,132 @@
-"""One token of a pass, read in plain values: what ``hf-kernel-ffn read`` prints and writes as JSON."""
+"""One token of a pass in plain values: what ``hf-kernel-ffn read`` prints and writes as JSON."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-from .attribution import logit_split
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoint_code.errors import InputError
+from .attribution import KINDS, logit_split
+from .model_parts import get_layer_number
 from .naming import written
 from .regimes import contributions, mixtures, regime
-from .support import Support
-from .tracing import Trace, get_layer_number
+from .support import Support, Supported
+from .tracing import Trace
 
 NEXT = 5
 """Likely next tokens that are given."""
+CARRIED = 10
+"""Prototypes whose part of the logit is summed up."""
 
 
 def summary(
     trace: Trace,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     position: int = -1,
-    layers: list[int] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
     top: int = 10,
     support: Support | None = None,
 ) -> dict:
-    """Everything about ``position`` as JSON has it: ``token``, ``next`` (the likely next tokens with their probabilities),
-    ``layers`` (regime, the figures of a mixture, the ``top`` contributions with what they write, and support in percent of
-    ordinary text if ``support`` is given) and ``logit``: the gap between the two likeliest tokens, split exactly.
+    """Read everything about ``position`` into JSON types.
 
-    Regimes are of all positions that the trace kept. InputError as :meth:`Trace.at`.
+    Args:
+        layers: numbers of the layers to read; None: all. Regimes are of all positions that the
+            trace kept.
+        top: contributions per layer, and parts of the logit.
+        support: adds how well each layer covers its input, in percent of ordinary text.
+
+    Returns:
+        ``position``; ``token``; ``next``, the likely next tokens with their probabilities;
+        ``layers``, each with its regime, the figures of its mixture, and its largest contributions
+        with what they write; and ``logit``, the gap between the two likeliest tokens, split
+        exactly. Where it cannot be split, its ``reason`` says why, there are no parts, and the
+        remainder is all of it.
+
+    Raises:
+        InputError: as :meth:`Trace.at`.
     """
     place = trace.at(position)
+    position = trace.positions[place]
     best = trace.logits[place].float().softmax(-1).topk(NEXT)
+    covered: dict[str, Supported] = {}
+    if support is not None:
+        covered = {row.path: row for row in support.percentiles(trace) if row.position == position}
+    paths = [
+        path for path in trace.ffn_inputs if layers is None or get_layer_number(path) in layers
+    ]
     first, second = best.indices[:2].tolist()
-    split = logit_split(trace, first, second, trace.positions[place])
-    covered = (
-        {}
-        if support is None
-        else {s.path: s for s in support.percentiles(trace) if s.position == trace.positions[place]}
-    )
-    entries = []
-    for path in trace.ffn_inputs:
-        if layers is not None and get_layer_number(path) not in layers:
-            continue
-        record = trace.ffn(path)
-        mixture, what = mixtures(record)[place], regime(record)
-        parts = contributions(record, place, top)
-        writes = written(
-            trace.model, tokenizer, record.dictionary[[part.prototype for part in parts]]
-        )
-        entry: dict = {"layer": get_layer_number(path), "path": path, "regime": what.name}
-        entry |= {k: v for k, v in mixture._asdict().items() if k != "position"}
-        mass = mixture.positive_mass + mixture.negative_mass
-        entry["negative_mass_share"] = mixture.negative_mass / mass if mass else 0.0
-        if path in covered:
-            entry["support"] = {"nearest": covered[path].nearest, "mass": covered[path].mass}
-        entry["contributions"] = [
-            {**part._asdict(), "writes": str(write)} for part, write in zip(parts, writes)
-        ]
-        entries.append(entry)
     return {
-        "position": trace.positions[place],
-        "token": trace.tokens[trace.positions[place]],
-        "next": [(tokenizer.decode([i]), p) for i, p in zip(best.indices.tolist(), best.values.tolist())],
-        "layers": entries,
+        "position": position,
+        "token": trace.tokens[position],
+        "next": [
+            (tokenizer.decode([token]), probability)
+            for token, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ],
+        "layers": [
+            _summarise_layer(trace, tokenizer, path, place, top=top, covered=covered.get(path))
+            for path in paths
+        ],
         "logit": {
-            "token": tokenizer.decode([split.token]), "against": tokenizer.decode([split.against]), "value": split.value,
-            "parts": [part._asdict() for part in split.parts[:top]], "kinds": split.kinds(), "remainder": split.remainder,
-            "carried_by_10": split.carried(10),
+            "token": tokenizer.decode([first]),
+            "against": tokenizer.decode([second]),
+            **_summarise_logit(trace, first, second, place, top=top),
         },
-    }  # fmt: skip
+    }
+
+
+def _summarise_layer(
+    trace: Trace,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str,
+    place: int,
+    *,
+    top: int,
+    covered: Supported | None,
+) -> dict:
+    """What the FFN at ``path`` did at one place of the trace."""
+    record = trace.ffn(path)
+    mixture = mixtures(record)[place]
+    parts = contributions(record, place, top)
+    writes = written(trace.model, tokenizer, record.dictionary[[part.prototype for part in parts]])
+
+    entry: dict = {
+        "layer": get_layer_number(path),
+        "path": path,
+        "regime": regime(record).name,
+        **mixture._asdict(),
+    }
+    del entry["position"]
+    mass = mixture.positive_mass + mixture.negative_mass
+    entry["negative_mass_share"] = mixture.negative_mass / mass if mass else 0.0
+    if covered is not None:
+        entry["support"] = {"nearest": covered.nearest, "mass": covered.mass}
+    entry["contributions"] = [
+        {**part._asdict(), "writes": str(write)} for part, write in zip(parts, writes, strict=True)
+    ]
+    return entry
+
+
+def _summarise_logit(trace: Trace, token: int, against: int, place: int, *, top: int) -> dict:
+    """The gap between the logits of two tokens, split as far as the model allows it."""
+    try:
+        split = logit_split(trace, token, against, trace.positions[place])
+    except InputError as error:
+        logits = trace.logits[place].double()
+        value = (logits[token] - logits[against]).item()
+        return {
+            "value": value,
+            "parts": [],
+            "kinds": dict.fromkeys(KINDS, 0.0),
+            "remainder": value,
+            "carried_by_10": 0.0,
+            "reason": str(error),
+        }
+    return {
+        "value": split.value,
+        "parts": [part._asdict() for part in split.parts[:top]],
+        "kinds": split.kinds(),
+        "remainder": split.remainder,
+        "carried_by_10": split.carried(CARRIED),
+    }

@@ -1,37 +1,47 @@
-"""Abstain: how well an input is covered by what a layer knows, as percentiles over ordinary text."""
+"""Abstain: how well an input is covered by what a layer knows, as percentiles over ordinary
+text."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.linears import get_effective_weight
 from ..evaluation.locality import auc
 from ..families.hooks import capture_inputs_and_outputs
-from ..families.lookup import find_ffn_paths, find_stock_ffn
+from ..families.lookup import find_stock_ffn
 from ..families.weights import read_stock_weights
 from .contexts import SKIP
+from .model_parts import get_embedding_weight, is_kernel_ffn, list_ffn_paths
 from .rows import Rows
-from .tracing import Trace, family_of
+from .tracing import Trace
 
 QUANTILES = 1001
 """Values per score and layer that stand for the text's distribution."""
 SCORES = ("nearest", "mass")
+LOWEST = -1e300
+"""Stands for a score of −∞, which has no quantiles."""
 
 
 @torch.no_grad()
-def support_scores(model: Any, path: str, inputs: Tensor) -> dict[str, Tensor]:
-    """Two scores of the FFN at ``path`` at its ``inputs`` (tokens, hidden_size), (tokens,) each, larger for better covered:
+def support_scores(model: PreTrainedModel, path: str, inputs: Tensor) -> dict[str, Tensor]:
+    """Score how well the FFN at ``path`` covers its ``inputs`` (tokens, hidden_size).
 
-    * ``nearest``: −min_i ‖x − w_i‖², whether or not the kernel looks at distance; of a stock FFN the rows of W_in (of its gate);
-    * ``mass``: log Σκ over all prototypes, −inf where none fires; of a stock FFN log Σ|c_i|‖v_i‖. Yat's κ does not vanish far away
-      (it tends to ‖w‖²cos²θ), so its mass is none: compare the AUCs.
+    Returns:
+        Two scores, (tokens,) float32 each, larger for better covered:
+
+        * ``nearest``: −min_i ‖x − w_i‖², whether or not the kernel looks at distance; of a
+          stock FFN the rows of W_in (of its gate);
+        * ``mass``: log Σκ over all prototypes, −inf where none fires; of a stock FFN log
+          Σ|c_i|‖v_i‖. Yat's κ does not vanish far away (it tends to ‖w‖²cos²θ), so its
+          mass says nothing of distance: compare the AUCs.
     """
     ffn = model.base_model.get_submodule(path)
-    if isinstance(ffn, KernelFFN) or hasattr(ffn, "input_prototypes"):
+    if is_kernel_ffn(ffn):
         rows = get_effective_weight(ffn.input_prototypes, inputs)[0]
         mass = ffn.kernel.log(*ffn.scores(inputs), **ffn.kernel_parameters()).logsumexp(-1)
     else:
@@ -45,26 +55,35 @@ def support_scores(model: Any, path: str, inputs: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def text_scores(model: Any, ids: Tensor, batch_rows: int = 8) -> dict[str, dict[str, Tensor]]:
-    """:func:`support_scores` by path over text ``ids`` (rows, length), past the first 8 positions of each row."""
-    paths = find_ffn_paths(model.eval(), family_of(model))
+def text_scores(
+    model: PreTrainedModel, ids: Tensor, batch_rows: int = 8
+) -> dict[str, dict[str, Tensor]]:
+    """:func:`support_scores` by path over text, past the first :data:`SKIP` positions of each row.
+
+    Args:
+        ids: (rows, length) token ids.
+        batch_rows: rows that the model reads at once.
+    """
+    paths = list_ffn_paths(model.eval())
     modules = {path: model.base_model.get_submodule(path) for path in paths}
-    parts: dict[str, list[dict[str, Tensor]]] = {path: [] for path in paths}
+    device = get_embedding_weight(model).device
+
+    batches: dict[str, list[dict[str, Tensor]]] = {path: [] for path in paths}
     for batch in ids.split(batch_rows):
-        with capture_inputs_and_outputs(modules) as seen:
-            model.base_model(
-                input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False
-            )
+        with capture_inputs_and_outputs(modules) as captured:
+            model.base_model(input_ids=batch.to(device), use_cache=False)
         for path in paths:
-            parts[path].append(support_scores(model, path, seen[path][0][:, SKIP:].flatten(0, 1)))
+            inputs = captured[path][0][:, SKIP:].flatten(0, 1)
+            batches[path].append(support_scores(model, path, inputs))
     return {
-        path: {name: torch.cat([part[name] for part in some]).cpu() for name in SCORES}
-        for path, some in parts.items()
+        path: {name: torch.cat([scores[name] for scores in of_path]).cpu() for name in SCORES}
+        for path, of_path in batches.items()
     }
 
 
 class Supported(NamedTuple):
-    """How well one token is covered in one layer, in percent of ordinary text that is covered less."""
+    """How well one token is covered in one layer, in percent of ordinary text that is covered
+    less."""
 
     position: int
     path: str
@@ -73,34 +92,39 @@ class Supported(NamedTuple):
 
 
 class Support:
-    """Scores calibrated to percentiles on ordinary text: at 1, one token of the text in a hundred is covered no better."""
+    """Scores calibrated to percentiles on ordinary text.
 
-    def __init__(self, model: Any, ids: Tensor):
-        """``ids`` (rows, length) of text that is ordinary for the model."""
-        at = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
-        scores = text_scores(model, ids)
+    At 1, one token of the text in a hundred is covered no better.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor):
+        """Calibrate on ``ids`` (rows, length), token ids of text that is ordinary for ``model``."""
+        shares = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
         self.quantiles = {
             path: {
-                name: values.double().clamp_min(-1e300).quantile(at)
-                for name, values in entry.items()
+                name: values.double().clamp_min(LOWEST).quantile(shares)
+                for name, values in scores.items()
             }
-            for path, entry in scores.items()
+            for path, scores in text_scores(model, ids).items()
         }
 
     def percentiles(self, trace: Trace) -> Rows[Supported]:
-        """Of every position and layer of ``trace``, a pass of the model that was calibrated on."""
-        found = Rows[Supported]()
+        """Rate every position and layer of ``trace``, a pass of the model that was calibrated
+        on."""
+        table = Rows[Supported]()
         for path, inputs in trace.ffn_inputs.items():
-            columns = []
-            for name, values in support_scores(trace.model, path, inputs).items():
-                below = torch.searchsorted(
-                    self.quantiles[path][name], values.double().cpu().clamp_min(-1e300), right=True
-                )
-                columns.append((100.0 * below / QUANTILES).tolist())
-            found += [
-                Supported(*row) for row in zip(trace.positions, [path] * len(inputs), *columns)
-            ]
-        return found
+            scores = support_scores(trace.model, path, inputs)
+            nearest = self._rate(path, "nearest", scores)
+            mass = self._rate(path, "mass", scores)
+            for row, position in enumerate(trace.positions):
+                table.append(Supported(position, path, nearest[row], mass[row]))
+        return table
+
+    def _rate(self, path: str, score: str, scores: Mapping[str, Tensor]) -> list[float]:
+        """Percent of the text's tokens that one score of the FFN at ``path`` reaches or exceeds."""
+        values = scores[score].double().cpu().clamp_min(LOWEST)
+        below = torch.searchsorted(self.quantiles[path][score], values, right=True)
+        return (100.0 * below / QUANTILES).tolist()
 
 
 class Separation(NamedTuple):
@@ -110,21 +134,27 @@ class Separation(NamedTuple):
     score: str
     against: str
     auc: float
-    """Chance that a token of the ordinary text scores higher than one of the other: 0.5 is a coin."""
+    """Chance that a token of the ordinary text scores higher than one of the other: 0.5 is a
+    coin."""
 
 
-def separations(model: Any, text: Tensor, others: dict[str, Tensor]) -> Rows[Separation]:
-    """ROC-AUC of both scores of every layer between ordinary ``text`` (rows, length) and ``others`` by name, such as
-    :func:`scrambled` text or another domain."""
-    own = text_scores(model, text)
-    found = Rows[Separation]()
+def separations(
+    model: PreTrainedModel, text: Tensor, others: Mapping[str, Tensor]
+) -> Rows[Separation]:
+    """Measure the ROC-AUC of both scores of every layer between ordinary text and others.
+
+    Args:
+        text: (rows, length) token ids of ordinary text.
+        others: the same by name, such as :func:`scrambled` text or another domain.
+    """
+    ordinary = text_scores(model, text)
+    table = Rows[Separation]()
     for name, ids in others.items():
         for path, scores in text_scores(model, ids).items():
-            found += [
-                Separation(path, score, name, auc(own[path][score], scores[score]))
-                for score in SCORES
-            ]
-    return found
+            for score in SCORES:
+                value = auc(ordinary[path][score], scores[score])
+                table.append(Separation(path, score, name, value))
+    return table
 
 
 def scrambled(ids: Tensor, seed: int = 0) -> Tensor:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.record import Readout
-from ..families.lookup import find_ffn_paths, find_stock_ffn
-from ..families.registry import get_architecture, get_architecture_of_model
-from ..families.table import Architecture
-from ..families.weights import read_stock_weights, read_teacher_readout
+from .model_parts import (
+    count_key_value_heads,
+    decode_tokens,
+    ffn_readout,
+    get_attention,
+    get_blocks,
+    get_embedding_weight,
+    get_output_projection,
+    get_projection_weight,
+    get_qkv_names,
+    list_ffn_paths,
+)
 
 POSITIONS = 64
 """Of a longer prompt, the last so many positions are read unless others are asked for."""
@@ -24,10 +32,15 @@ CHUNK = 256
 """Positions that go through the model together."""
 
 
-class Trace(NamedTuple):
-    """A forward pass over T tokens, of which P ``positions`` are kept; L layers, hidden_size d. All in the model's dtype."""
+@dataclass(eq=False)
+class Trace:
+    """A forward pass over T tokens, of which P ``positions`` are kept; hidden_size d.
 
-    model: Any
+    Tensors are in the model's dtype. Records are computed when they are first asked for and then
+    remembered: after an edit of the model, trace it again.
+    """
+
+    model: PreTrainedModel
     ids: Tensor
     """(T,) int64."""
     tokens: list[str]
@@ -43,217 +56,237 @@ class Trace(NamedTuple):
     attention: list[Tensor]
     """(heads, P, T) per layer: the weights of every head."""
     values: list[Tensor]
-    """(key-value heads, T, head_dim) per layer: what each head reads at each token, before its output projection."""
+    """(key-value heads, T, head_dim) per layer: what each head reads at each token, before its
+    output projection."""
     logits: Tensor
     """(P, vocabulary)."""
+    _records: dict[str, Readout] = field(default_factory=dict, init=False, repr=False)
+    """Records of FFNs by path, as far as they have been asked for."""
 
     def at(self, position: int) -> int:
-        """The place of ``position`` (negative: from the end) among those kept; InputError if it is not."""
+        """The place of ``position`` (negative: from the end) among those kept.
+
+        Raises:
+            InputError: it was not kept.
+        """
         place = position + len(self.ids) if position < 0 else position
         if place not in self.positions:
             raise InputError(
-                f"found position {position}, expected one of those kept: {_ranges(self.positions)}"
+                f"found position {position}, expected one of those kept: "
+                f"{_format_ranges(self.positions)}"
             )
         return self.positions.index(place)
 
     def ffn(self, path: str) -> Readout:
-        """The record of the FFN at ``path``, coefficients (P, prototypes)."""
+        """The record of the FFN at ``path``, coefficients (P, prototypes).
+
+        Raises:
+            InputError: there is no FFN at ``path``.
+        """
         if path not in self.ffn_inputs:
             raise InputError(f"found no FFN {path!r}, expected one of {', '.join(self.ffn_inputs)}")
-        return ffn_readout(self.model, path, self.ffn_inputs[path])
+        if path not in self._records:
+            self._records[path] = ffn_readout(self.model, path, self.ffn_inputs[path])
+        return self._records[path]
 
     def head(self, layer: int, head: int, position: int) -> Readout:
-        """The record of one attention head at ``position``: coefficients (1, T), named by the tokens, convex. The bias of the
-        heads' common output projection is in none of them."""
-        output, groups = (
-            output_projection(self.model, layer),
-            self.attention[layer].shape[0] // self.values[layer].shape[0],
-        )
+        """The record of one attention head at ``position``: convex, coefficients (1, T), named by
+        tokens.
+
+        The bias of the output projection, which all heads of a block have in common, is left out.
+        """
+        groups = self.attention[layer].shape[0] // self.values[layer].shape[0]
         values = self.values[layer][head // groups]
-        part = output[:, head * values.shape[1] : (head + 1) * values.shape[1]]
+        head_dim = values.shape[1]
+
+        output = get_projection_weight(get_output_projection(self.model, layer))
+        output_of_head = output[:, head * head_dim : (head + 1) * head_dim]
         weights = self.attention[layer][head, self.at(position)][None].to(values.dtype)
-        names = tuple(f"{i} {token}" for i, token in enumerate(self.tokens))
-        return Readout(weights, values @ part.T, None, weights, weights.new_ones(1), names)
-
-
-def family_of(model: Any) -> Architecture:
-    """The table's entry for a stock or converted ``model``; InputError if it is of no known family."""
-    entry = getattr(model.config, "kernel_ffn", None)
-    return get_architecture_of_model(model) if entry is None else get_architecture(entry["family"])
-
-
-def described(model: Any, part: str) -> Any:
-    """What the table's entry for ``model`` says of ``part`` (attention, qkv, …); InputError if it says nothing."""
-    family = family_of(model)
-    found = getattr(family, part)
-    if found is None:
-        raise InputError(
-            f"found nothing on {part} in the entry for {family.model_type!r}, expected it for this reading: give it in the Architecture, "
-            "if the family has such a part"
+        names = tuple(f"{number} {token}" for number, token in enumerate(self.tokens))
+        return Readout(
+            coefficients=weights,
+            dictionary=values @ output_of_head.T,
+            bias=None,
+            shares=weights,
+            intensity=weights.new_ones(1),
+            names=names,
         )
-    return found
-
-
-def ffn_readout(model: Any, path: str, inputs: Tensor) -> Readout:
-    """The record of the FFN at ``path`` (under the base model) at its ``inputs`` (..., hidden_size), whatever stands there: a
-    kernel readout, the teacher's own FFN, or another module with a ``readout`` method."""
-    ffn = model.base_model.get_submodule(path)
-    if hasattr(ffn, "readout"):
-        return ffn.readout(inputs)
-    return read_teacher_readout(read_stock_weights(model, find_stock_ffn(model, path)), inputs)
-
-
-def get_layer_number(path: str) -> int:
-    """The number in an FFN's path."""
-    return next(int(part) for part in path.split(".") if part.isdigit())
-
-
-def unembedding(model: Any) -> Tensor:
-    """(vocabulary, hidden_size): rows are the directions that the logits read off the normalised final state."""
-    return model.get_output_embeddings().weight.detach()
-
-
-def projection(linear: nn.Module) -> Tensor:
-    """(out, in) of a ``Linear`` or ``Conv1D``."""
-    weight: Any = linear.weight
-    return weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
-
-
-def get_attention(model: Any, layer: int) -> nn.Module:
-    """The attention module of block ``layer``."""
-    return model.base_model.get_submodule(
-        f"{family_of(model).layers}.{layer}.{described(model, 'attention')}"
-    )
-
-
-def output_projection(model: Any, layer: int) -> Tensor:
-    """(hidden_size, heads · head_dim): how the heads of block ``layer`` write, side by side."""
-    return projection(getattr(get_attention(model, layer), described(model, "attention_out")))
 
 
 @torch.no_grad()
 def trace(
-    model: Any, tokenizer: Any, text: str | Tensor, positions: list[int] | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Tensor,
+    positions: Sequence[int] | None = None,
 ) -> Trace:
-    """Run ``model`` (a causal language model, stock or converted) over ``text`` and keep what was written.
+    """Run ``model`` (a causal language model, stock or converted) over ``text`` and keep what was
+    written.
+
+    The prompt goes through in chunks with a cache: memory grows with T by the keys and values
+    alone, with P by the rest.
 
     Args:
         text: the prompt, or its token ids (T,).
-        positions: where to read, negative ones from the end; None: everywhere, or the last 64 of a longer prompt. The prompt
-            goes through in chunks with a cache: memory grows with T by the keys and values alone, with P by the rest.
+        positions: where to read, negative ones from the end; None: everywhere, or the last
+            :data:`POSITIONS` of a longer prompt.
 
     Raises:
         InputError: the prompt has no token, or a position is outside of it.
     """
+    ids = tokenize_prompt(tokenizer, text)
+    kept = _choose_positions(len(ids), positions)
+    ids = ids.to(get_embedding_weight(model).device)
+    pieces = _run_in_chunks(model.eval(), ids, kept)
+
+    paths = list_ffn_paths(model)
+    layers = range(len(paths))
+    heads = count_key_value_heads(model)
+    return Trace(
+        model=model,
+        ids=ids,
+        tokens=[decode_tokens(tokenizer, [number]) for number in ids.tolist()],
+        positions=kept,
+        embedding=pieces["embedding", 0],
+        ffn_inputs={path: pieces["ffn", layer] for layer, path in enumerate(paths)},
+        states=[pieces["state", layer] for layer in layers],
+        attention=[pieces["attention", layer] for layer in layers],
+        values=[
+            pieces["values", layer][0].unflatten(-1, (heads, -1)).transpose(0, 1)
+            for layer in layers
+        ],
+        logits=pieces["logits", 0],
+    )
+
+
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, text: str | Tensor) -> Tensor:
+    """(T,) token ids of ``text``, which may be token ids already. InputError if there are none."""
     ids = torch.as_tensor(tokenizer(text)["input_ids"] if isinstance(text, str) else text).flatten()
-    count = len(ids)
-    if not count:
+    if not len(ids):
         raise InputError("found a prompt without a token, expected at least one")
-    wanted = range(max(0, count - POSITIONS), count) if positions is None else positions
-    if any(not -count <= p < count for p in wanted):
+    return ids
+
+
+def list_last_positions(length: int) -> list[int]:
+    """The positions of a prompt of ``length`` tokens that are read unless others are asked for."""
+    return list(range(max(0, length - POSITIONS), length))
+
+
+def _choose_positions(length: int, positions: Sequence[int] | None) -> list[int]:
+    """Ascending positions from the start, each once; InputError if one is outside of the prompt."""
+    if positions is None:
+        return list_last_positions(length)
+    outside = [position for position in positions if not -length <= position < length]
+    if outside:
         raise InputError(
-            f"found positions {list(wanted)}, expected numbers from {-count} to {count - 1}"
+            f"found positions {outside}, expected numbers from {-length} to {length - 1}"
         )
-    kept = sorted({p % count for p in wanted})
-    ids = ids.to(model.get_input_embeddings().weight.device)
-    pieces: dict[tuple[str, Any], list[Tensor]] = defaultdict(list)
+    return sorted({position % length for position in positions})
+
+
+Pieces = dict[tuple[str, int], list[Tensor]]
+"""Parts of a pass, one per chunk, by what they are and by layer."""
+
+
+def _run_in_chunks(
+    model: PreTrainedModel, ids: Tensor, positions: list[int]
+) -> dict[tuple[str, int], Tensor]:
+    """What the hooks collect over ``ids`` (T,), at ``positions``; the values at every token."""
+    pieces: Pieces = defaultdict(list)
     cache = None
-    with _hooks(model.eval(), pieces), _eager(model):
-        for start in range(0, count, CHUNK):
+    with _collect_pieces(model, pieces), _use_eager_attention(model):
+        for start in range(0, len(ids), CHUNK):
             output = model(
                 input_ids=ids[None, start : start + CHUNK], past_key_values=cache, use_cache=True
             )
             cache = output.past_key_values
-            pieces["logits", None].append(output.logits[0])
-            inside = torch.tensor(
-                [p - start for p in kept if start <= p < start + CHUNK],
-                dtype=torch.int64,
-                device=ids.device,
-            )
-            for (what, _), parts in pieces.items():
-                if (
-                    what == "attention"
-                ):  # a sliding window leaves out the oldest keys, a later chunk has more of them
-                    rows = parts[-1][:, inside]
-                    seen = min(count, start + CHUNK)
-                    parts[-1] = nn.functional.pad(rows, (seen - rows.shape[-1], count - seen))
-                elif what != "values":
-                    parts[-1] = parts[-1][inside]
-    whole = {
-        key: torch.cat(parts, 1 if key[0] in ("attention", "values") else 0)
-        for key, parts in pieces.items()
+            pieces["logits", 0].append(output.logits[0])
+            _keep_positions(pieces, positions, start, len(ids))
+    return {
+        (what, layer): torch.cat(parts, 1 if what in ("attention", "values") else 0)
+        for (what, layer), parts in pieces.items()
     }
-    family = family_of(model)
-    paths = find_ffn_paths(model, family)
-    layers = range(len(paths))
-    heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
-    return Trace(
-        model=model,
-        ids=ids,
-        tokens=[tokenizer.decode([i]) for i in ids.tolist()],
-        positions=kept,
-        embedding=whole["embedding", 0],
-        ffn_inputs={path: whole["ffn", path] for path in paths},
-        states=[whole["state", layer] for layer in layers],
-        attention=[whole["attention", layer] for layer in layers],
-        values=[
-            whole["values", layer][0].unflatten(-1, (heads, -1)).transpose(0, 1) for layer in layers
-        ],
-        logits=whole["logits", None],
+
+
+def _keep_positions(pieces: Pieces, positions: list[int], start: int, length: int) -> None:
+    """Cut what the chunk from ``start`` has added to ``pieces`` down to ``positions``."""
+    end = min(length, start + CHUNK)
+    inside = torch.tensor(
+        [position - start for position in positions if start <= position < end],
+        dtype=torch.int64,
+        device=pieces["logits", 0][-1].device,
     )
+    for (what, _), parts in pieces.items():
+        if what == "attention":
+            # A sliding window leaves out the oldest keys; a later chunk has more of them.
+            rows = parts[-1][:, inside]
+            before = end - rows.shape[-1]
+            parts[-1] = nn.functional.pad(rows, (before, length - end))
+        elif what != "values":
+            parts[-1] = parts[-1][inside]
 
 
 @contextmanager
-def _hooks(model: Any, pieces: dict[tuple[str, Any], list[Tensor]]) -> Iterator[None]:
-    """Collect each chunk's parts of the pass in ``pieces``."""
-    family = family_of(model)
+def _collect_pieces(model: PreTrainedModel, pieces: Pieces) -> Iterator[None]:
+    """Append each chunk's parts of the pass to ``pieces`` while the context is open."""
     hooks = []
 
-    def on_input(module: nn.Module, what: str, which: Any) -> None:
-        def keep(module, args, kwargs):
-            pieces[what, which].append((args[0] if args else kwargs["hidden_states"])[0])
+    def collect_input(module: nn.Module, what: str, layer: int) -> None:
+        def keep(module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
+            states = args[0] if args else kwargs["hidden_states"]
+            pieces[what, layer].append(states[0])
 
         hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
 
-    def on_output(module: nn.Module, what: str, which: Any, take) -> None:
-        hooks.append(
-            module.register_forward_hook(
-                lambda module, args, output: pieces[what, which].append(take(output))
-            )
-        )
+    def collect_output(
+        module: nn.Module, what: str, layer: int, select: Callable[..., Tensor]
+    ) -> None:
+        def keep(module: nn.Module, args: tuple, output: object) -> None:
+            pieces[what, layer].append(select(output))
 
-    for layer, path in enumerate(find_ffn_paths(model, family)):
-        block = model.base_model.get_submodule(f"{family.layers}.{layer}")
-        attention = getattr(block, described(model, "attention"))
-        if layer == 0:
-            on_input(block, "embedding", 0)
-        on_input(model.base_model.get_submodule(path), "ffn", path)
-        on_output(
-            block,
-            "state",
-            layer,
-            lambda output: (output[0] if isinstance(output, tuple) else output)[0],
-        )
-        on_output(attention, "attention", layer, lambda output: output[1][0])
-        qkv = described(model, "qkv")
-        value = getattr(attention, qkv[-1])
-        stacked = len(qkv) == 1
-        on_output(
-            value,
-            "values",
-            layer,
-            (lambda output: output.chunk(3, -1)[-1]) if stacked else (lambda output: output),
-        )
+        hooks.append(module.register_forward_hook(keep))
+
+    qkv = get_qkv_names(model)
+    select_values = _select_last_third if len(qkv) == 1 else _select_all
+    blocks = get_blocks(model)
     try:
+        collect_input(blocks[0], "embedding", 0)
+        for layer, path in enumerate(list_ffn_paths(model)):
+            attention = get_attention(model, layer)
+            collect_input(model.base_model.get_submodule(path), "ffn", layer)
+            collect_output(blocks[layer], "state", layer, _select_states)
+            collect_output(attention, "attention", layer, _select_attention_weights)
+            collect_output(attention.get_submodule(qkv[-1]), "values", layer, select_values)
         yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
+def _select_states(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """(T, d) of a block's output, which may have more than the states."""
+    states = output[0] if isinstance(output, tuple) else output
+    return states[0]
+
+
+def _select_attention_weights(output: tuple[Tensor, Tensor]) -> Tensor:
+    """(heads, T, T) of an attention module's output."""
+    return output[1][0]
+
+
+def _select_last_third(output: Tensor) -> Tensor:
+    """The values of a projection that stacks queries, keys and values."""
+    return output.chunk(3, -1)[-1]
+
+
+def _select_all(output: Tensor) -> Tensor:
+    """The values of a projection to values alone."""
+    return output
+
+
 @contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    """The attention that returns its weights, while the context is open."""
+def _use_eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Make attention return its weights while the context is open."""
     before = model.config._attn_implementation
     model.config._attn_implementation = "eager"
     try:
@@ -262,12 +295,12 @@ def _eager(model: Any) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def _ranges(numbers: list[int]) -> str:
+def _format_ranges(numbers: list[int]) -> str:
     """``[3, 4, 5, 9]`` as ``3-5, 9``."""
-    parts: list[list[int]] = []
+    runs: list[list[int]] = []
     for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
         else:
-            parts.append([number])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

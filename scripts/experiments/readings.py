@@ -137,9 +137,11 @@ def edits(model, tokenizer, goals, used, ordinary, others, additions: bool) -> d
     rewritten, added = [], []
     for context, token in goals:
         passed = trace(model, tokenizer, context, [-1])
-        rewritten.append(raise_token(passed, token, used, others, LIKELY))
+        rewritten.append(raise_token(passed, token, used, others, probability=LIKELY))
         if additions:
-            added.append(raise_token_by_addition(passed, token, ordinary, others, LIKELY))
+            added.append(
+                raise_token_by_addition(passed, token, ordinary, others, probability=LIKELY)
+            )
     figures = {}
     for name, prefix, done in (("edits", "", rewritten), ("new prototypes", "their ", added)):
         kl = [result[1].collateral_kl for result in done if result is not None]

@@ -1,4 +1,4 @@
-"""Edits do what they say, are undone bit by bit, and travel; support is a percentile of ordinary text."""
+"""Edits do what they say, are undone bit by bit, and travel; support is a percentile."""
 
 from dataclasses import replace
 
@@ -10,6 +10,7 @@ from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.reading import trace
 from hf_kernel_ffn.reading.contexts import contexts
 from hf_kernel_ffn.reading.editing import Addition, Edit, edited, effect
+from hf_kernel_ffn.reading.model_parts import get_unembedding
 from hf_kernel_ffn.reading.steering import addition, raise_token, raise_token_by_addition
 from hf_kernel_ffn.reading.support import (
     Support,
@@ -18,7 +19,6 @@ from hf_kernel_ffn.reading.support import (
     support_scores,
     text_scores,
 )
-from hf_kernel_ffn.reading.tracing import unembedding
 from hf_kernel_ffn.storage.loading import load_student
 
 KERNELS = ("half-yat", "yat", "exponential", "gaussian", "imq", "exponential-yat")
@@ -151,38 +151,39 @@ def test_an_edited_checkpoint(pair, ids, tmp_path):
 
 def test_the_effect_is_measured(model, ids):
     found = trace(model, Letters(), ids[0])
-    path, nothing = list(found.ffn_inputs)[2], effect(model, [], ids[0], 17, ids[1:3])
+    path, nothing = list(found.ffn_inputs)[2], effect(model, [], ids[0], 17, others=ids[1:3])
     assert nothing.probability[0] == nothing.probability[
         1
     ] and nothing.collateral_kl == pytest.approx(0, abs=1e-6)
     assert nothing.probability[0] == pytest.approx(
         found.logits[-1].softmax(-1)[17].item(), rel=1e-4
     )
-    loud = effect(model, [Edit(path, i, scale=0) for i in range(48)], ids[0], 17, ids[1:3])
+    loud = effect(model, [Edit(path, i, scale=0) for i in range(48)], ids[0], 17, others=ids[1:3])
     assert loud.collateral_kl > 0.01
 
 
 def test_a_token_is_raised_by_one_prototype(model, ids):
     found, used = trace(model, Letters(), ids[0]), contexts(model, [ids[4:]])
-    token = unembedding(model).norm(dim=-1).argmax().item()
-    change, result = raise_token(found, token, used, ids[1:3], 0.3)
+    token = get_unembedding(model).norm(dim=-1).argmax().item()
+    change, result = raise_token(found, token, used, ids[1:3], probability=0.3)
     assert (
         result.probability[0] < 0.1 and 0.3 <= result.probability[1] < 0.4 and result.rank[1] == 1
     )
-    assert effect(model, [change], ids[0], token, ids[1:3]) == result
+    assert effect(model, [change], ids[0], token, others=ids[1:3]) == result
     assert result.collateral_kl == min(
-        raise_token(found, token, used, ids[1:3], 0.3, n)[1].collateral_kl for n in (1, 2, 4)
+        raise_token(found, token, used, ids[1:3], probability=0.3, candidates=n)[1].collateral_kl
+        for n in (1, 2, 4)
     )
 
 
 def test_a_token_is_raised_by_a_new_prototype(pair, ids):
     _, student = pair
     found = trace(student, Letters(), ids[0])
-    token = unembedding(student).norm(dim=-1).argmax().item()
-    change, result = raise_token_by_addition(found, token, ids[4:], ids[1:3], 0.3)
+    token = get_unembedding(student).norm(dim=-1).argmax().item()
+    change, result = raise_token_by_addition(found, token, ids[4:], ids[1:3], probability=0.3)
     assert (
         0.3 <= result.probability[1] < 0.4
-        and effect(student, [change], ids[0], token, ids[1:3]) == result
+        and effect(student, [change], ids[0], token, others=ids[1:3]) == result
     )
 
 

@@ -15,7 +15,8 @@ from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
 from hf_kernel_ffn.reading import trace
 from hf_kernel_ffn.reading.attention import symmetrised_attention
 from hf_kernel_ffn.reading.decompositions import alternatives, caratheodory, share_spread
-from hf_kernel_ffn.reading.dial import dial, far_field, retrieval
+from hf_kernel_ffn.reading.dial import dial, retrieval
+from hf_kernel_ffn.reading.far_field import far_field
 from hf_kernel_ffn.reading.geometry import (
     embedding_distances,
     embedding_norms,
@@ -91,7 +92,7 @@ def test_the_matrix_is_the_kernel_between_rows():
 @few
 @given(seeds, st.sampled_from(["imq", "yat", "exponential-yat", "exponential"]))
 def test_the_function_norm_is_the_inner_product_with_itself(seed, kernel):
-    """⟨f, f⟩ = Σ_i ⟨v_i, f(w_i)⟩ by the reproducing property, with prototypes that stand where inputs do (b = 1)."""
+    """⟨f, f⟩ = Σ_i ⟨v_i, f(w_i)⟩ by the reproducing property; prototypes are inputs."""
     ffn = make_ffn(kernel, seed)
     if ffn.kernel.uses_bias:
         ffn.input_prototypes.bias.fill_(1.0)
@@ -203,7 +204,7 @@ class _Words:
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_learned_positions_leave_attention_all_content(gpt2, ids, layer):
-    """GPT-2's positions are part of the inputs: the bilinear form on (x, 1) gives the head's own weights."""
+    """GPT-2's positions are in the inputs: the form on (x, 1) gives the head's own weights."""
     found = symmetrised_attention(gpt2, trace(gpt2, _Words(), ids[0]), layer, 3)
     assert found.positional <= 1e-5
     assert found.form.shape == (33, 33)  # biases

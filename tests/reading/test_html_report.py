@@ -1,4 +1,4 @@
-"""The report in a headless browser: it loads from disk alone, answers to mouse and keys, and computes what the layer computes."""
+"""The report in a browser: it loads from disk alone, and computes what the layer computes."""
 
 import shutil
 
@@ -13,8 +13,17 @@ from hf_kernel_ffn.reading.report import other_mixtures, report_data, write_repo
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"
-]  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+SLIDE = """(slider, value) => {
+    slider.value = value;
+    slider.dispatchEvent(new Event('input'));
+}"""
 HOSTILE = "</script><img src=x onerror=document.title='broken'>"
 
 
@@ -129,7 +138,7 @@ def test_the_temperature_remixes(page):
     found = []
     for value in ("-3", "3"):
         page.locator("#tau").evaluate(
-            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }",
+            SLIDE,
             value,
         )
         found.append(float(page.get_attribute("#tau", "data-effective")))
@@ -146,7 +155,7 @@ def test_other_decompositions_leave_the_output_where_it_is(page):
     assert page.is_enabled("#alt")
     for value in (0.5, 1, 1.7):
         page.locator("#alt").evaluate(
-            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }",
+            SLIDE,
             str(value),
         )
         assert numbers(page, "#student-panel") != bars

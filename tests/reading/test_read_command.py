@@ -1,9 +1,10 @@
-"""``hf-kernel-ffn read``: what it prints is what the functions say, for converted and stock models."""
+"""``hf-kernel-ffn read`` prints what the functions say, for converted and stock models."""
 
 import json
 import sys
 
 import pytest
+from tiny_families import tiny
 
 from hf_kernel_ffn import convert
 from hf_kernel_ffn.cli.app import main
@@ -101,3 +102,37 @@ def test_what_cannot_be_read(read, folders, tmp_path):
     ):
         code, _, stderr = read(*arguments)
         assert code == 2 and error in stderr and len(stderr.splitlines()) == 1
+
+
+def test_a_model_with_few_positions_reads_text(read, teacher_folder, text_file, tmp_path):
+    folder = teacher_folder("gpt2")
+    code, _, stderr = read(
+        folder, "--prompt", PROMPT, "--text", text_file, "--json", tmp_path / "out.json"
+    )
+    assert code == 0, stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert all("support" in layer for layer in found["layers"])
+
+
+def test_the_page_takes_the_positions_that_the_terminal_takes(read, folders, tmp_path):
+    prompt = " ".join([PROMPT] * 12)
+    for position in (5, -1):
+        arguments = (folders[1], "--prompt", prompt, "--position", position, "--alternatives", 0)
+        code, plain, _ = read(*arguments)
+        code_of_page, _, stderr = read(
+            *arguments, "--html", tmp_path / "page.html", "--teacher", folders[0]
+        )
+        assert (code, code_of_page) == (0, 0), stderr
+        assert plain and "What the FFNs wrote" in (tmp_path / "page.html").read_text()
+    code, _, stderr = read(
+        folders[1], "--prompt", prompt, "--position", 9999, "--html", tmp_path / "page.html"
+    )
+    assert code == 2 and "found positions [9999], expected numbers from" in stderr
+
+
+def test_a_logit_that_cannot_be_split_is_said_to_be(read, tmp_path, tokenizer):
+    model = tiny("gemma2", "AutoModelForCausalLM", vocab_size=4096)
+    model.save_pretrained(tmp_path / "gemma2")
+    tokenizer.save_pretrained(tmp_path / "gemma2")
+    code, printed, stderr = read(tmp_path / "gemma2", "--prompt", PROMPT)
+    assert code == 0 and "cannot be split" in printed.replace("\n", " "), stderr

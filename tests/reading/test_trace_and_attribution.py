@@ -1,4 +1,4 @@
-"""One pass as records: what it keeps adds up to the model, and what is said of it is what the coefficients allow."""
+"""One pass as records: what it keeps adds up to the model, and is said as far as it allows."""
 
 import json
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from letters import Letters
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, Readout, convert
-from hf_kernel_ffn.reading import trace, tracing
+from hf_kernel_ffn.reading import model_parts, trace, tracing
 from hf_kernel_ffn.reading.attribution import logit_split
 from hf_kernel_ffn.reading.contexts import BEFORE, SKIP, contexts, export_contexts, rules
 from hf_kernel_ffn.reading.lens import TunedLens, fit_lens, lens_kl
@@ -66,7 +66,7 @@ def test_the_residual_stream_is_the_sum_of_what_was_written(model, ids):
             state = found.states[layer - 1][position] + found.ffn(path).output()[position]
             state = state + sum(found.head(layer, head, position).output()[0] for head in range(4))
             bias = getattr(
-                tracing.get_attention(model, layer), tracing.family_of(model).attention_out
+                model_parts.get_attention(model, layer), model_parts.get_family(model).attention_out
             ).bias
             state = state if bias is None else state + bias
             assert torch.allclose(state, found.states[layer][position], atol=1e-9)
@@ -197,9 +197,9 @@ def test_the_same_scores_in_every_regime(pair, ids):
 
 
 def test_what_a_direction_writes(model):
-    weight = tracing.unembedding(model)
+    weight = model_parts.get_unembedding(model)
     found = written(model, Letters(), torch.stack([weight[17] * 50, -weight[17] * 50]), top=3)
-    norm = model.base_model.get_submodule(tracing.family_of(model).final_norm)
+    norm = model.base_model.get_submodule(model_parts.get_family(model).final_norm)
     direction = weight[17] * 50
     direction = direction - direction.mean() if isinstance(norm, torch.nn.LayerNorm) else direction
     logits = weight @ (direction * norm.weight)
@@ -221,9 +221,10 @@ def test_alignment_with_a_basis():
 
 
 def test_which_later_heads_listen(model):
-    layer, heads = 2, tracing.get_attention(model, 2)
-    family = tracing.family_of(model)
-    weight = tracing.projection(getattr(heads, family.qkv[0]))[:8]  # the queries of head 0
+    layer, heads = 2, model_parts.get_attention(model, 2)
+    family = model_parts.get_family(model)
+    queries = model_parts.get_projection_weight(getattr(heads, family.qkv[0]))
+    weight = queries[:8]  # of head 0
     block = model.base_model.get_submodule(f"{family.layers}.{layer}")
     gain = next(
         module for name, module in block.named_children() if "norm" in name or name.startswith("ln")
@@ -235,12 +236,12 @@ def test_which_later_heads_listen(model):
 
 
 def test_the_nearest_tokens_fire_most(model):
-    path = tracing.ffn_paths(model, tracing.family_of(model))[0]
+    path = model_parts.list_ffn_paths(model)[0]
     found = nearest_tokens(model, Letters(), path, top=2)
     norm = model.base_model.get_submodule(
-        f"{path.rsplit('.', 1)[0]}.{tracing.family_of(model).ffn_norm}"
+        f"{path.rsplit('.', 1)[0]}.{model_parts.get_family(model).ffn_norm}"
     )
-    c = tracing.ffn_readout(model, path, norm(model.get_input_embeddings().weight)).coefficients
+    c = model_parts.ffn_readout(model, path, norm(model.get_input_embeddings().weight)).coefficients
     for prototype in (0, 5):
         best = c[:, prototype].abs().topk(2).indices
         assert found[prototype] == [
