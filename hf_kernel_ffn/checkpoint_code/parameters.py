@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .kernels import get_kernel
+from .kernels import Kernel, get_kernel
 from .settings import LayerConfig
 
 LOG_RATIO_BOUND = 20.0
@@ -23,7 +23,37 @@ No step, however wild, then makes a constrained value 0 or ∞.
 """
 
 
-class ReadoutParameters(nn.Module):
+class ConstrainedParameters(nn.Module):
+    """Positive values of a layer, learned as log-ratios to the reference values in its config."""
+
+    config: LayerConfig
+    kernel: Kernel
+    log_ratio: nn.ParameterDict
+    """Log-ratios by name, one element each."""
+
+    def kernel_parameters(self) -> dict[str, Tensor]:
+        """The kernel's parameters by name, positive, shape (1,) each."""
+        return {name: self.positive(name) for name in self.kernel.parameters}
+
+    def positive(self, name: str) -> Tensor:
+        """A constrained value > 0, ``reference · exp(log-ratio)``, (1,) in float32 at least."""
+        return self.config.reference[name] * self._bounded_log_ratio(name).exp()
+
+    def log_positive(self, name: str) -> Tensor:
+        """Its logarithm, also where the value itself leaves the range of float32."""
+        return math.log(self.config.reference[name]) + self._bounded_log_ratio(name)
+
+    def _bounded_log_ratio(self, name: str) -> Tensor:
+        log_ratio = to_at_least_float32(self.log_ratio[name])
+        return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+    def set_reference(self, name: str, value: float) -> None:
+        """Give ``config`` another reference value; the learned log-ratio to it stays."""
+        reference = {**self.config.reference, name: value}
+        self.config = replace(self.config, reference=reference)
+
+
+class ReadoutParameters(ConstrainedParameters):
     """What a kernel-readout FFN learns, and how its constrained values are read.
 
     All matrices are ``nn.Linear`` modules, called as modules, so that adapters and quantisers
@@ -120,35 +150,14 @@ class ReadoutParameters(nn.Module):
         if config.settings.simplex == "threshold":
             ffn.threshold_log_ratio.zero_()
 
-        _fill_linear(ffn.input_prototypes, rows, bias)
-        _fill_linear(ffn.output_prototypes, dictionary.T, output_bias)
+        fill_linear(ffn.input_prototypes, rows, bias)
+        fill_linear(ffn.output_prototypes, dictionary.T, output_bias)
         if config.settings.values == "gated":
-            _fill_linear(ffn.value_proj, matrices["up_rows"], up_bias)
+            fill_linear(ffn.value_proj, matrices["up_rows"], up_bias)
         if config.settings.intensity == "gate":
             ffn.gate.weight.zero_()
             ffn.gate.bias.fill_(gate_bias)
         return ffn
-
-    def kernel_parameters(self) -> dict[str, Tensor]:
-        """The kernel's parameters by name, positive, shape (1,) each."""
-        return {name: self.positive(name) for name in self.kernel.parameters}
-
-    def positive(self, name: str) -> Tensor:
-        """A constrained value > 0, ``reference · exp(log-ratio)``, (1,) in float32 at least."""
-        return self.config.reference[name] * self._bounded_log_ratio(name).exp()
-
-    def log_positive(self, name: str) -> Tensor:
-        """Its logarithm, also where the value itself leaves the range of float32."""
-        return math.log(self.config.reference[name]) + self._bounded_log_ratio(name)
-
-    def _bounded_log_ratio(self, name: str) -> Tensor:
-        log_ratio = to_at_least_float32(self.log_ratio[name])
-        return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-
-    def set_reference(self, name: str, value: float) -> None:
-        """Give ``config`` another reference value; the learned log-ratio to it stays."""
-        reference = {**self.config.reference, name: value}
-        self.config = replace(self.config, reference=reference)
 
     def set_top_k(self, top_k: int) -> None:
         """Give ``config`` another number of prototypes that a sparse map keeps."""
@@ -165,7 +174,7 @@ class ReadoutParameters(nn.Module):
         return self.log_threshold().exp()
 
 
-def _fill_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+def fill_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     """Give ``linear`` this weight, in float32, and this bias if it has one; None for zero."""
     linear.weight.data = weight.float().contiguous()
     if linear.bias is None:

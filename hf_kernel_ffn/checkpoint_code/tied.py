@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .ffn import ACTIVATION_BYTES, LOG_RATIO_BOUND, KernelFFN
+from .ffn import ACTIVATION_BYTES, KernelFFN
 from .kernels import get_kernel
 from .linears import get_effective_weight
+from .parameters import ConstrainedParameters, fill_linear, to_at_least_float32
 from .record import Readout
 from .settings import LayerConfig
 
@@ -33,7 +34,7 @@ TENSORS_PER_PIECE = 8
 """Tensors of the size of the scores that the backward pass of one piece keeps."""
 
 
-class TiedKernelFFN(nn.Module):
+class TiedKernelFFN(ConstrainedParameters):
     """A readout with ``config.settings.pieces`` kernels per unit of the teacher, rows tied to the unit's own.
 
     Weights: ``input_prototypes`` (units, hidden_size) holds g with the teacher's bias;
@@ -67,6 +68,7 @@ class TiedKernelFFN(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     @classmethod
+    @torch.no_grad()
     def from_pieces(
         cls,
         config: LayerConfig,
@@ -89,10 +91,10 @@ class TiedKernelFFN(nn.Module):
         with torch.device("meta"):  # drawing numbers that are replaced takes longer than the rest
             ffn = cls(config).eval().requires_grad_(False)
         ffn.to_empty(device=rows.device)
-        _fill_linear(ffn.input_prototypes, rows, row_bias)
-        _fill_linear(ffn.output_prototypes, outputs.T, output_bias)
+        fill_linear(ffn.input_prototypes, rows, row_bias)
+        fill_linear(ffn.output_prototypes, outputs.T, output_bias)
         if values is not None:
-            _fill_linear(ffn.value_proj, values, value_bias)
+            fill_linear(ffn.value_proj, values, value_bias)
         for name, parameter in ffn.pieces.items():
             parameter.copy_(pieces[name])
         for parameter in ffn.log_ratio.values():
@@ -141,33 +143,23 @@ class TiedKernelFFN(nn.Module):
             names=(*(f"{unit}+" for unit in units), *(f"{unit}-" for unit in units)),
         )
 
-    def positive(self, name: str) -> Tensor:
-        """``reference · exp(learned log-ratio)`` > 0, shape (1,), float32 at least."""
-        log_ratio = _to_at_least_float32(self.log_ratio[name])
-        bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-        return self.config.reference[name] * bounded.exp()
-
-    def kernel_parameters(self) -> dict[str, Tensor]:
-        """The kernel's parameters by name, shape (1,) each."""
-        return {name: self.positive(name) for name in self.kernel.parameters}
-
     @property
     def _is_product(self) -> bool:
         return self.config.settings.values == "product"
 
     def _scores(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """g·x + bias and u·x + bias (..., units), and ‖x‖² (..., 1), float32 at least."""
-        gate = _to_at_least_float32(self.input_prototypes(hidden_states))
+        gate = to_at_least_float32(self.input_prototypes(hidden_states))
         up = None
         if self.config.gated:
-            up = _to_at_least_float32(self.value_proj(hidden_states))
-        square = _to_at_least_float32(hidden_states).square().sum(-1, keepdim=True)
+            up = to_at_least_float32(self.value_proj(hidden_states))
+        square = to_at_least_float32(hidden_states).square().sum(-1, keepdim=True)
         return gate, up, square
 
     def _sum_pieces(self, scores: tuple[Tensor, Tensor | None, Tensor], amount: Tensor) -> Tensor:
         """scale · Σ_p ``amount`` κ_p, (..., units)."""
         gate = scores[0]
-        numbers = self._piece_numbers(gate, _to_at_least_float32(amount) * self.positive("scale"))
+        numbers = self._piece_numbers(gate, to_at_least_float32(amount) * self.positive("scale"))
         if torch.compiler.is_compiling():
             return self._sum_block(*scores, numbers)
 
@@ -240,18 +232,6 @@ class TiedKernelFFN(nn.Module):
             kernel = self.kernel.value(score, distance2, **parameters)
             total = torch.addcmul(total, kernel, numbers["amount"][piece])
         return total
-
-
-def _to_at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _fill_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    linear.weight.data = weight.contiguous()
-    if bias is None:
-        linear.bias.zero_()
-    else:
-        linear.bias.copy_(bias)
 
 
 def make_ffn(config: LayerConfig) -> nn.Module:

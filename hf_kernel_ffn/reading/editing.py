@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.record import ReadableFFN
-from .model_parts import get_family, is_kernel_ffn
+from .model_parts import get_family, has_tied_rows, is_kernel_ffn
 
 BATCH_ROWS = 8
 """Rows of text that the model reads at once."""
@@ -24,8 +24,11 @@ BATCH_ROWS = 8
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of one row of an FFN's dictionary: ``v ← scale · v + write``. Any FFN, converted
-    or stock."""
+    """A change of one row of an FFN's dictionary: ``v ← scale · v + write``.
+
+    Any FFN, converted or stock. Where rows are tied, v_i and −v_i are one row: a change of either
+    changes both.
+    """
 
     path: str
     """The FFN, under the base model."""
@@ -89,15 +92,17 @@ def edit(model: PreTrainedModel, change: Change) -> Undo:
     if isinstance(change, Addition):
         return _add_prototype(model, ffn, change)
     rows = _view_dictionary(model, ffn)
-    if not 0 <= change.prototype < len(rows):
+    count = 2 * len(rows) if has_tied_rows(ffn) else len(rows)
+    if not 0 <= change.prototype < count:
         raise InputError(
-            f"found prototype {change.prototype}, expected a number from 0 to {len(rows) - 1}"
+            f"found prototype {change.prototype}, expected a number from 0 to {count - 1}"
         )
-    row = rows[change.prototype]
+    row = rows[change.prototype % len(rows)]
+    sign = 1 if change.prototype < len(rows) else -1
     before = row.clone()
     row.mul_(change.scale)
     if change.write is not None:
-        row.add_(change.write.to(row))
+        row.add_(change.write.to(row), alpha=sign)
     return lambda: _put_back(row, before)
 
 
@@ -158,7 +163,6 @@ def _widen(ffn: KernelFFN, addition: Addition) -> KernelFFN:
             state[name] = torch.cat([state[name], part.to(state[name])], dimension)
     wide.load_state_dict(state)
 
-    wide.top_k = ffn.top_k
     for parameter, old in zip(wide.parameters(), ffn.parameters(), strict=True):
         parameter.requires_grad_(old.requires_grad)
     return wide

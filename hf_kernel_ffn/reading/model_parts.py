@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.record import ReadableFFN, Readout
+from ..checkpoint_code.tied import TiedKernelFFN
 from ..families.lookup import find_ffn_paths, find_stock_ffn, get_family_name
 from ..families.registry import get_architecture
 from ..families.table import Architecture
@@ -30,6 +31,12 @@ def is_kernel_ffn(ffn: object) -> TypeGuard[KernelFFN]:
     """Whether ``ffn`` is a kernel readout, of this package's class or of one a checkpoint
     brought."""
     return isinstance(ffn, _HasKernel)
+
+
+def has_tied_rows(ffn: object) -> TypeGuard[TiedKernelFFN]:
+    """Whether ``ffn`` is a readout whose rows are tied to the teacher's units."""
+    settings = getattr(getattr(ffn, "config", None), "settings", None)
+    return isinstance(ffn, ReadableFFN) and getattr(settings, "rows", "free") == "tied"
 
 
 def get_family(model: PreTrainedModel) -> Architecture:

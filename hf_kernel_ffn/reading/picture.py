@@ -51,12 +51,12 @@ def make_picture(ffn: nn.Module, inputs: Tensor, record: Readout, room: int) -> 
     is_threshold = settings.simplex == "threshold"
     is_plain = settings.coefficients_are_kernel
     has_scale = settings.intensity == "mass"
-    scale = ffn.positive("scale") if has_scale else ffn.reference.get("scale", 1.0)
+    scale = ffn.positive("scale") if has_scale else ffn.config.reference.get("scale", 1.0)
     return {
         "kernel": settings.kernel,
         "parameters": {name: float(value) for name, value in ffn.kernel_parameters().items()},
         "simplex": settings.simplex,
-        "topK": ffn.top_k,
+        "topK": ffn.config.settings.top_k,
         "logThreshold": float(ffn.log_threshold()) if is_threshold else None,
         "temperature": 1.0 if is_plain else float(ffn.positive("temperature")),
         "intensity": settings.intensity,

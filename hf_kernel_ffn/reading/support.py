@@ -16,7 +16,12 @@ from ..families.hooks import capture_inputs_and_outputs
 from ..families.lookup import find_stock_ffn
 from ..families.weights import read_stock_weights
 from .contexts import SKIP
-from .model_parts import get_embedding_weight, is_kernel_ffn, list_ffn_paths
+from .model_parts import (
+    get_embedding_weight,
+    has_tied_rows,
+    is_kernel_ffn,
+    list_ffn_paths,
+)
 from .rows import Rows
 from .tracing import Trace
 
@@ -36,7 +41,8 @@ def support_scores(model: PreTrainedModel, path: str, inputs: Tensor) -> dict[st
 
         * ``nearest``: −min_i ‖x − w_i‖², whether or not the kernel looks at distance; of a
           stock FFN the rows of W_in (of its gate);
-        * ``mass``: log Σκ over all prototypes, −inf where none fires; of a stock FFN log
+        * ``mass``: log Σκ over all prototypes (where rows are tied, of their coefficients), −inf
+          where none fires; of a stock FFN log
           Σ|c_i|‖v_i‖. Yat's κ does not vanish far away (it tends to ‖w‖²cos²θ), so its
           mass says nothing of distance: compare the AUCs.
     """
@@ -44,6 +50,9 @@ def support_scores(model: PreTrainedModel, path: str, inputs: Tensor) -> dict[st
     if is_kernel_ffn(ffn):
         rows = get_effective_weight(ffn.input_prototypes, inputs)[0]
         mass = ffn.kernel.log(*ffn.scores(inputs), **ffn.kernel_parameters()).logsumexp(-1)
+    elif has_tied_rows(ffn):
+        rows = get_effective_weight(ffn.input_prototypes, inputs)[0]
+        mass = ffn.readout(inputs).coefficients.sum(-1).log()
     else:
         weights = read_stock_weights(model, find_stock_ffn(model, path))
         rows = weights.up if weights.gate is None else weights.gate
