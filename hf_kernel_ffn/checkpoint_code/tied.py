@@ -17,6 +17,11 @@ relu(±u_i·x), and nonnegative: the readout is conic.
 This file travels inside converted checkpoints: it imports nothing but torch.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -26,12 +31,33 @@ from .kernels import get_kernel
 from .linears import get_effective_weight
 from .parameters import ConstrainedParameters, fill_linear, to_at_least_float32
 from .record import Readout
-from .settings import LayerConfig
+from .settings import PIECES, LayerConfig
 
 CACHED_NUMBERS = 2**16
 """Scores that are worked on at once on a CPU: this many float32 numbers, several times over, fit its cache."""
 TENSORS_PER_PIECE = 8
 """Tensors of the size of the scores that the backward pass of one piece keeps."""
+
+
+class Scores(NamedTuple):
+    """What all pieces of a layer are made of, at its tokens; float32 at least."""
+
+    first: Tensor
+    """(..., units) g·x + bias."""
+    second: Tensor | None
+    """(..., units) u·x + bias; None in a plain FFN."""
+    square: Tensor
+    """(..., 1) ‖x‖²."""
+
+    def split(self, tokens: int) -> Iterator[Scores]:
+        """The same of so many tokens after the others."""
+        firsts = self.first.flatten(0, -2).split(tokens)
+        squares = self.square.flatten(0, -2).split(tokens)
+        seconds: Sequence[Tensor | None] = [None] * len(firsts)
+        if self.second is not None:
+            seconds = self.second.flatten(0, -2).split(tokens)
+        for first, second, square in zip(firsts, seconds, squares, strict=True):
+            yield Scores(first, second, square)
 
 
 class TiedKernelFFN(ConstrainedParameters):
@@ -61,7 +87,8 @@ class TiedKernelFFN(ConstrainedParameters):
         names = ["alpha", "shift", "amount"]
         if config.gated and settings.values == "fixed":
             names.append("beta")
-        shape = (settings.pieces, units)
+        self._piece_count = settings.pieces or PIECES
+        shape = (self._piece_count, units)
         self.pieces = nn.ParameterDict({name: nn.Parameter(torch.zeros(shape)) for name in names})
         learned = [*self.kernel.parameters, "scale"]
         self.log_ratio = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in learned})
@@ -80,7 +107,7 @@ class TiedKernelFFN(ConstrainedParameters):
         outputs: Tensor,
         output_bias: Tensor | None,
         pieces: dict[str, Tensor],
-    ) -> "TiedKernelFFN":
+    ) -> TiedKernelFFN:
         """A layer with these weights, in eval mode and without gradients.
 
         Args:
@@ -112,7 +139,7 @@ class TiedKernelFFN(ConstrainedParameters):
         """c (..., units), float32 at least, of either sign: what multiplies ``output_prototypes``."""
         scores = self._scores(hidden_states)
         total = self._sum_pieces(scores, self.pieces["amount"])
-        return total if not self._is_product else total * scores[1]
+        return total * scores.second if self._is_product and scores.second is not None else total
 
     def readout(self, hidden_states: Tensor) -> Readout:
         """The record at ``hidden_states`` (..., hidden_size), over all v_i and then all −v_i."""
@@ -120,9 +147,9 @@ class TiedKernelFFN(ConstrainedParameters):
         amount = self.pieces["amount"]
         writes = self._sum_pieces(scores, amount.clamp_min(0))
         writes_against = self._sum_pieces(scores, (-amount).clamp_min(0))
-        if self._is_product:
-            along = scores[1].clamp_min(0)
-            against = (-scores[1]).clamp_min(0)
+        if self._is_product and scores.second is not None:
+            along = scores.second.clamp_min(0)
+            against = (-scores.second).clamp_min(0)
             plus = writes * along + writes_against * against
             minus = writes * against + writes_against * along
         else:
@@ -147,47 +174,44 @@ class TiedKernelFFN(ConstrainedParameters):
     def _is_product(self) -> bool:
         return self.config.settings.values == "product"
 
-    def _scores(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """g·x + bias and u·x + bias (..., units), and ‖x‖² (..., 1), float32 at least."""
+    def _scores(self, hidden_states: Tensor) -> Scores:
         gate = to_at_least_float32(self.input_prototypes(hidden_states))
         up = None
         if self.config.gated:
             up = to_at_least_float32(self.value_proj(hidden_states))
         square = to_at_least_float32(hidden_states).square().sum(-1, keepdim=True)
-        return gate, up, square
+        return Scores(gate, up, square)
 
-    def _sum_pieces(self, scores: tuple[Tensor, Tensor | None, Tensor], amount: Tensor) -> Tensor:
+    def _sum_pieces(self, scores: Scores, amount: Tensor) -> Tensor:
         """scale · Σ_p ``amount`` κ_p, (..., units)."""
-        gate = scores[0]
-        numbers = self._piece_numbers(gate, to_at_least_float32(amount) * self.positive("scale"))
+        first = scores.first
+        numbers = self._piece_numbers(first, to_at_least_float32(amount) * self.positive("scale"))
         if torch.compiler.is_compiling():
-            return self._sum_block(*scores, numbers)
+            return self._sum_block(scores, numbers)
 
         needs_gradient = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (*scores, *numbers.values())
         )
-        block = self._tokens_at_once(gate, needs_gradient)
-        if block >= gate[..., 0].numel():
-            return self._sum_block(*scores, numbers)
+        block = self._tokens_at_once(first, needs_gradient)
+        if block >= first[..., 0].numel():
+            return self._sum_block(scores, numbers)
 
-        flat = [None if part is None else part.flatten(0, -2).split(block) for part in scores]
-        blocks = zip(*(part or [None] * len(flat[0]) for part in flat), strict=True)
-        if needs_gradient:  # the pieces of a block are computed again in its backward pass
-            sums = [
-                checkpoint(self._sum_block, *rows, numbers, use_reentrant=False) for rows in blocks
-            ]
-        else:
-            sums = [self._sum_block(*rows, numbers) for rows in blocks]
-        return torch.cat(sums).view(gate.shape)
+        sums = []
+        for tokens in scores.split(block):
+            if needs_gradient:  # the pieces of a block are computed again in its backward pass
+                sums.append(checkpoint(self._sum_block, tokens, numbers, use_reentrant=False))
+            else:
+                sums.append(self._sum_block(tokens, numbers))
+        return torch.cat(sums).view(first.shape)
 
-    def _tokens_at_once(self, gate: Tensor, needs_gradient: bool) -> int:
-        units = max(1, gate.shape[-1])
+    def _tokens_at_once(self, first: Tensor, needs_gradient: bool) -> int:
+        units = max(1, first.shape[-1])
         if needs_gradient:
-            per_token = TENSORS_PER_PIECE * len(self.pieces["alpha"]) * units * gate.itemsize
+            per_token = TENSORS_PER_PIECE * self._piece_count * units * first.itemsize
             return max(1, self.activation_bytes // per_token)
-        if gate.device.type == "cpu":
+        if first.device.type == "cpu":
             return max(1, CACHED_NUMBERS // units)
-        return max(1, self.activation_bytes // (TENSORS_PER_PIECE * units * gate.itemsize))
+        return max(1, self.activation_bytes // (TENSORS_PER_PIECE * units * first.itemsize))
 
     def _piece_numbers(self, like: Tensor, amount: Tensor) -> dict[str, Tensor]:
         """Of every piece (pieces, units): α, β, b, the amount; with a distance the bias of s and ‖w‖²."""
@@ -214,21 +238,19 @@ class TiedKernelFFN(ConstrainedParameters):
             numbers["bias"] = numbers["bias"] + (0 if value_bias is None else beta * value_bias)
         return numbers
 
-    def _sum_block(
-        self, gate: Tensor, up: Tensor | None, square: Tensor, numbers: dict[str, Tensor]
-    ) -> Tensor:
+    def _sum_block(self, scores: Scores, numbers: dict[str, Tensor]) -> Tensor:
         """Σ_p a_p κ_p of the tokens of one block, (tokens, units)."""
         parameters = self.kernel_parameters()
-        total = torch.zeros_like(gate)
-        for piece in range(len(numbers["alpha"])):
-            score = torch.addcmul(numbers["shift"][piece], gate, numbers["alpha"][piece])
-            if "beta" in numbers:
-                score = torch.addcmul(score, up, numbers["beta"][piece])
+        total = torch.zeros_like(scores.first)
+        for piece in range(self._piece_count):
+            score = torch.addcmul(numbers["shift"][piece], scores.first, numbers["alpha"][piece])
+            if "beta" in numbers and scores.second is not None:
+                score = torch.addcmul(score, scores.second, numbers["beta"][piece])
             distance2 = None
             if self.kernel.uses_distance:
                 without_bias = score - numbers["bias"][piece]
-                distance2 = torch.add(square + numbers["norm2"][piece], without_bias, alpha=-2)
-                distance2 = distance2.clamp_min(0)
+                norms = scores.square + numbers["norm2"][piece]
+                distance2 = torch.add(norms, without_bias, alpha=-2).clamp_min(0)
             kernel = self.kernel.value(score, distance2, **parameters)
             total = torch.addcmul(total, kernel, numbers["amount"][piece])
         return total

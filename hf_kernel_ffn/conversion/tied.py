@@ -24,7 +24,7 @@ def make_tied_ffn(weights: FFNWeights, config: LayerConfig, inputs: Tensor) -> T
     pieces = {name: value for name, value in fitted.pieces._asdict().items() if value is not None}
     return TiedKernelFFN.from_pieces(
         replace(config, reference=reference, gated=gated, prototypes=len(weights.down)),
-        rows=weights.gate if gated else weights.up,
+        rows=weights.up if weights.gate is None else weights.gate,
         row_bias=weights.gate_bias if gated else weights.up_bias,
         values=weights.up if gated else None,
         value_bias=weights.up_bias if gated else None,

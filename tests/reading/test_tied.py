@@ -6,7 +6,7 @@ from letters import Letters
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert, trace
 from hf_kernel_ffn.reading.attribution import logit_split
-from hf_kernel_ffn.reading.editing import Addition, Edit, edited
+from hf_kernel_ffn.reading.editing import Addition, Edit, edit, edited
 from hf_kernel_ffn.reading.regimes import contributions, regime
 from hf_kernel_ffn.reading.support import support_scores
 
@@ -53,16 +53,14 @@ def test_an_edit_of_either_sign_changes_the_unit_and_is_put_back(student, ids):
         torch.testing.assert_close(record.dictionary[units + 3], write)
     assert torch.equal(student(ids).logits, before)
     with pytest.raises(InputError, match=f"from 0 to {2 * units - 1}"):
-        with edited(student, Edit(path, 2 * units)):
-            pass
+        edit(student, Edit(path, 2 * units))
 
 
 def test_a_prototype_of_its_own_has_no_place(student):
     path = next(iter(student.kernel_ffns()))
     row = torch.zeros(student.config.hidden_size)
     with pytest.raises(InputError, match="expected a kernel readout"):
-        with edited(student, Addition(path, row, 0.0, row)):
-            pass
+        edit(student, Addition(path, row, 0.0, row))
 
 
 def test_support_is_scored(student):

@@ -74,9 +74,18 @@ def fit_pieces(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
         )
         found.append(_fit_units(problem, in_plane, settings.pieces or 1))
 
-    columns = zip(*found, strict=True)
-    joined = [None if parts[0] is None else torch.cat(parts, 1) for parts in columns]
-    return FittedPieces(Pieces(*joined), parameters, scale)
+    return FittedPieces(_join_units(found), parameters, scale)
+
+
+def _join_units(parts: list[Pieces]) -> Pieces:
+    """The pieces of all units, from those of some after the others."""
+    betas = [part.beta for part in parts if part.beta is not None]
+    return Pieces(
+        alpha=torch.cat([part.alpha for part in parts], 1),
+        beta=torch.cat(betas, 1) if betas else None,
+        shift=torch.cat([part.shift for part in parts], 1),
+        amount=torch.cat([part.amount for part in parts], 1),
+    )
 
 
 def _start_parameters(kernel: Kernel, inputs: Tensor) -> tuple[dict[str, float], float]:

@@ -108,6 +108,7 @@ def compute_scores(kernel: Kernel, planes: Planes, pieces: Pieces) -> tuple[Tens
         score.addcmul_(planes.second[:, None], pieces.beta.T[..., None])
         norm2 = norm2 + pieces.beta.square() * planes.second_norm2
         norm2 = norm2 + 2 * pieces.alpha * pieces.beta * planes.between
+        assert planes.second_bias is not None
         bias = bias + pieces.beta * planes.second_bias
     if not kernel.uses_distance:
         return score, None
