@@ -21,6 +21,7 @@ from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.integrity import record_checksums
 from ..checkpoint_code.kernels import get_kernel
 from ..checkpoint_code.settings import KernelFFNConfig
+from ..compat import get_tied_parameter_names
 from ..families.lookup import find_stacks
 from ..families.registry import get_architecture_of_model
 from ..families.student import get_name_prefix, make_config_entry, make_meta_student
@@ -77,11 +78,8 @@ def convert_streamed(
     stored, prefix = read_stored_dtype(source), get_name_prefix(teacher)
     found = {path: _expected(teacher, ffn, settings[path]) for path, ffn in chosen.items()}
     student = make_meta_student(teacher, make_config_entry(teacher, found)).to(stored)
-    described = {
-        name: t
-        for name, t in student.state_dict().items()
-        if name not in student.all_tied_weights_keys
-    }
+    tied = get_tied_parameter_names(student)
+    described = {name: t for name, t in student.state_dict().items() if name not in tied}
 
     with new_folder(out) as made:
         weights = made / "weights"
