@@ -26,7 +26,7 @@ from ..families.lookup import (
 )
 from ..families.registry import get_architecture_of_model
 from ..families.student import make_config_entry, make_student_from_entry
-from ..families.weights import is_finite, read_stock_weights
+from ..families.weights import is_finite, read_stock_weights, refuse_quantised_weights
 from ..text.inputs import Inputs, count_rows, select_rows, tokens_per_row
 from .initialization import initial_gate_bias, initialise_prototypes
 from .ridge import calibrate_ffn
@@ -145,10 +145,10 @@ def choose_ffns(teacher, config, layers) -> tuple[dict[str, StockFFN], dict[str,
     if layers is None and not isinstance(config, Mapping):
         refuse_undescribed_ffns(teacher, ffns)
     chosen = {path: ffn for path, ffn in ffns.items() if ffn.number in per_layer}
+    for ffn in chosen.values():
+        refuse_quantised_weights(ffn)
     return chosen, {
-        path: resolve_defaults(
-            per_layer[ffn.number], read_stock_weights(teacher, ffn).gate is not None
-        )
+        path: resolve_defaults(per_layer[ffn.number], ffn.shape.gated)
         for path, ffn in chosen.items()
     }
 
