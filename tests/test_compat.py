@@ -1,4 +1,4 @@
-"""What the package relies on in transformers and nobody promises: that it is there, and means what compat says."""
+"""What nobody promises of transformers: it is there, and means what compat says."""
 
 import warnings
 
@@ -30,11 +30,11 @@ def refuse_deprecations(monkeypatch):
 
 def greedy_tokens(model, ids, count):
     """Tokens chosen one by one with the cache."""
-    output, cache = compat.run_with_cache(model, ids, None)
+    logits, cache = compat.run_with_cache(model, ids, None)
     chosen = []
     for _ in range(count):
-        chosen.append(output.logits[:, -1:].argmax(-1))
-        output, cache = compat.run_with_cache(model, chosen[-1], cache)
+        chosen.append(logits[:, -1:].argmax(-1))
+        logits, cache = compat.run_with_cache(model, chosen[-1], cache)
     return torch.cat(chosen, 1)
 
 

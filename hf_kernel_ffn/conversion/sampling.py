@@ -62,10 +62,10 @@ def write_own_text(model: Any, tokens: int, seed: int, length: int = 128) -> Inp
     with torch.no_grad():
         current, past = ids[:, :1].to(device), None
         for position in range(1, length):
-            output, past = run_with_cache(model, current, past)
+            logits, past = run_with_cache(model, current, past)
             if past is None:  # an encoder with a language head on it
                 return ids
-            likely = output.logits[:, -1].float().softmax(-1).cpu()
+            likely = logits[:, -1].float().softmax(-1).cpu()
             ids[:, position : position + 1] = torch.multinomial(likely, 1, generator=generator)
             current = ids[:, position : position + 1].to(device)
     return ids

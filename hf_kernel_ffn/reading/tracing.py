@@ -161,8 +161,8 @@ def trace(
     cache = None
     with _hooks(model.eval(), pieces), _eager(model):
         for start in range(0, count, CHUNK):
-            output, cache = run_with_cache(model, ids[None, start : start + CHUNK], cache)
-            pieces["logits", None].append(output.logits[0])
+            logits, cache = run_with_cache(model, ids[None, start : start + CHUNK], cache)
+            pieces["logits", None].append(logits[0])
             inside = torch.tensor(
                 [p - start for p in kept if start <= p < start + CHUNK],
                 dtype=torch.int64,
