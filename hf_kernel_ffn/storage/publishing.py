@@ -11,7 +11,7 @@ from .. import __version__
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.integrity import read_json
 from .files import write_text
-from .loading import get_auto_class
+from .model_files import get_auto_class
 
 FIGURES = ("delta_cross_entropy", "kl", "top1_agreement", "loss_recovered")
 CARD = """---

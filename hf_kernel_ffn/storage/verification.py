@@ -18,7 +18,8 @@ from ..checkpoint_code.integrity import (
     read_json,
 )
 from ..checkpoint_code.settings import FORMAT
-from .loading import get_student_class, has_custom_kernel, load_pretrained
+from .kernel_files import has_custom_kernel
+from .loading import get_student_class, load_pretrained
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -58,7 +59,7 @@ def verify_folder(folder: str | Path) -> list[Finding]:
         )
     tensors = check_folder(folder)
     if not own:  # its sizes are known without running anything of the checkpoint's
-        settings = load_pretrained(kind.config_class, str(folder))
+        settings = load_pretrained(kind.config_class.from_pretrained, str(folder))
         if tensors is not None:
             with torch.device("meta"):
                 check_model(kind(settings), tensors, folder)
