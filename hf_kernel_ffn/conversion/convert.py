@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from .sampling import (
     split_fitted_and_held,
     write_own_text,
 )
+
+if TYPE_CHECKING:
+    from ..families.student import ConvertedModel
 
 CALIBRATION_TOKENS = 16_384
 """Tokens that a conversion reads, of the user's text or of the model's own making."""
@@ -69,7 +72,7 @@ def convert(
     copy: bool = False,
     seed: int = 0,
     progress: bool = False,
-) -> tuple[PreTrainedModel, ConversionReport]:
+) -> tuple[ConvertedModel, ConversionReport]:
     """A student: ``teacher`` with kernel-readout FFNs. The teacher stays as it is.
 
     Layers are converted in order, each calibrated to do at what the student feeds it what the teacher's FFN does there. Where
