@@ -401,7 +401,7 @@ def push(
     """Upload FOLDER to the hub with a model card: base model, settings, evaluation, how to load it."""
     from ..storage.publishing import push_to_hub
 
-    typer.echo(f"pushed to {push_to_hub(folder, repo, base_model, report, private)}")
+    typer.echo(f"pushed to {push_to_hub(folder, repo, base_model, report=report, private=private)}")
 
 
 @app.command()
