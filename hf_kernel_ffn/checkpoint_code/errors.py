@@ -1,7 +1,4 @@
-"""The one exception for what a user can put right.
-
-This file travels inside converted checkpoints: it imports nothing.
-"""
+"""The exceptions for what a user can put right. Travels inside converted checkpoints."""
 
 
 class InputError(ValueError):
@@ -9,3 +6,11 @@ class InputError(ValueError):
 
     The command line prints it and exits with code 2.
     """
+
+
+class MissingPackage(InputError, ImportError):
+    """An optional package is not installed; the sentence says how to install it."""
+
+
+class CheckpointError(InputError):
+    """The files of a checkpoint are damaged or incomplete, or do not belong together."""

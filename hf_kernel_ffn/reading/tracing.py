@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.record import Readout
+from ..compat import get_attention_implementation, run_with_cache, set_attention_implementation
 from .model_parts import (
     count_key_value_heads,
     decode_tokens,
@@ -196,11 +197,8 @@ def _run_in_chunks(
     cache = None
     with _collect_pieces(model, pieces), _use_eager_attention(model):
         for start in range(0, len(ids), CHUNK):
-            output = model(
-                input_ids=ids[None, start : start + CHUNK], past_key_values=cache, use_cache=True
-            )
-            cache = output.past_key_values
-            pieces["logits", 0].append(output.logits[0])
+            logits, cache = run_with_cache(model, ids[None, start : start + CHUNK], cache)
+            pieces["logits", 0].append(logits[0])
             _keep_positions(pieces, positions, start, len(ids))
     return {
         (what, layer): torch.cat(parts, 1 if what in ("attention", "values") else 0)
@@ -287,12 +285,12 @@ def _select_all(output: Tensor) -> Tensor:
 @contextmanager
 def _use_eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Make attention return its weights while the context is open."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "eager"
+    before = get_attention_implementation(model.config)
+    set_attention_implementation(model.config, "eager")
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        set_attention_implementation(model.config, before)
 
 
 def _format_ranges(numbers: list[int]) -> str:
