@@ -8,8 +8,10 @@ from teachers import RECIPES
 
 from hf_kernel_ffn import KernelFFNConfig, convert
 from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
+from hf_kernel_ffn.checkpoint_code.settings import INITIALISERS as SETTINGS_NAMES
 from hf_kernel_ffn.checkpoint_code.settings import resolve_defaults
 from hf_kernel_ffn.conversion.initialization import initialise_prototypes
+from hf_kernel_ffn.conversion.initialization.prototypes import INITIALISERS
 from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
 from hf_kernel_ffn.families.lookup import find_ffn_paths
 from hf_kernel_ffn.families.registry import get_architecture_of_model
@@ -145,3 +147,7 @@ def test_a_fraction_keeps_the_loudest(layer):
     assert torch.equal(some.rows, all_of_them.rows[kept]) and torch.equal(
         some.units, all_of_them.units[kept]
     )
+
+
+def test_every_initialiser_that_settings_know_is_registered():
+    assert set(INITIALISERS) == set(SETTINGS_NAMES)
