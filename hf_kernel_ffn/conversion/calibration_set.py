@@ -60,7 +60,7 @@ class CalibrationSet:
 
 
 def select_fit_rows(ids: Inputs) -> Inputs:
-    """Select the rows of ``ids`` (rows, …) on which input prototypes are fitted, evenly spaced."""
+    """Select evenly spaced rows of ``ids`` (rows, …), on which input prototypes are fitted."""
     count = count_rows(ids)
     return select_rows(ids, torch.linspace(0, count - 1, min(count, FIT_ROWS)).long())
 

@@ -1,9 +1,9 @@
 """Closed-form calibration of a readout: output prototypes, output bias and temperature.
 
 The output prototypes are solved for anew by ridge regression toward where they start, the scaled
-columns of W_out. The strength of the pull is chosen on tokens that the solution has not seen. Tokens
-are seen batch by batch, and only sums over them are kept; under torch.distributed each process reads
-a share of them.
+columns of W_out. The strength of the pull is chosen on tokens that the solution has not seen.
+Tokens are seen batch by batch, and only sums over them are kept; under torch.distributed each
+process reads a share of them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Moments:
         self.yy = 0.0
 
     def add(self, coefficients: Tensor, outputs: Tensor) -> None:
-        """Add tokens: their ``coefficients`` (tokens, prototypes) and ``outputs`` (tokens, size)."""
+        """Add tokens by ``coefficients`` (tokens, prototypes) and ``outputs`` (tokens, size)."""
         extended = torch.cat([coefficients, coefficients.new_ones(len(coefficients), 1)], 1)
         self.count += len(outputs)
         self.cc.addmm_(extended.T, extended)
@@ -78,8 +78,8 @@ class Moments:
     def solve(self, start: Tensor, pull: float) -> Tensor:
         """Minimise the squared error plus ``pull`` times the squared change from ``start``.
 
-        The change of a prototype is measured in what it writes. Both ``start`` and the minimiser are
-        (prototypes + 1, size).
+        The change of a prototype is measured in what it writes. Both ``start`` and the minimiser
+        are (prototypes + 1, size).
         """
         size = self.cc.diagonal().sqrt().clamp_min(SMALLEST_SIZE)
         gram = self.cc / size[:, None] / size
@@ -146,7 +146,7 @@ def calibrate_ffn(
 
 
 class Solution(NamedTuple):
-    """Output prototypes for one temperature and pull; errors are shares of the outputs' variance."""
+    """Output prototypes for one temperature and pull; errors are shares of the variance."""
 
     error: float
     """On the tokens held out."""

@@ -81,12 +81,14 @@ def _continue_rows(
     An encoder with a language head on it predicts no next token: its ids stay as they are.
     """
     device = cast(nn.Embedding, model.get_input_embeddings()).weight.device
+    # Later versions of transformers call it cache, and warn of the other name.
+    cache_name = "cache" if accepts_argument(model, "cache") else "past_key_values"
     current = ids[:, :1].to(device)
-    past = None
+    cache = None
     for position in track_progress(range(1, ids.shape[1]), "writing own text", progress):
-        output = model(input_ids=current, past_key_values=past, use_cache=True)
-        past = output.past_key_values
-        if past is None:
+        output = model(input_ids=current, use_cache=True, **{cache_name: cache})
+        cache = getattr(output, cache_name, None)
+        if cache is None:
             return
         likely = output.logits[:, -1].float().softmax(-1).cpu()
         ids[:, position : position + 1] = torch.multinomial(likely, 1, generator=generator)

@@ -1,7 +1,8 @@
-"""Converting what does not fit in memory: safetensors to safetensors, one block of the model at a time.
+"""Converting what does not fit in memory: safetensors to safetensors, one block at a time.
 
-The blocks before the current one are stood in for by what they put out on the calibration tokens, so that each is read once.
-What is held: the tensors of one block and the next, read ahead, and hidden_size numbers per calibration token.
+The blocks before the current one are stood in for by what they put out on the calibration tokens,
+so that each is read once. What is held: the tensors of one block and the next, read ahead, and
+hidden_size numbers per calibration token; twice that in a mixture of experts.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ class StreamedConversion:
             _give_back()
 
     def _place_and_copy(self, tensors: Mapping[str, Tensor], ffns: list[StockFFN]) -> None:
-        """Give a block the ``tensors`` that are read of it, and write those that the student has."""
+        """Give a block the ``tensors`` that are read, and write those that the student has."""
         read = set(tensors)
         if self.source is None:
             read = self.streamed.get_names_read_by(ffns)
@@ -190,7 +191,7 @@ class StreamedConversion:
 
 
 def _require_one_stack(model: PreTrainedModel) -> None:
-    """InputError unless ``model`` is one stack of blocks, with FFNs of their own, behind an embedding."""
+    """InputError unless ``model`` is one stack of blocks, each with its FFN, behind an embedding."""
     embedding = None
     with suppress(NotImplementedError):
         embedding = model.get_input_embeddings()
@@ -217,7 +218,7 @@ def _describe_student(
 def _expect_layer(
     teacher: PreTrainedModel, stock: StockFFN, settings: KernelFFNConfig
 ) -> LayerConfig:
-    """What config.json is to say of the readout that replaces ``stock``, but for reference values."""
+    """What config.json is to say of the readout for ``stock``, but for reference values."""
     up = read_stock_weights(teacher, stock).up
     parameters = get_kernel(settings.kernel).parameters
     reference = dict.fromkeys((*parameters, "scale", "temperature", "threshold"), 1.0)
