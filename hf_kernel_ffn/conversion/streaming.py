@@ -191,7 +191,7 @@ class StreamedConversion:
 
 
 def _require_one_stack(model: PreTrainedModel) -> None:
-    """InputError unless ``model`` is one stack of blocks, each with its FFN, behind an embedding."""
+    """InputError unless ``model`` is one stack of blocks, each with an FFN, behind an embedding."""
     embedding = None
     with suppress(NotImplementedError):
         embedding = model.get_input_embeddings()

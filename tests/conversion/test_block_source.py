@@ -1,4 +1,4 @@
-"""How often blocks are read: linear in depth and experts, and the same numbers as from the embedding."""
+"""How often blocks are read, and that the numbers are those read from the embedding."""
 
 from collections import Counter
 from functools import partial
@@ -19,7 +19,7 @@ from hf_kernel_ffn.text.inputs import make_random_inputs
 IDS = torch.randint(3, 300, (12, 32), generator=torch.Generator().manual_seed(0))
 OPTIONS = {"calibration_ids": IDS, "calibration_tokens": 384}
 ONE_STACK = ("gemma3_text", "bert", "mixtral", "mpt", "vit")
-"""Two rotary embeddings and masks, a split FFN, experts, position biases as an argument, patches."""
+"""Two rotary embeddings and masks, a split FFN, experts, position biases, patches."""
 SEVERAL_STACKS = {
     "t5": "AutoModelForSeq2SeqLM",
     "bart": "AutoModelForSeq2SeqLM",

@@ -1,4 +1,4 @@
-"""What a conversion starts from: the pieces that stand in for a unit, their signs and their lengths."""
+"""What a conversion starts from: the pieces that stand in for a unit, signs and lengths."""
 
 from collections import Counter
 
@@ -46,8 +46,10 @@ def start(weights, inputs, **settings):
 
 
 def unexplained(weights, inputs, **settings):
-    """(units,) share of what a unit writes along its own column that its prototypes miss, the mean write being free if the
-    values are fixed."""
+    """(units,) share of what a unit writes along its own column that its prototypes miss.
+
+    The mean write is free if the values are fixed.
+    """
     found, kernel = start(weights, inputs, **settings)
     unit = found.units.abs().long() - 1
     column = weights.down[unit]
@@ -63,7 +65,7 @@ def unexplained(weights, inputs, **settings):
 
 @pytest.fixture
 def relu2(registry):
-    """A kernel that knows no distance: longer rows and shorter columns are then the same function."""
+    """A kernel without distance: longer rows and shorter columns are then the same function."""
     return import_kernel(f"{RECIPES / 'examples' / 'kernels' / 'controls.py'}:relu2")
 
 
