@@ -17,8 +17,9 @@ from .errors import InputError
 from .experts import KernelExperts
 from .ffn import KernelFFN
 from .integrity import check_folder, check_model, record_checksums
+from .parameters import ConstrainedParameters
 from .record import Readout
-from .tied import make_ffn
+from .tied import TiedKernelFFN, make_ffn
 
 if TYPE_CHECKING:  # it is put before a stock model class
     from transformers import PreTrainedModel as _StockModel
@@ -62,7 +63,7 @@ class KernelModelMixin(_StockModel):
                 ) from None
         super().post_init()
 
-    def kernel_ffns(self) -> dict[str, KernelFFN]:
+    def kernel_ffns(self) -> dict[str, KernelFFN | TiedKernelFFN]:
         """The converted FFNs by their path under the base model, in layer order."""
         return {
             path: self.base_model.get_submodule(path) for path in self.config.kernel_ffn_layers()
@@ -134,7 +135,7 @@ def _require_all_loaded(model: Any, info: dict[str, Any], name: object) -> None:
         )
 
 
-def install_ffn(base: nn.Module, path: str, ffn: KernelFFN) -> list[Change]:
+def install_ffn(base: nn.Module, path: str, ffn: ConstrainedParameters) -> list[Change]:
     """Put ``ffn`` at ``path`` under ``base``.
 
     Where the teacher's FFN was no module of its own, what stood around it now passes on the

@@ -256,6 +256,6 @@ class TiedKernelFFN(ConstrainedParameters):
         return total
 
 
-def make_ffn(config: LayerConfig) -> nn.Module:
+def make_ffn(config: LayerConfig) -> KernelFFN | TiedKernelFFN:
     """The module that ``config`` describes, with random weights."""
     return TiedKernelFFN(config) if config.settings.rows == "tied" else KernelFFN(config)

@@ -1,117 +1,103 @@
-"""A model of which one block at a time has weights: the blocks before it put out what they once did."""
+"""Reading each block once a pass: the blocks before it put out what they once did."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from copy import deepcopy
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import PreTrainedModel
 
-from ..compat import initialize_module
-from ..families.lookup import StockFFN
-from ..families.student import get_name_prefix
-from ..text.inputs import Inputs, make_forward_arguments
-from .sampling import select_fit_rows, split_batches, split_fitted_and_held
-from .tensor_files import Reader
-
-
-class Replay:
-    """A model on the meta device of which one block at a time has weights: the blocks before it put out what they once did."""
-
-    def __init__(self, model: Any, reader: Reader, stack: str):
-        self.base, self.reader, self.stack, self.dtype = (
-            model.base_model,
-            reader,
-            stack,
-            model.dtype,
-        )
-        self.blocks: Any = self.base.get_submodule(stack)
-        self.outputs: dict[bytes, Any] = {}
-        self.key = b""
-        for module in model.modules():  # buffers that no file has, such as rotary frequencies
-            names = [
-                name
-                for name, buffer in module._buffers.items()
-                if buffer is not None and buffer.is_meta
-            ]
-            for name in names:
-                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-            if names:
-                initialize_module(model, module)
-        self.prefix, self.embedding = get_name_prefix(model), model.get_input_embeddings()
-        inside = {id(p) for p in (*self.blocks.parameters(), *self.embedding.parameters())}
-        for name, parameter in list(self.base.named_parameters()):
-            if id(parameter) not in inside:
-                self.place(name, reader.read(self.prefix + name))
-        self.embedding_name = next(
-            self.prefix + name
-            for name, p in self.base.named_parameters()
-            if p is self.embedding.weight
-        )
-        self.embedding.forward = self._embed
-        self.embedding.padding_idx = None  # may be none of the rows that are there
-        self.embedding.weight = _constant(
-            torch.empty(0, dtype=self.dtype)
-        )  # says where token ids are to be
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        self.key = str(tuple(ids.shape)).encode() + ids.contiguous().numpy().tobytes()
-        if self.key in self.outputs:  # what the first block is given is not looked at any more
-            return torch.zeros(*ids.shape, self.embedding.embedding_dim, dtype=self.dtype)
-        unique, inverse = ids.unique(return_inverse=True)
-        self.embedding.weight = _constant(
-            self.reader.rows(self.embedding_name, unique).to(self.dtype)
-        )
-        return type(self.embedding).forward(self.embedding, inverse)
-
-    def names(self, number: int) -> list[str]:
-        """Names of the tensors of a block, under the base model."""
-        return [
-            f"{self.stack}.{number}.{name}" for name, _ in self.blocks[number].named_parameters()
-        ]
-
-    def read_by(self, ffns: list[StockFFN]) -> set[str]:
-        """Names of the tensors that converting ``ffns`` without calibration reads: theirs, and those of the norms before them."""
-        modules = [
-            module
-            for ffn in ffns
-            for module in (ffn.host, ffn.norm(self.base))
-            if module is not None
-        ]
-        inside = {id(p) for module in modules for p in module.parameters()}
-        return {self.prefix + name for name, p in self.base.named_parameters() if id(p) in inside}
-
-    def place(self, name: str, tensor: Tensor) -> None:
-        """Give the parameter ``name``, under the base model, these numbers."""
-        parent, _, leaf = name.rpartition(".")
-        self.base.get_submodule(parent)._parameters[leaf] = _constant(tensor.to(self.dtype))
-
-    def leave(self, number: int) -> None:
-        """Give up the weights of a block."""
-        self.blocks[number].to("meta")
-
-    def advance(self, number: int, ids: Inputs) -> None:
-        """Keep what block ``number`` puts out when a conversion reads ``ids`` (rows, length), and let it put out that from then on."""
-        outputs: dict[bytes, Any] = {}
-
-        def stop(module, args, output):
-            outputs[self.key] = output
-            raise _Done
-
-        hook = self.blocks[number].register_forward_hook(stop)
-        for part in (select_fit_rows(ids), *split_fitted_and_held(ids)):
-            for batch in split_batches(part):
-                with suppress(_Done):
-                    self.base(**make_forward_arguments(self.base, batch))
-        hook.remove()
-        self.outputs = outputs
-        self.blocks[number].forward = lambda *args, **kwargs: self.outputs[self.key]
+from ..families.lookup import find_stacks
+from ..families.registry import get_architecture_of_model
+from .block_source import BlockSource, Pass
+from .calibration_set import PURPOSES, CalibrationSet, Purpose
+from .sampling import Reached
 
 
-def _constant(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+class Replay(BlockSource):
+    """Reads a block without those before it, whose outputs on the calibration rows are kept.
+
+    They take hidden_size numbers per token that the calibration set reads.
+    """
+
+    def __init__(self, model: PreTrainedModel, calibration: CalibrationSet):
+        """Read FFNs of ``model``, in one stack of blocks, on the rows of ``calibration``."""
+        super().__init__(model, calibration)
+        self.blocks = list(model.base_model.get_submodule(find_only_stack(model)).children())
+        self.closed = 0
+        """How many blocks put out what they once did."""
+        self._outputs: dict[tuple[Purpose, int], object] = {}
+        self._current: tuple[Purpose, int] = (PURPOSES[0], 0)
+
+    def model_passes(self, purpose: Purpose) -> Iterator[Pass]:
+        """Yield a pass of the model for every batch of a purpose."""
+        for number, run in enumerate(super().model_passes(purpose)):
+            yield partial(self._run_batch, (purpose, number), run)
+
+    @torch.no_grad()
+    def close_blocks(self, last: int) -> None:
+        """Keep what block ``last`` puts out, and let the blocks up to it run no more."""
+
+        def keep(block: nn.Module, args: object, output: object) -> None:
+            self._outputs[self._current] = output
+            raise Reached
+
+        hook = self.blocks[last].register_forward_hook(keep)
+        try:
+            for purpose in PURPOSES:
+                for run in self.model_passes(purpose):
+                    with suppress(Reached):
+                        run()
+        finally:
+            hook.remove()
+        self._stand_in_for_blocks(last)
+
+    def replay_output(self, last: int, output: object) -> None:
+        """Let the blocks up to number ``last`` put out ``output`` for the first batch to fit on."""
+        self._outputs[PURPOSES[0], 0] = output
+        self._stand_in_for_blocks(last)
+
+    def _run_batch(self, batch: tuple[Purpose, int], run: Pass) -> object:
+        self._current = batch
+        return run()
+
+    def _stand_in_for_blocks(self, last: int) -> None:
+        """Put the outputs kept in place of what the blocks up to number ``last`` compute."""
+        for block in self.blocks[self.closed : last]:
+            block.forward = self._get_output
+        self.blocks[last].forward = self._copy_output
+        self.closed = last + 1
+
+    def _get_output(self, *args: object, **kwargs: object) -> object:
+        """Of any block but the last closed one: nothing that counts is computed from it."""
+        return self._outputs[self._current]
+
+    def _copy_output(self, *args: object, **kwargs: object) -> object:
+        """Of the last closed block, a copy: what follows may write into what it is given."""
+        return deepcopy(self._outputs[self._current])
 
 
-class _Done(Exception):
-    """The forward pass has come as far as it is needed."""
+def find_only_stack(model: PreTrainedModel) -> str:
+    """Return the path under the base model of its blocks, where they are one stack."""
+    [path] = find_stacks(model.base_model, get_architecture_of_model(model))
+    return path
+
+
+def find_reason_against_stack(model: PreTrainedModel) -> str | None:
+    """Say why ``model`` is not one stack of blocks with FFNs of their own; None if it is.
+
+    The model may be on the meta device.
+    """
+    architecture = get_architecture_of_model(model)
+    stacks = find_stacks(model.base_model, architecture)
+    if len(stacks) != 1:
+        return f"it has {len(stacks)} stacks of blocks"
+    if model.config.is_encoder_decoder:
+        return "it is an encoder with a decoder"
+    if architecture.shared:
+        return "its layers share their FFNs"
+    return None

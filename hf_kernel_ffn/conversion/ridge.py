@@ -1,42 +1,56 @@
-"""Closed-form calibration: output prototypes, output bias and temperature of a readout from a sample of tokens.
+"""Closed-form calibration of a readout: output prototypes, output bias and temperature.
 
-The output prototypes are re-solved by ridge regression toward where they start (the scaled columns of W_out), with
-the strength of the pull chosen on tokens that the solution has not seen. Tokens are seen batch by batch, and only sums over
-them are kept; under torch.distributed each process reads a share of them.
+The output prototypes are solved for anew by ridge regression toward where they start, the scaled
+columns of W_out. The strength of the pull is chosen on tokens that the solution has not seen.
+Tokens are seen batch by batch, and only sums over them are kept; under torch.distributed each
+process reads a share of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..checkpoint_code.ffn import KernelFFN
-from .sampling import is_distributed
+from .calibration_set import is_distributed
 
 PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Candidates for the pull toward the initial dictionary, in units of a prototype's mean squared coefficient."""
+"""Candidates for the pull toward the initial dictionary, in units of a prototype's mean squared
+coefficient."""
 TEMPERATURES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Candidates for τ, in standard deviations of the log kernel over prototypes."""
 CHUNK = 2048
 """Tokens whose coefficients are held at once."""
+BIAS_PULL = 1e-6
+"""The pull on the output bias, which is all but free."""
+SMALLEST_SIZE = 1e-12
+"""Root mean square coefficients below this are taken as this where they divide."""
+SMALLEST_VARIANCE = 1e-30
+"""The same of the variance of what the initial dictionary writes."""
+SMALLEST_SPREAD = 1e-3
+"""The log kernel's spread is taken to be at least this: it may be all but constant."""
 
 
 class Moments:
-    """Sums that a ridge regression of outputs on coefficients needs, accumulated chunk by chunk, and over processes."""
+    """Sums that a ridge regression of outputs on coefficients needs.
+
+    They are accumulated chunk by chunk, and over processes.
+    """
 
     def __init__(self, prototypes: int, size: int, device: torch.device):
+        """Begin with no tokens; ``size``: of an output."""
         self.count = 0.0
-        self.cc = torch.zeros(
-            prototypes + 1, prototypes + 1, device=device
-        )  # the last coefficient is a constant 1
+        # The last coefficient is a constant 1.
+        self.cc = torch.zeros(prototypes + 1, prototypes + 1, device=device)
         self.cy = torch.zeros(prototypes + 1, size, device=device)
         self.yy = 0.0
 
     def add(self, coefficients: Tensor, outputs: Tensor) -> None:
-        """``coefficients`` (tokens, prototypes), ``outputs`` (tokens, size)."""
+        """Add tokens by ``coefficients`` (tokens, prototypes) and ``outputs`` (tokens, size)."""
         extended = torch.cat([coefficients, coefficients.new_ones(len(coefficients), 1)], 1)
         self.count += len(outputs)
         self.cc.addmm_(extended.T, extended)
@@ -45,33 +59,36 @@ class Moments:
 
     def all_reduce(self) -> None:
         """Make every sum that over all processes of torch.distributed, if it is initialised."""
-        if is_distributed():
-            scalars = torch.tensor(
-                [self.count, self.yy], dtype=torch.float64, device=self.cc.device
-            )
-            for sums in (scalars, self.cc, self.cy):
-                dist.all_reduce(sums)
-            self.count, self.yy = scalars.tolist()
+        if not is_distributed():
+            return
+        scalars = torch.tensor([self.count, self.yy], dtype=torch.float64, device=self.cc.device)
+        for sums in (scalars, self.cc, self.cy):
+            dist.all_reduce(sums)
+        self.count, self.yy = scalars.tolist()
 
     def error(self, dictionary: Tensor) -> float:
-        """Mean squared error of ``dictionary`` (prototypes + 1, size; the last row is the output bias)."""
+        """Compute the mean squared error of ``dictionary``.
+
+        It is (prototypes + 1, size); the last row is the output bias.
+        """
         cross = (dictionary * self.cy).sum(dtype=torch.float64).item()
         square = (dictionary * (self.cc @ dictionary)).sum(dtype=torch.float64).item()
         return (self.yy - 2 * cross + square) / max(self.count, 1)
 
     def solve(self, start: Tensor, pull: float) -> Tensor:
-        """Minimiser of the squared error plus ``pull`` times the squared change from ``start`` (prototypes + 1, size),
-        the change of a prototype measured in what it writes."""
-        size = self.cc.diagonal().sqrt().clamp_min(1e-12)
+        """Minimise the squared error plus ``pull`` times the squared change from ``start``.
+
+        The change of a prototype is measured in what it writes. Both ``start`` and the minimiser
+        are (prototypes + 1, size).
+        """
+        size = self.cc.diagonal().sqrt().clamp_min(SMALLEST_SIZE)
         gram = self.cc / size[:, None] / size
         penalty = torch.full_like(size, pull)
-        penalty[-1] = 1e-6  # the output bias is free
+        penalty[-1] = BIAS_PULL
         gram.diagonal().add_(penalty)
         residual = (self.cy - self.cc @ start) / size[:, None]
-        return (
-            start
-            + torch.linalg.solve(gram.double(), residual.double()).to(start.dtype) / size[:, None]
-        )
+        change = torch.linalg.solve(gram.double(), residual.double()).to(start.dtype)
+        return start + change / size[:, None]
 
 
 @torch.no_grad()
@@ -86,75 +103,117 @@ def calibrate_ffn(
     """Fit the output prototypes and output bias of ``ffn`` (float32) to ``teacher``, in place.
 
     Args:
-        sample: (tokens, hidden_size) inputs, the same on every process, whose spread gives the candidates for the temperature.
-        fitted: batches (tokens, hidden_size) of inputs on which the solution is found, this process's share.
-        held: batches that choose the pull, and the temperature where ``temperature`` is None and the readout has one.
+        sample: (tokens, hidden_size) inputs, the same on every process, whose spread gives the
+            candidates for the temperature.
+        fitted: batches (tokens, hidden_size) of inputs on which the solution is found, this
+            process's share.
+        held: batches that choose the pull, and the temperature where ``temperature`` is None and
+            the readout has one.
+        temperature: of the settings; None: to be fitted.
 
     Returns:
-        ``fvu_start`` and ``fvu``: fraction of variance unexplained on the tokens held out, before and after;
-        ``pull``; ``dictionary_growth``: norm of the dictionary over that of the initial one at its best scale.
+        ``fvu_start`` and ``fvu``: fraction of variance unexplained on the tokens held out, before
+        and after; ``pull``; ``dictionary_growth``: norm of the dictionary over that of the initial
+        one at its best scale.
     """
-    weight, bias = ffn.output_prototypes.weight, ffn.output_prototypes.bias
+    weight = ffn.output_prototypes.weight
+    bias = ffn.output_prototypes.bias
     start = torch.cat([weight.T, bias[None]])
-    choices: list[float | None] = [None]
+    temperatures: list[float | None] = [None]
     if "temperature" in ffn.log_ratio and temperature is None:
         spread = _log_kernel_spread(ffn, sample)
-        choices = [share * spread for share in TEMPERATURES]
-    best: tuple | None = None
-    for tau, train, test in zip(
-        choices, _moments(ffn, teacher, fitted, choices), _moments(ffn, teacher, held, choices)
-    ):
-        mean = test.cy[-1] / test.count
-        variance = test.yy / test.count - mean.square().sum().item()
-        origin = _scaled(train, start)
-        for pull in PULLS:
-            solution = train.solve(origin, pull)
-            error = test.error(solution) / variance
-            if best is None or error < best[0]:
-                best = (error, tau, pull, solution, test.error(origin) / variance, origin)
+        temperatures = [share * spread for share in TEMPERATURES]
+
+    fitted_moments = _gather_moments(ffn, teacher, fitted, temperatures)
+    held_moments = _gather_moments(ffn, teacher, held, temperatures)
+    best: Solution | None = None
+    for tau, train, test in zip(temperatures, fitted_moments, held_moments, strict=True):
+        for solution in _solve_for_pulls(train, test, start, tau):
+            if best is None or solution.error < best.error:
+                best = solution
     assert best is not None
-    error, tau, pull, solution, error_start, origin = best
-    if tau is not None:
-        ffn.set_reference("temperature", tau)
-    weight.copy_(solution[:-1].T)
-    bias.copy_(solution[-1])
+
+    if best.temperature is not None:
+        ffn.set_reference("temperature", best.temperature)
+    weight.copy_(best.dictionary[:-1].T)
+    bias.copy_(best.dictionary[-1])
     return {
-        "fvu_start": error_start, "fvu": error, "pull": pull,
-        "dictionary_growth": (weight.norm() / origin[:-1].norm()).item(),
-    }  # fmt: skip
+        "fvu_start": best.error_start,
+        "fvu": best.error,
+        "pull": best.pull,
+        "dictionary_growth": (weight.norm() / best.start[:-1].norm()).item(),
+    }
 
 
-def _moments(ffn, teacher, batches, temperatures) -> list[Moments]:
-    """Those of every temperature, gathered side by side: inputs are seen once."""
-    found = [
+class Solution(NamedTuple):
+    """Output prototypes for one temperature and pull; errors are shares of the variance."""
+
+    error: float
+    """On the tokens held out."""
+    temperature: float | None
+    pull: float
+    dictionary: Tensor
+    """(prototypes + 1, size); the last row is the output bias."""
+    error_start: float
+    """On the tokens held out, of ``start``."""
+    start: Tensor
+    """What it was pulled to, of the same shape."""
+
+
+def _solve_for_pulls(
+    train: Moments, test: Moments, start: Tensor, temperature: float | None
+) -> Iterator[Solution]:
+    """The solution for every pull toward ``start`` at its best scale."""
+    mean = test.cy[-1] / test.count
+    variance = test.yy / test.count - mean.square().sum().item()
+    scaled_start = _scale_start(train, start)
+    error_start = test.error(scaled_start) / variance
+    for pull in PULLS:
+        dictionary = train.solve(scaled_start, pull)
+        error = test.error(dictionary) / variance
+        yield Solution(error, temperature, pull, dictionary, error_start, scaled_start)
+
+
+def _gather_moments(
+    ffn: KernelFFN,
+    teacher: Callable[[Tensor], Tensor],
+    batches: Iterable[Tensor],
+    temperatures: Sequence[float | None],
+) -> list[Moments]:
+    """The moments for every temperature, gathered side by side: inputs are seen once."""
+    all_moments = [
         Moments(ffn.config.prototypes, ffn.config.hidden_size, ffn.units.device)
         for _ in temperatures
     ]
     for batch in batches:
         for chunk in batch.split(CHUNK):
             outputs = teacher(chunk).float()
-            for moments, temperature in zip(found, temperatures):
+            for moments, temperature in zip(all_moments, temperatures, strict=True):
                 if temperature is not None:
                     ffn.set_reference("temperature", temperature)
                 moments.add(ffn.coefficients(chunk.float()), outputs)
-    for moments in found:
+    for moments in all_moments:
         moments.all_reduce()
-    return found
+    return all_moments
 
 
-def _scaled(moments: Moments, start: Tensor) -> Tensor:
+def _scale_start(moments: Moments, start: Tensor) -> Tensor:
     """``start`` times the one scalar, and with the one bias, that fit best."""
-    mean_c, mean_y = moments.cc[-1, :-1] / moments.count, moments.cy[-1] / moments.count
+    mean_c = moments.cc[-1, :-1] / moments.count
+    mean_y = moments.cy[-1] / moments.count
     written = start[:-1]
-    square = (written * (moments.cc[:-1, :-1] @ written)).sum() / moments.count - (
-        mean_c @ written
-    ).square().sum()
-    cross = (written * moments.cy[:-1]).sum() / moments.count - (mean_c @ written) @ mean_y
-    scalar = cross / square.clamp_min(1e-30)
+    mean_written = mean_c @ written
+    mean_square = (written * (moments.cc[:-1, :-1] @ written)).sum() / moments.count
+    square = mean_square - mean_written.square().sum()
+    cross = (written * moments.cy[:-1]).sum() / moments.count - mean_written @ mean_y
+    scalar = cross / square.clamp_min(SMALLEST_VARIANCE)
     return torch.cat([written * scalar, (mean_y - mean_c @ written * scalar)[None]])
 
 
-def _log_kernel_spread(ffn, inputs) -> float:
+def _log_kernel_spread(ffn: KernelFFN, inputs: Tensor) -> float:
+    """Standard deviation of the log kernel where it fires at ``inputs`` (tokens, hidden_size)."""
     log_kernel = ffn.kernel.log(*ffn.scores(inputs.float()), **ffn.kernel_parameters())
     fires = torch.isfinite(log_kernel)
-    return max(log_kernel[fires].std().item(), 1e-3) if fires.sum() > 1 else 1.0
+    if fires.sum() <= 1:
+        return 1.0
+    return max(log_kernel[fires].std().item(), SMALLEST_SPREAD)

@@ -14,7 +14,7 @@ from ..checkpoint_code.kernels import get_kernel
 from ..checkpoint_code.record import Readout
 from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig
 from ..checkpoint_code.simplex import top_k_mask
-from ..conversion.convert import make_layer_config
+from ..conversion.layer import make_layer_config
 from ..conversion.sampling import read_fit_sample
 from ..families.lookup import find_stock_ffn, find_stock_ffns
 from ..families.registry import get_architecture_of_model

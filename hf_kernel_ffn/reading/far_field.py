@@ -142,6 +142,7 @@ def _choose_parameters(ffn: KernelFFN, kernel: Kernel, states: Tensor) -> dict[s
     """The parameters of ``kernel`` over the prototypes of ``ffn``: its own, or a conversion's
     start."""
     rows, bias = prototypes_of(ffn)
+    parameters: Mapping[str, Tensor | float]
     if kernel.name == ffn.kernel.name:
         parameters = ffn.kernel_parameters()
     else:

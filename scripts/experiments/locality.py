@@ -134,12 +134,9 @@ def at_clusters(student, teacher, ids, seed: int) -> list[float]:
     import torch
     from scipy.cluster.vq import kmeans2
 
+    from hf_kernel_ffn.conversion.calibration_set import split_fitted_and_held
     from hf_kernel_ffn.conversion.ridge import calibrate_ffn
-    from hf_kernel_ffn.conversion.sampling import (
-        read_ffn_inputs,
-        read_fit_sample,
-        split_fitted_and_held,
-    )
+    from hf_kernel_ffn.conversion.sampling import read_ffn_inputs, read_fit_sample
     from hf_kernel_ffn.families.lookup import find_stock_ffn
 
     fvus = []

@@ -8,15 +8,13 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from hf_kernel_ffn import KernelFFNConfig, convert
+from hf_kernel_ffn.conversion import calibration_set
 from hf_kernel_ffn.conversion import convert as surgery
 from hf_kernel_ffn.conversion import ridge as calibration
-from hf_kernel_ffn.conversion import sampling
+from hf_kernel_ffn.conversion.block_source import BlockSource
+from hf_kernel_ffn.conversion.calibration_set import CalibrationSet, split_fitted_and_held
 from hf_kernel_ffn.conversion.ridge import Moments
-from hf_kernel_ffn.conversion.sampling import (
-    read_ffn_inputs,
-    read_fit_sample,
-    split_fitted_and_held,
-)
+from hf_kernel_ffn.conversion.sampling import read_ffn_inputs, read_fit_sample
 from hf_kernel_ffn.families.lookup import find_ffn_paths
 from hf_kernel_ffn.families.registry import get_architecture_of_model
 
@@ -102,24 +100,24 @@ def test_a_conversion_that_fails_leaves_the_teacher_as_it_was(teacher, text, mon
 )
 def test_inputs_are_held_one_batch_at_a_time(llama, text, monkeypatch, settings):
     batches, peak = [], []
-    original = surgery.read_ffn_inputs
+    original = BlockSource.read
 
-    def watched(model, path, ids):
-        for batch in original(model, path, ids):
+    def watched(source, ffn, purpose):
+        for batch in original(source, ffn, purpose):
             batches.append(weakref.ref(batch))
             peak.append(len(batch) * sum(reference() is not None for reference in batches))
             yield batch
 
-    monkeypatch.setattr(surgery, "read_ffn_inputs", watched)
-    monkeypatch.setattr(sampling, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(BlockSource, "read", watched)
+    monkeypatch.setattr(calibration_set, "BATCH_TOKENS", 64)
     convert(llama, settings, calibration_ids=text)
-    assert len(batches) == 3 * 1024 // 64  # every token once per layer
+    assert len(batches) == 3 * 2 * 1024 // 64  # every token twice per layer: to start, and to solve
     assert max(peak) <= 2 * 64  # the batch at hand, and the one before until it is let go
 
 
 def test_batches_make_no_difference(llama, text, monkeypatch):
     whole, _ = convert(llama, calibration_ids=text)
-    monkeypatch.setattr(sampling, "BATCH_TOKENS", 96)
+    monkeypatch.setattr(calibration_set, "BATCH_TOKENS", 96)
     monkeypatch.setattr(calibration, "CHUNK", 40)
     parts, _ = convert(llama, calibration_ids=text)
     for name, tensor in whole.state_dict().items():
@@ -137,9 +135,19 @@ def test_a_quarter_of_the_text_is_held_out(rows, length):
         assert len(fitted) >= 0.6 * len(ids) and held.numel() >= 0.2 * ids.numel()
 
 
+def test_the_rows_of_a_conversion_are_chosen_once():
+    ids = torch.arange(64 * 8).view(64, 8)
+    chosen = CalibrationSet.choose(ids, 40 * 8 + 7)
+    assert chosen.tokens == 40 * 8
+    assert torch.equal(chosen.ridge, ids[:30]) and torch.equal(chosen.held_out, ids[30:40])
+    assert len(chosen.fit) == calibration_set.FIT_ROWS
+    assert chosen.fit[0, 0] == 0 and torch.equal(chosen.fit[-1], ids[39])
+    assert sum(map(len, chosen.batches("ridge"))) == 30
+
+
 def test_the_sample_is_spread_over_the_text(llama, text, monkeypatch):
-    monkeypatch.setattr(sampling, "FIT_TOKENS", 64)
-    monkeypatch.setattr(sampling, "FIT_ROWS", 8)
+    monkeypatch.setattr(calibration_set, "FIT_TOKENS", 64)
+    monkeypatch.setattr(calibration_set, "FIT_ROWS", 8)
     path = "layers.1.mlp"
     rows = [
         0,

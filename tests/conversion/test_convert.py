@@ -3,11 +3,13 @@
 import copy
 
 import pytest
+import tiny_families
 import torch
 import transformers
 from torch import nn
 
 from hf_kernel_ffn import InputError, KernelFFN, KernelFFNConfig, convert, restore
+from hf_kernel_ffn.conversion import convert as surgery
 from hf_kernel_ffn.families.lookup import find_ffn_paths
 from hf_kernel_ffn.families.registry import get_architecture_of_model
 from hf_kernel_ffn.families.weights import read_ffn_weights, read_teacher_readout
@@ -56,6 +58,64 @@ def test_teacher_stays_as_it_is(teacher, ids):
     assert [type(module) for module in teacher.modules()] == modules
     assert teacher.config.to_dict() == config
     assert all(not module._forward_pre_hooks for module in teacher.modules())
+
+
+def test_training_flags_of_the_teachers_parts_stay(llama):
+    frozen = llama.model.layers[1]
+    llama.train()
+    frozen.eval()
+    before = [module.training for module in llama.modules()]
+    try:
+        convert(llama, **OWN_TOKENS)
+        assert [module.training for module in llama.modules()] == before
+    finally:
+        llama.eval()
+
+
+def attributes(model):
+    """What stands at every path of a model that is neither a module nor a tensor."""
+    return {
+        path: {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        for path, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "bart", "mixtral"])
+def test_an_installation_that_fails_half_way_is_undone(family, ids, monkeypatch):
+    """Of one FFN, of an FFN that absorbs a number, and of several experts in one block."""
+    teacher = tiny_families.tiny(family, "AutoModelForCausalLM")
+    modules = list(teacher.named_modules())
+    before = attributes(teacher)
+    done = []
+
+    def install(base, path, ffn):
+        done.append(path)
+        surgery_install(base, path, ffn)
+        if len(done) == 2:
+            raise RuntimeError("half-way")
+
+    surgery_install = surgery.install_ffn
+    monkeypatch.setattr(surgery, "install_ffn", install)
+    with pytest.raises(RuntimeError, match="half-way"):
+        convert(teacher, calibration_ids=ids, calibration_tokens=256)
+    after = list(teacher.named_modules())
+    assert [path for path, _ in after] == [path for path, _ in modules]
+    assert all(one is other for (_, one), (_, other) in zip(after, modules, strict=True))
+    assert attributes(teacher) == before
+
+
+def test_a_bar_is_shown_from_the_first_text_on(llama, ids, capsys):
+    convert(llama, **OWN_TOKENS, progress=True)
+    shown = capsys.readouterr().out
+    assert [
+        label for label in ("checking", "writing own text", "converting") if label in shown
+    ] == [
+        "checking",
+        "writing own text",
+        "converting",
+    ]
+    convert(llama, **OWN_TOKENS)
+    assert capsys.readouterr().out == ""
 
 
 def test_every_ffn_is_replaced_and_the_rest_is_the_teachers_own_memory(teacher, run, ids):

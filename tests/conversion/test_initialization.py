@@ -1,4 +1,4 @@
-"""What a conversion starts from: the pieces that stand in for a unit, their signs and their lengths."""
+"""What a conversion starts from: the pieces that stand in for a unit, signs and lengths."""
 
 from collections import Counter
 
@@ -8,8 +8,10 @@ from teachers import RECIPES
 
 from hf_kernel_ffn import KernelFFNConfig, convert
 from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
+from hf_kernel_ffn.checkpoint_code.settings import INITIALISERS as SETTINGS_NAMES
 from hf_kernel_ffn.checkpoint_code.settings import resolve_defaults
 from hf_kernel_ffn.conversion.initialization import initialise_prototypes
+from hf_kernel_ffn.conversion.initialization.prototypes import INITIALISERS
 from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
 from hf_kernel_ffn.families.lookup import find_ffn_paths
 from hf_kernel_ffn.families.registry import get_architecture_of_model
@@ -44,8 +46,10 @@ def start(weights, inputs, **settings):
 
 
 def unexplained(weights, inputs, **settings):
-    """(units,) share of what a unit writes along its own column that its prototypes miss, the mean write being free if the
-    values are fixed."""
+    """(units,) share of what a unit writes along its own column that its prototypes miss.
+
+    The mean write is free if the values are fixed.
+    """
     found, kernel = start(weights, inputs, **settings)
     unit = found.units.abs().long() - 1
     column = weights.down[unit]
@@ -61,7 +65,7 @@ def unexplained(weights, inputs, **settings):
 
 @pytest.fixture
 def relu2(registry):
-    """A kernel that knows no distance: longer rows and shorter columns are then the same function."""
+    """A kernel without distance: longer rows and shorter columns are then the same function."""
     return import_kernel(f"{RECIPES / 'examples' / 'kernels' / 'controls.py'}:relu2")
 
 
@@ -145,3 +149,7 @@ def test_a_fraction_keeps_the_loudest(layer):
     assert torch.equal(some.rows, all_of_them.rows[kept]) and torch.equal(
         some.units, all_of_them.units[kept]
     )
+
+
+def test_every_initialiser_that_settings_know_is_registered():
+    assert set(INITIALISERS) == set(SETTINGS_NAMES)

@@ -22,11 +22,18 @@ from hf_kernel_ffn.storage.verification import verify_folder
 
 IDS = torch.randint(3, 300, (12, 32), generator=torch.Generator().manual_seed(0))
 FAMILIES = {
-    "llama": "AutoModelForCausalLM", "gpt2": "AutoModelForCausalLM", "phi3": "AutoModelForCausalLM", "gemma2": "AutoModelForCausalLM",
-    "gemma3_text": "AutoModelForCausalLM", "bloom": "AutoModelForCausalLM", "bert": "AutoModelForMaskedLM",
-    "modernbert": "AutoModelForSequenceClassification", "mixtral": "AutoModelForCausalLM", "qwen3_moe": "AutoModelForCausalLM",
+    "llama": "AutoModelForCausalLM",
+    "gpt2": "AutoModelForCausalLM",
+    "phi3": "AutoModelForCausalLM",
+    "gemma2": "AutoModelForCausalLM",
+    "gemma3_text": "AutoModelForCausalLM",
+    "bloom": "AutoModelForCausalLM",
+    "bert": "AutoModelForMaskedLM",
+    "modernbert": "AutoModelForSequenceClassification",
+    "mixtral": "AutoModelForCausalLM",
+    "qwen3_moe": "AutoModelForCausalLM",
     "olmoe": "AutoModelForCausalLM",
-}  # fmt: skip
+}
 """Plain, gated, fused, split and expert FFNs; heads that generate, fill in and classify."""
 REFUSED = {
     "t5": "AutoModelForSeq2SeqLM",
@@ -285,7 +292,8 @@ def test_what_is_held_does_not_grow_with_the_blocks(tokenizer, tmp_path, monkeyp
 
     def weigh():
         gc.collect()
-        # exactly these types: what an earlier test compiled leaves FakeTensors behind, which have no storage to ask
+        # exactly these types: what an earlier test compiled leaves FakeTensors behind, which have
+        # no storage to ask
         tensors = [
             o
             for o in gc.get_objects()
@@ -301,5 +309,6 @@ def test_what_is_held_does_not_grow_with_the_blocks(tokenizer, tmp_path, monkeyp
         part.save_pretrained(tmp_path / "stored")
     monkeypatch.setattr(streaming, "_give_back", weigh)
     convert_streamed(str(tmp_path / "stored"), tmp_path / "out", calibration_tokens=0)
-    # The next block may have been read ahead already, and this one may wait to be written; kept blocks would be six.
+    # The next block may have been read ahead already, and this one may wait to be written; kept
+    # blocks would be six.
     assert len(held) == 8 and held[6] < held[0] + 3 * block

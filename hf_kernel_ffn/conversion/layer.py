@@ -1,0 +1,139 @@
+"""One FFN converted: the readout that stands in for it, and its figures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from ..checkpoint_code.tied import TiedKernelFFN
+from ..families.lookup import StockFFN, get_attribute_at
+from ..families.weights import FFNWeights, read_stock_weights
+from .block_source import BlockSource
+from .figures import measure_fvu
+from .initialization import initial_gate_bias, initialise_prototypes
+from .ridge import calibrate_ffn
+from .sampling import make_blind_sample
+from .tied import make_tied_ffn
+
+ConvertedFFN = KernelFFN | TiedKernelFFN
+"""What may stand in for an FFN."""
+
+
+def convert_ffn(
+    model: PreTrainedModel, stock: StockFFN, settings: KernelFFNConfig, source: BlockSource | None
+) -> tuple[ConvertedFFN, dict[str, Any]]:
+    """Make the readout, in float32, for the FFN ``stock`` of ``model``, and its figures.
+
+    Free rows are calibrated on what ``source`` reads, unless that is None; tied ones need no more
+    than the fit of their pieces.
+    """
+    weights = read_stock_weights(model, stock)
+    if source is None:
+        sample = make_blind_sample(stock.norm(model.base_model), weights.up)
+    else:
+        sample = source.read_fit_sample(stock)
+    in_float32: Any = {
+        name: part.float() for name, part in weights._asdict().items() if isinstance(part, Tensor)
+    }
+    weights = weights._replace(**in_float32)
+
+    ffn: ConvertedFFN
+    figures: dict[str, Any] = {}
+    if settings.rows == "tied":
+        size = weights.up.shape[1]
+        layer = make_layer_config(model, stock, settings, size, len(weights.up), {})
+        ffn = make_tied_ffn(weights, layer, sample)
+        if source is not None:
+            figures = measure_fvu(ffn, stock, source.read(stock, "held_out"))
+    else:
+        ffn = _make_free_ffn(model, stock, settings, weights, sample)
+        if source is not None:
+            fitted = source.read(stock, "ridge")
+            held = source.read(stock, "held_out")
+            figures = calibrate_ffn(ffn, stock, sample, fitted, held, settings.temperature)
+    return ffn, {
+        "prototypes": ffn.config.prototypes,
+        "parameters": sum(parameter.numel() for parameter in ffn.parameters()),
+        "reference": dict(ffn.config.reference),
+        **figures,
+    }
+
+
+def _make_free_ffn(
+    model: PreTrainedModel,
+    stock: StockFFN,
+    settings: KernelFFNConfig,
+    weights: FFNWeights,
+    sample: Tensor,
+) -> KernelFFN:
+    """A readout with a row for every prototype, fitted on ``sample`` (tokens, hidden_size)."""
+    start = initialise_prototypes(weights, settings, sample)
+    reference = dict(start.parameters)
+    reference["scale"] = start.scale if settings.intensity == "mass" else 1.0
+    if not settings.coefficients_are_kernel:
+        reference["temperature"] = settings.temperature or 1.0
+    if settings.simplex == "threshold":
+        reference["threshold"] = 1.0  # found below
+
+    up_rows = up_bias = None
+    if settings.values == "gated":
+        unit = start.units.abs().long() - 1
+        up_rows = weights.up.index_select(0, unit)
+        up_bias = None if weights.up_bias is None else weights.up_bias[unit]
+    ffn = KernelFFN.from_prototypes(
+        make_layer_config(model, stock, settings, start.rows.shape[1], len(start.rows), reference),
+        rows=start.rows,
+        dictionary=start.dictionary,
+        units=start.units,
+        bias=start.bias,
+        output_bias=weights.down_bias,
+        up_rows=up_rows,
+        up_bias=up_bias,
+        gate_bias=initial_gate_bias(),
+    ).requires_grad_(False)
+    if settings.simplex == "threshold":
+        ffn.fit_threshold(sample)
+        ffn.set_reference("threshold", math.exp(ffn.log_threshold().item()))
+        ffn.threshold_log_ratio.zero_()
+    return ffn
+
+
+def make_layer_config(
+    model: PreTrainedModel,
+    stock: StockFFN,
+    settings: KernelFFNConfig,
+    size: int,
+    prototypes: int,
+    reference: dict[str, float],
+) -> LayerConfig:
+    """Describe the readout that replaces ``stock`` as config.json does.
+
+    Args:
+        settings: resolved.
+        size: hidden_size of the FFN.
+        prototypes: how many.
+        reference: see :class:`hf_kernel_ffn.checkpoint_code.settings.LayerConfig`.
+    """
+
+    def read_dropout(attribute: str | None) -> float:
+        return float(get_attribute_at(model.config, attribute)) if attribute else 0.0
+
+    experts = 0
+    if stock.expert is not None:
+        experts = len(get_attribute_at(stock.host, stock.shape.down))
+    return LayerConfig(
+        settings,
+        size,
+        prototypes,
+        reference,
+        dropout=read_dropout(stock.shape.dropout),
+        hidden_dropout=read_dropout(stock.shape.hidden_dropout),
+        number=stock.number,
+        absorbed=stock.absorbed,
+        experts=experts,
+    )
