@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from hf_kernel_ffn import compat, convert
+from hf_kernel_ffn import KernelFFNConfig, compat, convert
 from hf_kernel_ffn.conversion.sampling import write_own_text
 from hf_kernel_ffn.reading import tracing
 
@@ -39,7 +39,7 @@ def greedy_tokens(model, ids, count):
 
 
 def test_a_stock_model_and_a_student_run_with_the_cache(teacher, ids, refuse_deprecations):
-    student, _ = convert(teacher, calibration_ids=ids, calibration_tokens=256)
+    student, _ = convert(teacher, KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256)
     for model in (teacher, student):
         with torch.no_grad():
             found = greedy_tokens(model, ids[:2, :5], 6)

@@ -24,7 +24,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_kernel_ffn import InputError, convert
+from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.checkpoint_code.linears import get_effective_weight
 from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.distillation.objectives import layer_wise, logits
@@ -218,7 +218,9 @@ def test_a_static_cache_generates_the_same(student, ids):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 def test_left_padding_changes_nothing(make_teacher, ids, family):
-    model, _ = convert(make_teacher(family), calibration_ids=ids, calibration_tokens=256)
+    model, _ = convert(
+        make_teacher(family), KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256
+    )
     short, long = ids[0, :6], ids[1, :11]
     padded = torch.stack([torch.cat([torch.zeros(5, dtype=torch.long), short]), long])
     mask = torch.tensor([[0] * 5 + [1] * 6, [1] * 11])
@@ -285,9 +287,9 @@ def test_trainer_trains_one_epoch(student, ids, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 def test_a_classification_head_is_trained_on_a_converted_model(make_teacher, ids, tmp_path, family):
-    convert(make_teacher(family), calibration_ids=ids, calibration_tokens=256)[0].save_pretrained(
-        tmp_path / "student"
-    )
+    convert(make_teacher(family), KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256)[
+        0
+    ].save_pretrained(tmp_path / "student")
     model = load(tmp_path / "student", AutoModelForSequenceClassification, num_labels=2)
     many = ids.repeat(6, 1)
     labels = (many[:, -1] % 2).long()
@@ -331,7 +333,7 @@ def test_a_teacher_on_the_disk_teaches_the_same(teacher_folder, student, ids, tm
         ]
         assert torch.equal(*losses)
     with pytest.raises(InputError, match="offloaded, expected it in memory"):
-        convert(spread, calibration_ids=ids)
+        convert(spread, KernelFFNConfig(), calibration_ids=ids)
 
 
 # the surgery as a file

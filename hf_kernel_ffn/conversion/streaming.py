@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from ..checkpoint_code.kernels import get_kernel
 from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig
 from ..compat import get_tied_parameter_names
 from ..families.lookup import StockFFN
-from ..families.student import ConvertedModel, make_config_entry, make_meta_student
+from ..families.student import make_config_entry, make_meta_student
 from ..families.weights import read_stock_weights
 from ..progress import track_progress
 from ..storage.checkpoint import save_around_weights
@@ -41,6 +42,9 @@ from .layer import make_layer_config
 from .replay import Replay, find_reason_against_stack
 from .streamed_model import StreamedModel
 from .tensor_files import Reader, Writer
+
+if TYPE_CHECKING:
+    from ..families.student import ConvertedModel
 
 
 @torch.no_grad()

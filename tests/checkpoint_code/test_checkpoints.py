@@ -65,7 +65,9 @@ def own_kernel(tmp_path, monkeypatch, registry):
 def students(make_teacher, ids):
     """A converted causal LM of every family."""
     return {
-        family: convert(make_teacher(family), calibration_ids=ids, calibration_tokens=256)[0]
+        family: convert(
+            make_teacher(family), KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256
+        )[0]
         for family in FAMILIES
     }
 
@@ -145,7 +147,9 @@ def elsewhere(students, folders, make_teacher, ids, run_elsewhere, tmp_path_fact
         )
 
         teacher = make_teacher(family, "classify")
-        classifier, _ = convert(teacher, calibration_ids=ids, calibration_tokens=256)
+        classifier, _ = convert(
+            teacher, KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256
+        )
         folder = scratch / f"{family}-classify" / "student"
         classifier.save_pretrained(folder)
         add(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import hf_kernel_ffn
-from hf_kernel_ffn import convert, versions
+from hf_kernel_ffn import KernelFFNConfig, convert, versions
 
 PACKAGE = Path(hf_kernel_ffn.__file__).parent
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -76,9 +76,9 @@ def test_nothing_reads_pickles_or_runs_strings(file):
 @pytest.fixture(scope="module")
 def folder(make_teacher, ids, tmp_path_factory):
     out = tmp_path_factory.mktemp("carried") / "student"
-    convert(make_teacher("llama"), calibration_ids=ids, calibration_tokens=256)[0].save_pretrained(
-        out
-    )
+    convert(make_teacher("llama"), KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256)[
+        0
+    ].save_pretrained(out)
     return out
 
 

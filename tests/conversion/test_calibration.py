@@ -87,7 +87,7 @@ def test_a_conversion_that_fails_leaves_the_teacher_as_it_was(teacher, text, mon
 
     monkeypatch.setattr(surgery, "calibrate_ffn", calibrate)
     with pytest.raises(KeyboardInterrupt):
-        convert(teacher, calibration_ids=text)
+        convert(teacher, KernelFFNConfig(), calibration_ids=text)
     assert len(done) == 1
     assert all(mine is other for mine, other in zip(teacher.modules(), modules, strict=True))
     assert all(not module._forward_pre_hooks for module in modules)
@@ -116,10 +116,10 @@ def test_inputs_are_held_one_batch_at_a_time(llama, text, monkeypatch, settings)
 
 
 def test_batches_make_no_difference(llama, text, monkeypatch):
-    whole, _ = convert(llama, calibration_ids=text)
+    whole, _ = convert(llama, KernelFFNConfig(), calibration_ids=text)
     monkeypatch.setattr(calibration_set, "BATCH_TOKENS", 96)
     monkeypatch.setattr(calibration, "CHUNK", 40)
-    parts, _ = convert(llama, calibration_ids=text)
+    parts, _ = convert(llama, KernelFFNConfig(), calibration_ids=text)
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
 

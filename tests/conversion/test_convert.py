@@ -49,7 +49,7 @@ def test_teacher_stays_as_it_is(teacher, ids):
     before, out, config = states(teacher), logits(teacher, ids), teacher.config.to_dict()
     teacher.train()
     try:
-        student, _ = convert(teacher, **OWN_TOKENS)
+        student, _ = convert(teacher, KernelFFNConfig(), **OWN_TOKENS)
         assert teacher.training and not student.training
     finally:
         teacher.eval()
@@ -66,7 +66,7 @@ def test_training_flags_of_the_teachers_parts_stay(llama):
     frozen.eval()
     before = [module.training for module in llama.modules()]
     try:
-        convert(llama, **OWN_TOKENS)
+        convert(llama, KernelFFNConfig(), **OWN_TOKENS)
         assert [module.training for module in llama.modules()] == before
     finally:
         llama.eval()
@@ -97,7 +97,7 @@ def test_an_installation_that_fails_half_way_is_undone(family, ids, monkeypatch)
     surgery_install = surgery.install_ffn
     monkeypatch.setattr(surgery, "install_ffn", install)
     with pytest.raises(RuntimeError, match="half-way"):
-        convert(teacher, calibration_ids=ids, calibration_tokens=256)
+        convert(teacher, KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256)
     after = list(teacher.named_modules())
     assert [path for path, _ in after] == [path for path, _ in modules]
     assert all(one is other for (_, one), (_, other) in zip(after, modules, strict=True))
@@ -105,7 +105,7 @@ def test_an_installation_that_fails_half_way_is_undone(family, ids, monkeypatch)
 
 
 def test_a_bar_is_shown_from_the_first_text_on(llama, ids, capsys):
-    convert(llama, **OWN_TOKENS, progress=True)
+    convert(llama, KernelFFNConfig(), **OWN_TOKENS, progress=True)
     shown = capsys.readouterr().out
     assert [
         label for label in ("checking", "writing own text", "converting") if label in shown
@@ -114,7 +114,7 @@ def test_a_bar_is_shown_from_the_first_text_on(llama, ids, capsys):
         "writing own text",
         "converting",
     ]
-    convert(llama, **OWN_TOKENS)
+    convert(llama, KernelFFNConfig(), **OWN_TOKENS)
     assert capsys.readouterr().out == ""
 
 
@@ -317,9 +317,9 @@ def test_converted_models_are_not_converted_again(teacher, run):
 
 
 def test_same_teacher_and_seed_same_student(teacher):
-    first, report = convert(teacher, **OWN_TOKENS, seed=3)
-    second, again = convert(teacher, **OWN_TOKENS, seed=3)
-    other, _ = convert(teacher, **OWN_TOKENS, seed=4)
+    first, report = convert(teacher, KernelFFNConfig(), **OWN_TOKENS, seed=3)
+    second, again = convert(teacher, KernelFFNConfig(), **OWN_TOKENS, seed=3)
+    other, _ = convert(teacher, KernelFFNConfig(), **OWN_TOKENS, seed=4)
     assert_same(states(first), states(second))
     assert report.to_dict() == again.to_dict()
     assert report.calibration == "own tokens" and report.calibration_tokens == 256
@@ -330,7 +330,7 @@ def test_same_teacher_and_seed_same_student(teacher):
 @pytest.mark.parametrize("head", ["base", "classify"])
 def test_other_heads_convert_without_text(make_teacher, head, ids):
     teacher = make_teacher("gpt2", head)
-    student, report = convert(teacher, calibration_tokens=128)
+    student, report = convert(teacher, KernelFFNConfig(), calibration_tokens=128)
     assert type(student).__name__ == f"Kernel{type(teacher).__name__}"
     assert len(report.layers) == 3
     with torch.no_grad():
@@ -346,7 +346,9 @@ def test_the_student_has_the_teachers_dtype(llama, run, ids, dtype):
 
 
 def test_calibration_on_text_beats_the_mean_and_its_start(teacher, ids):
-    _, report = convert(teacher, calibration_ids=ids.repeat(4, 1), calibration_tokens=1024)
+    _, report = convert(
+        teacher, KernelFFNConfig(), calibration_ids=ids.repeat(4, 1), calibration_tokens=1024
+    )
     for figures in report.layers.values():
         assert figures["fvu"] < min(1, figures["fvu_start"] + 1e-9)
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from teachers import RECIPES
 from transformers import AutoModelForCausalLM
 
-from hf_kernel_ffn import InputError, convert, evaluate_student
+from hf_kernel_ffn import InputError, KernelFFNConfig, convert, evaluate_student
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation import run as loop_module
 from hf_kernel_ffn.distillation import state as state_module
@@ -68,7 +68,9 @@ def student_folder(teacher_folder, ids, tmp_path_factory):
     """A converted tiny Llama, saved."""
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder("llama"), dtype=torch.float32)
     folder = tmp_path_factory.mktemp("student")
-    convert(teacher, calibration_ids=ids, calibration_tokens=256)[0].save_pretrained(folder)
+    convert(teacher, KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256)[
+        0
+    ].save_pretrained(folder)
     return folder
 
 
@@ -158,7 +160,12 @@ def stage(**changes):
 def pair(teacher, ids):
     """A teacher and a student, everything in both trainable."""
     student, _ = convert(
-        teacher, layers="0,2", calibration_ids=ids, calibration_tokens=256, copy=True
+        teacher,
+        KernelFFNConfig(),
+        layers="0,2",
+        calibration_ids=ids,
+        calibration_tokens=256,
+        copy=True,
     )
     own = copy.deepcopy(teacher).requires_grad_(True)
     return own, student.requires_grad_(True)

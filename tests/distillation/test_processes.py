@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from teachers import RECIPES, SUPPORT
 from transformers import AutoModelForCausalLM
 
-from hf_kernel_ffn import InputError, convert
+from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.distillation import load_recipe
 
 SCRIPT = SUPPORT / "processes.py"
@@ -26,7 +26,9 @@ def content(teacher_folder, text_file, tmp_path_factory, ids):
     sample of each process's tokens and averaged: nearly, not exactly, that of one process.)"""
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder("llama"), dtype=torch.float32)
     folder = tmp_path_factory.mktemp("student")
-    convert(teacher, calibration_ids=ids, calibration_tokens=256)[0].save_pretrained(folder)
+    convert(teacher, KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256)[
+        0
+    ].save_pretrained(folder)
     stages = [
         {"name": "layer-wise", **STAGE, "write_mass": 0.01},
         {"name": "logits", **STAGE, "cross_entropy": 0.5},

@@ -240,7 +240,9 @@ def test_nothing_is_left_behind(case, ids):
 
 
 def test_only_converted_layers_are_reported(llama, ids):
-    student, _ = convert(llama, layers="0,2", calibration_ids=ids, calibration_tokens=256)
+    student, _ = convert(
+        llama, KernelFFNConfig(), layers="0,2", calibration_ids=ids, calibration_tokens=256
+    )
     report = evaluate_student(student, llama, ids)
     assert [layer["path"] for layer in report["layers"]] == ["layers.0.mlp", "layers.2.mlp"]
 
@@ -512,7 +514,7 @@ def test_figures_of_a_trained_teacher(tokenizer):
         RECIPES / "teachers" / "llama", dtype=torch.float32
     )
     text = read_token_ids(tokenizer, [str(RECIPES / "text" / "books-test.txt")], 128, 1024)
-    student, _ = convert(teacher, layers="1", calibration_ids=text[:4])
+    student, _ = convert(teacher, KernelFFNConfig(), layers="1", calibration_ids=text[:4])
     report = evaluate_student(student, teacher, text[4:])
     assert 3 < report["teacher"]["cross_entropy"] < 5
     assert abs(report["delta_cross_entropy"]) < 0.1 < report["loss_recovered"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_kernel_ffn import InputError, convert, register_architecture, restore
+from hf_kernel_ffn import InputError, KernelFFNConfig, convert, register_architecture, restore
 from hf_kernel_ffn.families import registry as registry_module
 from hf_kernel_ffn.families.registry import ARCHITECTURES
 from hf_kernel_ffn.storage.loading import load_student, load_teacher
@@ -70,7 +70,9 @@ def test_it_converts_saves_and_loads_like_the_built_in_ones(
 ):
     register_architecture(entry())
     teacher = load_teacher(str(teacher_at), trust_remote_code=True)
-    student, report = convert(teacher, calibration_ids=ids, calibration_tokens=256)
+    student, report = convert(
+        teacher, KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256
+    )
     assert list(report.layers) == ["blocks.0.expand", "blocks.1.expand"]
     with torch.no_grad():
         expected = student(ids).logits

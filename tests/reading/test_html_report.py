@@ -213,7 +213,7 @@ def test_light_and_dark(page):
 def test_it_stays_small(make_teacher, ids, tmp_path):
     """12 layers, 12 heads, 3072 prototypes each, 64 tokens."""
     wide = make_teacher("gpt2", n_layer=12, n_head=12, n_embd=48, n_inner=3072, n_positions=64)
-    student, _ = convert(wide, calibration_ids=ids[:4].repeat(1, 2))
+    student, _ = convert(wide, KernelFFNConfig(), calibration_ids=ids[:4].repeat(1, 2))
     passed = trace(student, Letters(), torch.cat([ids[0], ids[1]]))
     write_report(
         tmp_path / "page.html",

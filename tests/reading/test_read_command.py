@@ -6,7 +6,7 @@ import sys
 import pytest
 from tiny_families import tiny
 
-from hf_kernel_ffn import convert
+from hf_kernel_ffn import KernelFFNConfig, convert
 from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.reading import trace
 from hf_kernel_ffn.reading.regimes import contributions
@@ -32,7 +32,7 @@ def read(monkeypatch, capsys):
 def folders(teacher_folder, tmp_path_factory, ids):
     """A stock and a converted tiny Llama."""
     stock, converted = teacher_folder("llama"), tmp_path_factory.mktemp("read") / "student"
-    student, _ = convert(load_teacher(str(stock)), calibration_ids=ids)
+    student, _ = convert(load_teacher(str(stock)), KernelFFNConfig(), calibration_ids=ids)
     student.save_pretrained(converted)
     load_tokenizer(str(stock)).save_pretrained(converted)
     return stock, converted

@@ -21,7 +21,7 @@ from hf_kernel_ffn.reading.regimes import contributions, mixtures, nonlinearitie
 def pair(request, make_teacher, ids):
     """A teacher and a student of it, in float64."""
     teacher = make_teacher(request.param).double()
-    student, _ = convert(teacher, calibration_ids=ids, layers="0,2", copy=True)
+    student, _ = convert(teacher, KernelFFNConfig(), calibration_ids=ids, layers="0,2", copy=True)
     return teacher, student.double()
 
 

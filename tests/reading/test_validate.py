@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from tiny_families import tiny
 
-from hf_kernel_ffn import InputError, convert
+from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.families.registry import ARCHITECTURES
 from hf_kernel_ffn.reading.validate import check_family
@@ -54,7 +54,7 @@ def test_a_wrong_entry_is_found_out(monkeypatch):
 
 
 def test_a_converted_model_is_refused(llama, ids):
-    student, _ = convert(llama, calibration_ids=ids, copy=True)
+    student, _ = convert(llama, KernelFFNConfig(), calibration_ids=ids, copy=True)
     with pytest.raises(InputError, match="converted already"):
         check_family(student)
 

@@ -9,7 +9,7 @@ import torch
 import typer
 from tiny_families import tiny
 
-from hf_kernel_ffn import convert
+from hf_kernel_ffn import KernelFFNConfig, convert
 from hf_kernel_ffn.cli.app import run_app
 from hf_kernel_ffn.gpu import measuring
 
@@ -23,7 +23,9 @@ def test_the_ffns_of_any_checkpoint_are_found(family, auto, kinds, ids):
     shape, own = benchmark.checkpoint_ffns(model, "it")
     assert shape == benchmark.Shape(32, 48, family != "bert") and len(own) == kinds
     x = torch.randn(1, 5, 32)
-    student, _ = convert(model, layers="0", calibration_ids=ids[:, :8], calibration_tokens=64)
+    student, _ = convert(
+        model, KernelFFNConfig(), layers="0", calibration_ids=ids[:, :8], calibration_tokens=64
+    )
     shape, of_student = benchmark.checkpoint_ffns(student, "it")
     assert shape == benchmark.Shape(32, 48, family != "bert") and len(of_student) == kinds + 1
     for ffn in (*own.values(), *of_student.values()):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from teachers import tiny_teacher
 from transformers import AutoModelForCausalLM
 
-from hf_kernel_ffn import InputError, convert
+from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.checkpoint_code.integrity import CHECKSUMS
 from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.distillation import load_recipe
@@ -28,7 +28,9 @@ SHARDED, PLAIN = "sharded", "plain"
 @pytest.fixture(scope="module")
 def whole(ids, tmp_path_factory):
     """One converted model, in one file and in shards."""
-    student, _ = convert(tiny_teacher("llama"), calibration_ids=ids, calibration_tokens=256)
+    student, _ = convert(
+        tiny_teacher("llama"), KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256
+    )
     made = tmp_path_factory.mktemp("whole")
     student.save_pretrained(made / PLAIN)
     student.save_pretrained(made / SHARDED, max_shard_size="30KB")

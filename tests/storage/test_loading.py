@@ -30,7 +30,10 @@ register_kernel(
 def test_no_question_is_asked_at_the_terminal(teacher_folder, ids, tmp_path, monkeypatch):
     teacher = str(teacher_folder("llama"))
     student, _ = convert(
-        AutoModelForCausalLM.from_pretrained(teacher), calibration_ids=ids, calibration_tokens=256
+        AutoModelForCausalLM.from_pretrained(teacher),
+        KernelFFNConfig(),
+        calibration_ids=ids,
+        calibration_tokens=256,
     )
     save_converted(student, teacher, tmp_path)
     asked = []
@@ -48,7 +51,9 @@ def test_layers_keep_their_order_past_the_tenth(ids, tmp_path):
         num_hidden_layers=12,
         num_attention_heads=2,
     )
-    student, _ = convert(LlamaForCausalLM(config), calibration_ids=ids, calibration_tokens=256)
+    student, _ = convert(
+        LlamaForCausalLM(config), KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256
+    )
     student.save_pretrained(tmp_path)
     expected = [f"layers.{number}.mlp" for number in range(12)]
     assert (

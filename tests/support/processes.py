@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from hf_kernel_ffn import KernelFFNConfig
 from hf_kernel_ffn.conversion.convert import convert
 from hf_kernel_ffn.distillation import Recipe, Terminated
 from hf_kernel_ffn.distillation.sharding import unsharded
@@ -65,7 +66,7 @@ def calibrated(content):
     accelerator = make_accelerator(Recipe(**content))
     teacher = load_teacher(content["teacher"])
     ids = torch.randint(3, 300, (16, 32), generator=torch.Generator().manual_seed(0))
-    _, report = convert(teacher, calibration_ids=ids)
+    _, report = convert(teacher, KernelFFNConfig(), calibration_ids=ids)
     accelerator.wait_for_everyone()
     return [layer["fvu"] for layer in report.layers.values()]
 

@@ -20,7 +20,7 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from hf_kernel_ffn import InputError, convert, evaluate_student
+from hf_kernel_ffn import InputError, KernelFFNConfig, convert, evaluate_student
 from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.distillation import Recipe, distill
 from hf_kernel_ffn.distillation import run as loop_module
@@ -81,7 +81,9 @@ def asked(bert, mask_tokenizer, ids):
 
 @pytest.fixture(scope="module")
 def student(bert, asked):
-    return convert(bert, calibration_ids=asked, calibration_tokens=256, copy=True)[0]
+    return convert(
+        bert, KernelFFNConfig(), calibration_ids=asked, calibration_tokens=256, copy=True
+    )[0]
 
 
 # the masks
@@ -272,7 +274,9 @@ def test_the_report_is_taken_at_masked_tokens(bert, student, mask_tokenizer, ask
 
 
 def test_a_student_that_computes_the_same_is_perfect(bert, mask_tokenizer, asked, ids):
-    student, _ = convert(bert, calibration_ids=asked, calibration_tokens=256, copy=True)
+    student, _ = convert(
+        bert, KernelFFNConfig(), calibration_ids=asked, calibration_tokens=256, copy=True
+    )
     for path, ffn in student.kernel_ffns().items():
         block = bert.base_model.get_submodule(path.removesuffix(".intermediate.dense"))
         ffn.forward = lambda x, block=block: block.output.dense(block.intermediate(x))
