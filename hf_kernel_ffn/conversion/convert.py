@@ -31,7 +31,12 @@ from ..families.weights import is_finite, refuse_quantised_weights
 from ..progress import track_progress
 from ..text.inputs import Inputs
 from .block_source import BlockSource
-from .calibration_set import CALIBRATION_TOKENS, PIECES_TOKENS, CalibrationSet
+from .calibration_set import (
+    CALIBRATION_TOKENS,
+    PIECES_ROW_LENGTH,
+    PIECES_TOKENS,
+    CalibrationSet,
+)
 from .layer import ConvertedFFN, convert_ffn
 from .replay_check import open_block_source
 from .sampling import write_own_text
@@ -112,10 +117,9 @@ def convert(
         teacher.eval()
         ids = calibration_ids
         if ids is None and calibration_tokens:
-            tokens = calibration_tokens
-            if only_tied:
-                tokens = min(tokens, PIECES_TOKENS)
-            ids = write_own_text(teacher, tokens, seed, progress=progress)
+            ids = _write_calibration_text(
+                teacher, calibration_tokens, seed, only_tied=only_tied, progress=progress
+            )
         calibration = None if ids is None else CalibrationSet.choose(ids, calibration_tokens)
         if calibration is not None and only_tied:
             calibration = calibration.without_ridge()
@@ -125,6 +129,17 @@ def convert(
             teacher, chosen, settings, calibration=calibration, report=report, progress=progress
         )
     return _make_student(teacher, ffns, copy), report
+
+
+def _write_calibration_text(
+    teacher: PreTrainedModel, tokens: int, seed: int, *, only_tied: bool, progress: bool
+) -> Inputs:
+    """Token ids (rows, length) of the teacher's own making; few, in short rows, for pieces alone."""
+    if not only_tied:
+        return write_own_text(teacher, tokens, seed, progress=progress)
+    return write_own_text(
+        teacher, min(tokens, PIECES_TOKENS), seed, length=PIECES_ROW_LENGTH, progress=progress
+    )
 
 
 def _require_whole_and_finite(teacher: PreTrainedModel, progress: bool) -> None:

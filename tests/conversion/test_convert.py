@@ -20,8 +20,13 @@ OWN_TOKENS = {"calibration_tokens": 256}
 @pytest.fixture(scope="module")
 def run(ids):
     """Convert with a given text, which spares the teacher's sampling."""
-    return lambda teacher, *args, **kwargs: convert(
-        teacher, *args, calibration_ids=ids, calibration_tokens=256, **kwargs
+    return lambda teacher, config=None, *args, **kwargs: convert(
+        teacher,
+        config or KernelFFNConfig(),
+        *args,
+        calibration_ids=ids,
+        calibration_tokens=256,
+        **kwargs,
     )
 
 

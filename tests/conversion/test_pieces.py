@@ -151,7 +151,7 @@ def test_weights_of_tokens_have_mean_one_and_bound_a_spike():
     weights = weigh_tokens(outputs)
     assert weights.mean().item() == pytest.approx(1)
     squares = weights * outputs.square().mean(-1)
-    assert squares[3] < 2 * squares.median()
+    assert squares[3] < 100 * squares.median()  # a million without weights
 
 
 def test_a_typical_size_is_of_ordinary_values():
