@@ -39,10 +39,25 @@ class Data(_Section):
     """Field of a row that holds the text."""
     shuffle_buffer: int = Field(2048, ge=1)
     """Sequences among which the next one is drawn; 1 keeps the text's order."""
+    validation: str | list[str] | None = None
+    """Text that is held out, of the kinds that ``train`` may be: every stage's loss on it goes to
+    metrics.jsonl in output_dir. Its teacher runs where the stage's is recorded."""
+    validation_tokens: int = Field(16_384, ge=1)
+    """Tokens of it to read, from its beginning; at least one sequence."""
+    validate_every_tokens: int = Field(500_000, ge=1)
+    """How often; and after the last step of a stage."""
 
     @property
     def sources(self) -> list[str]:
+        """The training text's sources, in order."""
         return [self.train] if isinstance(self.train, str) else self.train
+
+    @property
+    def validation_sources(self) -> list[str]:
+        """The held-out text's sources, in order; none if it is not given."""
+        if self.validation is None:
+            return []
+        return [self.validation] if isinstance(self.validation, str) else self.validation
 
 
 class Stage(_Section):
@@ -54,7 +69,11 @@ class Stage(_Section):
     """Peak step as a share of each tensor's own root mean square at the start of the stage, so that longer prototypes take
     longer steps."""
     batch_size: int = Field(8, ge=1)
-    """Sequences per process and step."""
+    """Sequences per process that are read at once."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Batches whose gradients make one step: as one batch that many times as large, in the memory
+    of one; ``tokens`` counts all of them. Thresholds and the price of write mass alone are of each
+    batch by itself."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: orthogonalised momentum on matrices (torch.optim.Muon), AdamW on the rest; adamw: AdamW on everything."""
     warmup: float = Field(0.05, ge=0, lt=1)

@@ -47,10 +47,14 @@ def watch_ffn_input(base: nn.Module, path: str, see: Callable[[Tensor], None]) -
 
 @contextmanager
 def watch_ffns(
-    base: nn.Module, ffns: Mapping[str, StockFFN], see: Callable[[str, Tensor, Tensor], None]
+    base: nn.Module,
+    ffns: Mapping[str, StockFFN],
+    see: Callable[[str, Tensor, Tensor], None],
+    *,
+    idle_experts: bool = False,
 ) -> Iterator[None]:
     """Call ``see`` with path, input and output (tokens, hidden_size) of every FFN of ``ffns`` whenever it runs in the stock model
-    ``base``, while the context is open."""
+    ``base``, while the context is open; with ``idle_experts``, with no tokens for an expert that its mixture gives none."""
     hooks, waiting = [], {}
 
     def keep(path: str) -> Callable:
@@ -64,6 +68,8 @@ def watch_ffns(
             x = _select_routed_tokens(args, int(ffn.expert or 0))
             if len(x):
                 see(path, x, ffn(x))
+            elif idle_experts:
+                see(path, x, torch.zeros_like(x))
 
         return hook
 
