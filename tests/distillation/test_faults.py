@@ -68,9 +68,9 @@ def at_call(monkeypatch):
         count = iter(range(10**6))
 
         def wrap(objective):
-            def wrapped(stage, teacher, student, ffns, *rest):
-                loss = objective(stage, teacher, student, ffns, *rest)
-                made = action(ffns) if next(count) in calls else None
+            def wrapped(step):
+                loss = objective(step)
+                made = action(step.ffns) if next(count) in calls else None
                 return loss if made is None else made
 
             return wrapped
@@ -217,7 +217,7 @@ def test_a_full_disk_leaves_the_last_state_whole(content, whole, at_call, small_
     ) as caught:
         run(content, disk / "out")
     assert "\n" not in str(caught.value)
-    assert [path.name for path in (disk / "out").iterdir()] == ["resume"]
+    assert {path.name for path in (disk / "out").iterdir()} == {"resume", "metrics.jsonl"}
     subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
     assert same(run(content, disk / "out", resume=True), whole)
 

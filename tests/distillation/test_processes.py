@@ -238,7 +238,7 @@ def test_a_launch_whose_gradients_would_go_unshared_is_refused(
     from accelerate.utils import DistributedType
 
     from hf_kernel_ffn.distillation import Recipe
-    from hf_kernel_ffn.distillation.trainer import make_accelerator
+    from hf_kernel_ffn.distillation.accelerator import make_accelerator
 
     monkeypatch.setattr(
         Accelerator, "distributed_type", property(lambda self: DistributedType[kind])

@@ -360,9 +360,9 @@ def watched(monkeypatch):
         count = iter(range(10**6))
         for name, objective in list(OBJECTIVES.items()):
 
-            def wrapped(stage, teacher, student, ffns, *more, objective=objective):
-                look(next(count), ffns)
-                return objective(stage, teacher, student, ffns, *more)
+            def wrapped(step, objective=objective):
+                look(next(count), step.ffns)
+                return objective(step)
 
             monkeypatch.setitem(OBJECTIVES, name, wrapped)
 

@@ -91,13 +91,13 @@ def in_a_save(out, skip, seconds):
 
 def distillation(content, out):
     def job(tell):
-        stages = training.Run.stages
+        original = training.Trainer.run
 
         def told(self, *arguments):
             tell()
-            stages(self, *arguments)
+            original(self, *arguments)
 
-        training.Run.stages = told  # in the fork alone
+        training.Trainer.run = told  # in the fork alone
         distill(
             Recipe(**content, output_dir=str(out)),
             resume=find_state(out) is not None,

@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_kernel_ffn.distillation import distill
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES
+from hf_kernel_ffn.distillation.step import Step
+from hf_kernel_ffn.distillation.teacher_signal import RunningTeacher
 
 LAYER_WISE = {
     "name": "layer-wise",
@@ -22,6 +24,11 @@ def run(recipe, **more):
     return distill(recipe, progress=False, **more)
 
 
+def make_step(stage, teacher, student, ffns, batch, **more):
+    """One batch of a step, with a running teacher."""
+    return Step(stage, RunningTeacher(teacher), student, ffns, batch, **more)
+
+
 class Interrupted(BaseException):
     """As a KeyboardInterrupt: nobody catches it."""
 
@@ -31,8 +38,8 @@ def interrupt(monkeypatch, recipe, at, result=Interrupted):
     count = iter(range(10**6))
 
     def wrap(objective):
-        def wrapped(*arguments):
-            loss = objective(*arguments)
+        def wrapped(step):
+            loss = objective(step)
             if next(count) < at:
                 return loss
             if result is Interrupted:
