@@ -10,6 +10,7 @@ import torch.multiprocessing
 from hf_kernel_ffn import KernelFFNConfig, convert
 from hf_kernel_ffn.conversion import convert as surgery
 from hf_kernel_ffn.conversion import ridge as calibration
+from hf_kernel_ffn.conversion import sampling
 from hf_kernel_ffn.conversion.ridge import Moments
 from hf_kernel_ffn.conversion.sampling import (
     read_ffn_inputs,
@@ -86,7 +87,7 @@ def test_a_conversion_that_fails_leaves_the_teacher_as_it_was(teacher, text, mon
         done.append(calibration.calibrate_ffn(*args))
         return done[0]
 
-    monkeypatch.setattr(surgery, "calibrate", calibrate)
+    monkeypatch.setattr(surgery, "calibrate_ffn", calibrate)
     with pytest.raises(KeyboardInterrupt):
         convert(teacher, calibration_ids=text)
     assert len(done) == 1
@@ -101,7 +102,7 @@ def test_a_conversion_that_fails_leaves_the_teacher_as_it_was(teacher, text, mon
 )
 def test_inputs_are_held_one_batch_at_a_time(llama, text, monkeypatch, settings):
     batches, peak = [], []
-    original = surgery.ffn_inputs
+    original = surgery.read_ffn_inputs
 
     def watched(model, path, ids):
         for batch in original(model, path, ids):
@@ -109,8 +110,8 @@ def test_inputs_are_held_one_batch_at_a_time(llama, text, monkeypatch, settings)
             peak.append(len(batch) * sum(reference() is not None for reference in batches))
             yield batch
 
-    monkeypatch.setattr(surgery, "ffn_inputs", watched)
-    monkeypatch.setattr(calibration, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(surgery, "read_ffn_inputs", watched)
+    monkeypatch.setattr(sampling, "BATCH_TOKENS", 64)
     convert(llama, settings, calibration_ids=text)
     assert len(batches) == 3 * 1024 // 64  # every token once per layer
     assert max(peak) <= 2 * 64  # the batch at hand, and the one before until it is let go
@@ -118,7 +119,7 @@ def test_inputs_are_held_one_batch_at_a_time(llama, text, monkeypatch, settings)
 
 def test_batches_make_no_difference(llama, text, monkeypatch):
     whole, _ = convert(llama, calibration_ids=text)
-    monkeypatch.setattr(calibration, "BATCH_TOKENS", 96)
+    monkeypatch.setattr(sampling, "BATCH_TOKENS", 96)
     monkeypatch.setattr(calibration, "CHUNK", 40)
     parts, _ = convert(llama, calibration_ids=text)
     for name, tensor in whole.state_dict().items():
@@ -137,8 +138,8 @@ def test_a_quarter_of_the_text_is_held_out(rows, length):
 
 
 def test_the_sample_is_spread_over_the_text(llama, text, monkeypatch):
-    monkeypatch.setattr(calibration, "FIT_TOKENS", 64)
-    monkeypatch.setattr(calibration, "FIT_ROWS", 8)
+    monkeypatch.setattr(sampling, "FIT_TOKENS", 64)
+    monkeypatch.setattr(sampling, "FIT_ROWS", 8)
     path = "layers.1.mlp"
     rows = [
         0,

@@ -62,7 +62,7 @@ def unexplained(weights, inputs, **settings):
 @pytest.fixture
 def relu2(registry):
     """A kernel that knows no distance: longer rows and shorter columns are then the same function."""
-    return import_kernel(f"{RECIPES / 'kernels' / 'controls.py'}:relu2")
+    return import_kernel(f"{RECIPES / 'examples' / 'kernels' / 'controls.py'}:relu2")
 
 
 @pytest.mark.parametrize("family, first", [("llama", 2), ("gpt2", 1)])

@@ -168,7 +168,7 @@ def test_the_multi_node_line_runs_with_two_machines_on_one(content, tmp_path):
         PORT="29571",
         PYTHON=sys.executable,
     )
-    command = ["bash", RECIPES / "launch" / "multi-node.sh"]
+    command = ["bash", RECIPES / "examples" / "launch" / "multi-node.sh"]
     running = [
         subprocess.Popen(
             [*command, str(rank), "127.0.0.1", file, "shard=true"],
@@ -194,7 +194,7 @@ def test_the_multi_node_line_runs_with_two_machines_on_one(content, tmp_path):
 def test_the_launch_line_is_one_that_accelerate_takes():
     from accelerate.commands.launch import launch_command_parser
 
-    text = (RECIPES / "launch" / "multi-node.sh").read_text()
+    text = (RECIPES / "examples" / "launch" / "multi-node.sh").read_text()
     line = text[text.index("accelerate.commands.launch") :].split()[2:]
     words = [word.strip('"') for word in line if word != "\\"]
     values = {
@@ -220,7 +220,7 @@ def test_the_launch_line_is_one_that_accelerate_takes():
 def test_the_deepspeed_configuration_is_valid():
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
-    file = RECIPES / "launch" / "zero2.json"
+    file = RECIPES / "examples" / "launch" / "zero2.json"
     read = HfDeepSpeedConfig(str(file))
     assert read.is_zero2() and read.is_offload() and not read.is_zero3()
     deepspeed = pytest.importorskip(

@@ -483,8 +483,9 @@ def refuse(*arguments, **more):
     raise AssertionError("the network was asked")
 
 socket.socket.connect = socket.getaddrinfo = refuse
-from hf_kernel_ffn.data import token_ids
-from hf_kernel_ffn.evaluation import Fidelity, Readability
+from hf_kernel_ffn.text.packing import read_token_ids
+from hf_kernel_ffn.evaluation.fidelity import Fidelity
+from hf_kernel_ffn.evaluation.readability import Readability
 
 fidelity = Fidelity().compute(
     teacher_nll=[1.0], student_nll=[2.0], ablated_nll=[3.0], kl=[0.5], agrees=[True]
