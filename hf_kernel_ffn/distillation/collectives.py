@@ -14,13 +14,23 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def mean_over_processes(tensor: Tensor) -> Tensor:
-    """``tensor`` averaged over all processes; no gradient runs through it."""
+def count_processes() -> int:
+    """How many processes were launched together."""
+    return dist.get_world_size() if several_processes() else 1
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """``tensor`` added up over all processes; no gradient runs through it."""
     if not several_processes():
         return tensor
     total = tensor.detach().clone()
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """``tensor`` averaged over all processes; no gradient runs through it."""
+    return sum_over_processes(tensor) / count_processes()
 
 
 def average_in_place(tensor: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -78,7 +79,10 @@ def add_adapters(student: PreTrainedModel, lora: Lora) -> nn.Module:
         target_modules=targets,
     )
     ffns = list(get_kernel_ffns(student).values())
-    wrapped = get_peft_model(student, config)
+    with warnings.catch_warnings():
+        # peft asks transformers for an alias that goes in version 6.
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = get_peft_model(student, config)
     for ffn in ffns:
         ffn.requires_grad_(True)
     return wrapped

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..checkpoint_code.ffn import KernelFFN
-from .collectives import mean_over_processes
+from .collectives import count_processes, mean_over_processes, sum_over_processes
 from .divergence import to_at_least_float32
 from .recipe import Stage
 
@@ -86,9 +86,12 @@ class Watch:
         coefficients = to_at_least_float32(coefficients.flatten(0, -2))
         output = to_at_least_float32(output.detach()).flatten(0, -2)
 
-        share = self._share(output)
+        total = sum_over_processes(output.new_tensor(float(len(output))))
+        # Of the tokens that a process has on average; 1 but for the experts of a mixture.
+        share = len(output) * count_processes() / total.clamp_min(1)
         center = mean_over_processes(share * _mean(output))
         spread = mean_over_processes(share * _mean((output - center).norm(dim=-1)))
+        spread = torch.where(total < 2, center.norm(), spread)  # one token is its own mean
         if not len(output):
             return 0.0
         lengths = to_at_least_float32(weight).norm(dim=0)
@@ -106,12 +109,6 @@ class Watch:
                 tokens = torch.cat([samples[number] for number in sorted(samples)])
                 ffn.fit_threshold(tokens, max(RATE, 1 / (step + 1)))
             reduce(ffn.threshold_log_ratio)
-
-    @staticmethod
-    def _share(tokens: Tensor) -> Tensor:
-        """Tokens of this process (rows) over the mean of all processes: 1 but in mixtures."""
-        count = tokens.new_tensor(float(len(tokens)))
-        return count / mean_over_processes(count).clamp_min(1)
 
     def _see_input(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

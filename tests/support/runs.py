@@ -34,13 +34,13 @@ class Interrupted(BaseException):
 
 
 def interrupt(monkeypatch, recipe, at, result=Interrupted):
-    """Run ``recipe`` until the call ``at`` of an objective, which is interrupted, or returns ``result``."""
+    """Run ``recipe`` until the training call ``at`` of an objective, which is interrupted, or returns ``result``."""
     count = iter(range(10**6))
 
     def wrap(objective):
         def wrapped(step):
             loss = objective(step)
-            if next(count) < at:
+            if step.backward is None or next(count) < at:  # held-out text, or not yet
                 return loss
             if result is Interrupted:
                 raise Interrupted

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...text.inputs import Inputs
-from ..collectives import mean_over_processes
+from ..collectives import count_processes, mean_over_processes, sum_over_processes
 from ..divergence import to_at_least_float32
 from ..step import Step, TargetStatistics
 from ..teacher_signal import TeacherSignal
@@ -64,15 +64,21 @@ def layer_wise(step: Step) -> Tensor:
 
 def statistics_of_one_call(target: Tensor) -> TargetStatistics:
     """The statistics of ``target`` (tokens, hidden_size) and of the other processes' targets."""
-    tokens = mean_over_processes(target.new_tensor(float(len(target))))
+    total = sum_over_processes(target.new_tensor(float(len(target))))
+    tokens = total / count_processes()
+    share = len(target) / tokens.clamp_min(1 / count_processes())
     if not len(target):
-        target = target.new_zeros(1, target.shape[-1])
-        share = tokens.new_zeros(())
-    else:
-        share = len(target) / tokens
+        target = target.new_zeros(1, target.shape[-1])  # counted with a share of 0
+
     center = mean_over_processes(share * target.mean(0))
     variance = mean_over_processes(share * (target - center).square().mean())
-    return TargetStatistics(tokens, variance)
+    return TargetStatistics(tokens, _spread(variance, center, total))
+
+
+def _spread(variance: Tensor, center: Tensor, total: Tensor) -> Tensor:
+    """``variance``, or the mean square around zero where an expert got one token in ``total``,
+    which has no variance."""
+    return torch.where(total < 2, variance + center.square().mean(), variance)
 
 
 def measure_targets(
@@ -125,10 +131,11 @@ class _Moments:
 
     def statistics(self, calls: int) -> TargetStatistics:
         """The statistics over all processes, after that many calls of each."""
-        count = mean_over_processes(self.mean.new_tensor(float(self.count)))
-        share = self.count / count.clamp_min(1)
+        total = sum_over_processes(self.mean.new_tensor(float(self.count)))
+        count = total / count_processes()
+        share = self.count / count.clamp_min(1 / count_processes())
         center = mean_over_processes(share * self.mean)
         within = self.squares.mean() / max(1, self.count)
         between = (self.mean - center).square().mean()
         variance = mean_over_processes(share * (within + between))
-        return TargetStatistics(count / calls, variance)
+        return TargetStatistics(count / calls, _spread(variance, center, total))
