@@ -12,6 +12,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
+    LoggerType,
 )
 
 from ..checkpoint_code.errors import InputError
@@ -72,14 +73,15 @@ def check_trackers(recipe: Recipe) -> None:
     Raises:
         InputError: accelerate does not know one, or its package is not installed.
     """
-    installed = [str(name) for name in get_available_trackers()]
-    known = [ALL_TRACKERS, *LOGGER_TYPE_TO_CLASS]
+    installed = [ALL_TRACKERS, *map(str, get_available_trackers())]
+    of_accelerate = [str(name) for name in LoggerType]
+    known = [ALL_TRACKERS, *LOGGER_TYPE_TO_CLASS]  # with those that somebody has registered
     for name in recipe.trackers:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
             raise InputError(f"found an unknown tracker {name!r} in trackers: {hint}")
-        if name != ALL_TRACKERS and name not in installed:
+        if name in of_accelerate and name not in installed:
             raise InputError(
                 f"found the tracker {name!r}, whose package is not installed: "
                 "install it, or leave it out of trackers"

@@ -1,4 +1,4 @@
-"""Sums and means over all processes. Every process has to ask for the same ones in the same order."""
+"""Sums and means over all processes. Each has to ask for the same ones in the same order."""
 
 from __future__ import annotations
 

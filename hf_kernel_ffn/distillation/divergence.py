@@ -12,11 +12,11 @@ def kl(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def top_and_rest_log_probs(logits: Tensor, top: Tensor) -> Tensor:
-    """Log-probabilities (…, k + 1) of the tokens ``top`` (…, k) and, last, of all others as one.
+    """Log-probabilities (…, k + 1) of tokens ``top`` (…, k) and, last, of all others as one.
 
-    They are those that ``logits`` (…, vocabulary) give. The KL between two of these is at most the
-    KL between the whole distributions, and equals it where k is the vocabulary (log-sum inequality:
-    Cover & Thomas 2006, theorem 2.7.1).
+    They are those that ``logits`` (…, vocabulary) give. The KL between two of these is at most
+    the KL between the whole distributions, and equals it where k is the vocabulary (log-sum
+    inequality: Cover & Thomas 2006, theorem 2.7.1).
     """
     # Not -inf, whose gradient is NaN where there are no others.
     others = logits.scatter(-1, top, torch.finfo(logits.dtype).min)

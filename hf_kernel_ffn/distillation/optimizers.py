@@ -53,7 +53,7 @@ def make_optimizers(
 def _make_groups(
     model: nn.Module, parameters: list[nn.Parameter], stage: Stage
 ) -> list[dict[str, Any]]:
-    """One optimiser group per tensor, its peak learning rate in proportion to the tensor's scale."""
+    """One group per tensor, its peak learning rate in proportion to the tensor's scale."""
     trained = {id(parameter) for parameter in parameters}
     groups = []
     for name, module in model.named_modules():

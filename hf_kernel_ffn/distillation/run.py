@@ -1,4 +1,4 @@
-"""A distillation from files to files: load, convert if need be, run the stages, save the student."""
+"""A distillation from files to files: load, convert if need be, train, save the student."""
 
 from __future__ import annotations
 

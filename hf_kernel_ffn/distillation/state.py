@@ -1,4 +1,4 @@
-"""The state to resume from: tensors in safetensors, the rest in JSON, written beside and renamed."""
+"""The state to resume from: tensors in safetensors, the rest in JSON, whole or not at all."""
 
 from __future__ import annotations
 

@@ -74,8 +74,9 @@ class Watch:
     def price(self, path: str) -> Tensor | float:
         """The price of the contributions that cancelled in the FFN at ``path``, which has just run.
 
-        ``write_mass`` times Σ|c_i|‖v_i‖ over the length of the output around its mean, averaged
-        over the tokens of all processes: the reciprocal of its coherence, but for the mean output.
+        ``write_mass`` times Σ|c_i|‖v_i‖ over the length of the output around its mean, both
+        averaged over the tokens of all processes: the reciprocal of its coherence, but for the mean
+        output.
         0 where nothing is asked, or where an expert was given no tokens.
         """
         if not self.stage.write_mass:

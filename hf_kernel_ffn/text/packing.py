@@ -24,7 +24,8 @@ threads, and few enough to be held in memory."""
 def stream_tokens(
     tokenizer: PreTrainedTokenizerBase, sources: list[str], text_field: str = "text"
 ) -> Iterator[int]:
-    """Token ids of all sources in order, with the tokenizer's end token (if it has one) after every document."""
+    """Token ids of all sources in order, with the tokenizer's end token (if it has one) after every
+    document."""
     for source in sources:
         pieces = read_documents(source, text_field)
         while batch := list(islice(pieces, PIECES_AT_ONCE)):
@@ -57,7 +58,8 @@ def pack_blocks(
         yield torch.tensor(block)
     if empty:
         raise InputError(
-            f"found {len(block)} tokens in {', '.join(sources)}, expected at least {length}: give a longer text"
+            f"found {len(block)} tokens in {', '.join(sources)}, expected at least {length}: "
+            "give a longer text"
         )
 
 
@@ -69,8 +71,12 @@ def read_token_ids(
     text_field: str = "text",
     spread: bool = False,
 ) -> Tensor:
-    """(rows, length) token ids, at most ``max_tokens`` of them (at least one block): the first blocks of the text or, with
-    ``spread``, blocks evenly spaced over its first ``SPREAD`` times as many tokens."""
+    """The first blocks of a text, or with ``spread`` blocks evenly spaced over its first ``SPREAD``
+    times as many tokens.
+
+    Returns:
+        (rows, length) token ids, at most ``max_tokens`` of them, but at least one block.
+    """
     rows = max(1, max_tokens // length)
     read = list(
         islice(

@@ -1,4 +1,4 @@
-"""Distillation: what is minimised, what is left alone, and that a run may be interrupted anywhere."""
+"""Distillation: what is minimised, what is left alone, and that a run may be interrupted."""
 
 import copy
 import json
@@ -106,7 +106,7 @@ def finished(recipe, tmp_path_factory):
 
 @pytest.fixture
 def objectives(monkeypatch):
-    """Have every call of an objective go through ``wrap(call number, objective, step)``, numbers from 0."""
+    """Have every call of an objective go through ``wrap(number from 0, objective, step)``."""
 
     def through(wrap):
         count = iter(range(10**6))

@@ -1,4 +1,5 @@
-"""Faults from outside: a run killed at any moment, told to stop, out of room, or fed numbers that are not finite."""
+"""Faults from outside: a run killed at any moment, told to stop, out of room, or fed numbers that
+are not finite."""
 
 import json
 import math
@@ -62,7 +63,8 @@ def same(folder, tensors):
 
 @pytest.fixture
 def at_call(monkeypatch):
-    """Run an action at the given calls of an objective, counted from 0; what it returns, if anything, becomes the loss."""
+    """Run an action at the given calls of an objective, counted from 0; what it returns, if
+    anything, becomes the loss."""
 
     def set_up(calls, action):
         count = iter(range(10**6))
@@ -87,9 +89,14 @@ def at_call(monkeypatch):
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_lose_nothing(content, tmp_path):
     work = {
-        "recipe": {**content, "save_every_tokens": 1},  # a save after every step, so that many kills hit one
-        "kills": 32, "kills_per_run": 5, "conversions": 6, "seed": 0, "scratch": str(tmp_path),
-    }  # fmt: skip
+        # A save after every step, so that many kills hit one.
+        "recipe": {**content, "save_every_tokens": 1},
+        "kills": 32,
+        "kills_per_run": 5,
+        "conversions": 6,
+        "seed": 0,
+        "scratch": str(tmp_path),
+    }
     file = tmp_path / "work.json"
     file.write_text(json.dumps(work))
     done = subprocess.run(
@@ -298,10 +305,8 @@ def test_a_bad_loss_names_step_layer_and_last_state(content, at_call, tmp_path, 
         run(content, tmp_path / "out")
     message = str(caught.value)
     assert f"loss nan at step 3 of stage '{stage}', first in layers.2.mlp" in message
-    assert (
-        f"the last good state is {find_state(tmp_path / 'out')}, of step 2 of part {int(stage == 'logits')}"
-        in message
-    )
+    state, part = find_state(tmp_path / "out"), int(stage == "logits")
+    assert f"the last good state is {state}, of step 2 of part {part}" in message
     assert "\n" not in message
 
 

@@ -162,7 +162,7 @@ def test_sharding_a_mixture_is_refused(content, monkeypatch, tmp_path):
 
 
 def losses_on(processes, content, scratch):
-    """Losses of the same recipe on that many ``processes``, and the folder of the trained student."""
+    """Losses on that many ``processes``, and the folder of the trained student."""
     scratch.mkdir()
     size = 2 // processes
     job = {**with_batches_of(content, size), "output_dir": str(scratch / "out")}

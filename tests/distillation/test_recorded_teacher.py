@@ -1,4 +1,4 @@
-"""A recorded teacher stands in for a running one: what is recorded, what is learnt from it, and what is refused."""
+"""A recorded teacher stands in for a running one: what is recorded, learnt from it, refused."""
 
 import errno
 import json
@@ -50,7 +50,8 @@ def stock():
 
 @pytest.fixture(scope="module")
 def student_folder(stock, tokenizer, tmp_path_factory):
-    """A conversion that has much to learn, of a gated FFN without its pairs; smooth, so that roundings stay what they are."""
+    """A conversion that has much to learn, of a gated FFN without its pairs; smooth, so that
+    roundings stay what they are."""
     folder = tmp_path_factory.mktemp("student")
     ids = read_token_ids(tokenizer, [str(TEXT / "books-distil.txt")], 128, 512)
     convert(stock, KernelFFNConfig(init="single"), calibration_ids=ids, calibration_tokens=512)[
@@ -120,7 +121,8 @@ def load(folder):
 
 @st.composite
 def distributions(draw):
-    """Logits of a student and a teacher (3, vocabulary), the teacher's k likeliest tokens in ascending order."""
+    """Logits of a student and a teacher (3, vocabulary), the teacher's k likeliest tokens in
+    ascending order."""
     vocabulary = draw(st.integers(2, 30))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([0.1, 1.0, 10.0, 100.0]))
@@ -314,8 +316,9 @@ def test_all_of_the_vocabulary_is_the_running_teacher(
         other,
         listeners=noted,
     )
-    # Losses and gradients of one step differ by 1e-6 of themselves: roundings of 4096 log-probabilities in another order. AdamW
-    # divides every number of a gradient by its own size, the least exact ones too.
+    # Losses and gradients of one step differ by 1e-6 of themselves: roundings of 4096
+    # log-probabilities in another order. AdamW divides every number of a gradient by its own size,
+    # the least exact ones too.
     assert losses[STEPS:] == pytest.approx(losses[:STEPS], rel=1e-5) and len(losses) == 2 * STEPS
     for path, ffn in one.kernel_ffns().items():
         for name, parameter in ffn.named_parameters():

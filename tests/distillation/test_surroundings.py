@@ -1,4 +1,4 @@
-"""What a run is given beside its recipe: trackers, the launcher's settings, the trial of kernels."""
+"""What a run meets beside its recipe: trackers, the launcher's settings, the trial of kernels."""
 
 import pytest
 from runs import LAYER_WISE, Interrupted, assert_same_files, interrupt, run
@@ -54,6 +54,36 @@ def test_trackers_that_are_there_pass(recipe, monkeypatch, tmp_path):
     monkeypatch.setattr(accelerator, "get_available_trackers", lambda: ["tensorboard"])
     check_trackers(recipe(tmp_path, trackers=["tensorboard", "all"]))
     check_trackers(recipe(tmp_path))
+
+
+def test_a_tracker_of_ones_own_is_told_the_losses(recipe, monkeypatch, text_file, tmp_path):
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+    told = []
+
+    class Memo(GeneralTracker):
+        name = "memo"
+        requires_logging_directory = False
+        tracker = None
+
+        def __init__(self, run_name, **more):
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            told.append(values)
+
+        def log(self, values, step=None, **more):
+            told.append(values)
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "memo", Memo)
+    data = {**recipe(tmp_path).data.model_dump(), "validation": str(text_file)}
+    data["validation_tokens"] = 64
+    run(recipe(tmp_path / "out", trackers=["memo"], data=data))
+    start, *steps = told
+    assert '"trackers": ["memo"]' in start["recipe"]
+    assert [values["layer-wise/step"] for values in steps] == list(range(6))
+    assert all(values["layer-wise/loss"] > 0 for values in steps)
+    assert steps[-1]["layer-wise/validation_loss"] > 0
 
 
 # the launcher's settings

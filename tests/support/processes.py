@@ -1,6 +1,8 @@
-"""Run by test_processes.py, by itself or under ``accelerate launch``: the same distillation on one or more processes.
+"""Run by test_processes.py, by itself or under ``accelerate launch``: the same distillation on one
+or more processes.
 
-argv: a JSON file of what to do. The main process writes the loss of every step to the file that it names.
+argv: a JSON file of what to do. The main process writes the loss of every step to the file that it
+names.
 """
 
 import json
@@ -21,7 +23,8 @@ from hf_kernel_ffn.storage.loading import load_student, load_teacher, load_token
 
 
 def train(content, dtype, until=None):
-    """Losses of the steps taken, in ``dtype`` throughout; goes on from a state if there is one, and keeps states."""
+    """Losses of the steps taken, in ``dtype`` throughout; goes on from a state if there is one, and
+    keeps states."""
     recipe = Recipe(**content)
     accelerator = make_accelerator(recipe)
     torch.manual_seed(recipe.seed)

@@ -34,7 +34,8 @@ class Interrupted(BaseException):
 
 
 def interrupt(monkeypatch, recipe, at, result=Interrupted):
-    """Run ``recipe`` until the training call ``at`` of an objective, which is interrupted, or returns ``result``."""
+    """Run ``recipe`` until the training call ``at`` of an objective, which is interrupted, or
+    returns ``result``."""
     count = iter(range(10**6))
 
     def wrap(objective):
