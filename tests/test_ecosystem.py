@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import yaml
+from runs import make_step
 from safetensors.torch import load_file
 from teachers import tiny_teacher
 from torch.utils.data import Dataset
@@ -328,7 +329,7 @@ def test_a_teacher_on_the_disk_teaches_the_same(teacher_folder, student, ids, tm
     for objective, stage in ((layer_wise, "layer-wise"), (logits, "logits")):
         settings = Stage(name=stage, tokens=1, learning_rate=1)
         losses = [
-            objective(settings, teacher, student, student.kernel_ffns(), ids, lambda loss: None)
+            objective(make_step(settings, teacher, student, student.kernel_ffns(), ids))
             for teacher in (here, spread)
         ]
         assert torch.equal(*losses)

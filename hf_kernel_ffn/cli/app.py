@@ -180,7 +180,7 @@ def distill(
         out = distill(load_recipe(recipe, overrides), resume=resume)
     except Terminated as stopped:
         sys.stderr.write(f"{stopped}\n")
-        raise typer.Exit(143) from stopped  # 128 + SIGTERM, as a shell reports it
+        raise typer.Exit(stopped.exit_code) from stopped
     typer.echo(f"saved in {out}")
 
 

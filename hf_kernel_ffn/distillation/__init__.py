@@ -1,6 +1,7 @@
-"""Bring a converted model back to its teacher: a recipe, its stages, and the loop that runs them."""
+"""Bring a converted model back to its teacher: a recipe, its stages, and the run of them."""
 
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe
+from .recipe_file import load_recipe
 from .run import distill
 from .stopping import Terminated
 

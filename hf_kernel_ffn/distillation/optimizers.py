@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,60 +12,75 @@ from .recipe import Stage
 from .sharding import gather_full
 
 MUON_STEP = 0.2
-"""Root mean square of Muon's update at learning rate 1 when it is matched to AdamW's (torch.optim.Muon)."""
+"""Root mean square of Muon's update at learning rate 1 when it is matched to AdamW's
+(torch.optim.Muon)."""
+BETAS = (0.9, 0.95)
+"""Of AdamW: the second moment of some twenty steps, since runs are short."""
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak learning rate at ``step``: a linear rise over ``warmup`` of the steps, then a cosine down to zero."""
+    """Share of the peak learning rate at ``step``.
+
+    A linear rise over ``warmup`` (a share) of the ``steps``, then a cosine down to zero.
+    """
     rise = max(1.0, warmup * steps)
     if step < rise:
         return (step + 1) / (rise + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
 
 
-def optimizers(
+def make_optimizers(
     model: nn.Module, parameters: list[nn.Parameter], stage: Stage
 ) -> list[torch.optim.Optimizer]:
-    """What trains ``parameters`` of ``model``: AdamW, or Muon on matrices with AdamW on the rest. Groups hold their ``peak``."""
-    groups = _groups(model, parameters, stage)
+    """What trains ``parameters`` of ``model``: AdamW, or Muon on matrices with AdamW on the rest.
+
+    Each group of an optimiser is one tensor, and holds its highest learning rate as ``peak``.
+    """
+    groups = _make_groups(model, parameters, stage)
     if stage.optimizer == "adamw":
-        return [torch.optim.AdamW(groups, betas=(0.9, 0.95))]
-    matrices = [
-        group
-        for group in groups
-        if min(group["params"][0].shape) > 1 and group["params"][0].ndim == 2
-    ]
-    vectors = [group for group in groups if not any(group is matrix for matrix in matrices)]
+        return [torch.optim.AdamW(groups, betas=BETAS)]
+
+    matrices = [group for group in groups if _is_matrix(group["params"][0])]
+    others = [group for group in groups if not _is_matrix(group["params"][0])]
     for group in matrices:
         group["peak"] /= MUON_STEP
     return [
         torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(vectors, betas=(0.9, 0.95)),
+        torch.optim.AdamW(others, betas=BETAS),
     ]
 
 
-def _groups(model: nn.Module, parameters: list[nn.Parameter], stage: Stage) -> list[dict]:
-    """One optimiser group per tensor, its peak learning rate in proportion to the tensor's scale."""
-    wanted = {id(p) for p in parameters}
+def _make_groups(
+    model: nn.Module, parameters: list[nn.Parameter], stage: Stage
+) -> list[dict[str, Any]]:
+    """One group per tensor, its peak learning rate in proportion to the tensor's scale."""
+    trained = {id(parameter) for parameter in parameters}
     groups = []
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
         for leaf, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in wanted:
+            if id(parameter) not in trained:
                 continue
-            scale = _size(parameter)
-            if (
-                leaf == "bias" and weight is not None
-            ):  # added to weight @ x, with x of order one per feature
-                scale = max(scale, _size(weight) * weight.shape[1] ** 0.5)
-            if ".log_ratio" in name or scale == 0:
-                scale = 1.0 if parameter.numel() == 1 else parameter.shape[-1] ** -0.5
             decay = stage.weight_decay if parameter.ndim == 2 else 0.0
-            groups.append(
-                {"params": [parameter], "peak": stage.learning_rate * scale, "weight_decay": decay}
-            )
+            peak = stage.learning_rate * _scale(name, module, leaf, parameter)
+            groups.append({"params": [parameter], "peak": peak, "weight_decay": decay})
     return groups
 
 
-def _size(parameter: torch.Tensor) -> float:
+def _scale(name: str, module: nn.Module, leaf: str, parameter: nn.Parameter) -> float:
+    """What counts as the size of the numbers in ``parameter``, called ``leaf`` in ``module``."""
+    scale = _root_mean_square(parameter)
+    weight = getattr(module, "weight", None)
+    if leaf == "bias" and weight is not None:
+        # It is added to weight @ x, with x of order one per feature.
+        scale = max(scale, _root_mean_square(weight) * weight.shape[1] ** 0.5)
+    if ".log_ratio" in name or scale == 0:
+        return 1.0 if parameter.numel() == 1 else parameter.shape[-1] ** -0.5
+    return scale
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return parameter.ndim == 2 and min(parameter.shape) > 1
+
+
+def _root_mean_square(parameter: torch.Tensor) -> float:
     return gather_full(parameter.detach()).square().mean().sqrt().item()

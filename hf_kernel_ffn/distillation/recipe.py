@@ -4,61 +4,91 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.settings import KernelFFNConfig
 
-YAML_LIMIT = 200_000
-"""Characters of a recipe, and ten times the values in it."""
+
+def describe_unknown_key(key: object, known: list[str]) -> str:
+    """A sentence with the nearest of the ``known`` keys, or all of them if none is near."""
+    near = difflib.get_close_matches(str(key), known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    return f"unknown key {key!r}, {hint}"
 
 
 class _Section(BaseModel):
+    """Keys of a recipe that belong together. An unknown key is refused with the nearest one."""
+
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _name_the_nearest_key(cls, values: Any) -> Any:
+    def _name_the_nearest_key(cls, values: object) -> object:
         if isinstance(values, dict):
             for key in values:
                 if key not in cls.model_fields:
-                    raise ValueError(_unknown(key, list(cls.model_fields)))
+                    raise ValueError(describe_unknown_key(key, list(cls.model_fields)))
         return values
 
 
 class Data(_Section):
+    """The text that a distillation reads."""
+
     train: str | list[str]
-    """.txt, .jsonl or .parquet files, or `datasets` names (name, name:split or name:config:split)."""
+    """.txt, .jsonl or .parquet files, or names of `datasets` (name, name:split or
+    name:config:split)."""
     sequence_length: int = Field(256, ge=2)
     """Tokens per packed sequence."""
     text_field: str = "text"
     """Field of a row that holds the text."""
     shuffle_buffer: int = Field(2048, ge=1)
     """Sequences among which the next one is drawn; 1 keeps the text's order."""
+    validation: str | list[str] | None = None
+    """Text that is held out, of the kinds that ``train`` may be: every stage's loss on it goes to
+    metrics.jsonl in output_dir. Its teacher runs where the stage's is recorded."""
+    validation_tokens: int = Field(16_384, ge=1)
+    """Tokens of it to read, from its beginning; at least one sequence."""
+    validate_every_tokens: int = Field(500_000, ge=1)
+    """How often; and after the last step of a stage."""
 
     @property
     def sources(self) -> list[str]:
+        """The training text's sources, in order."""
         return [self.train] if isinstance(self.train, str) else self.train
+
+    @property
+    def validation_sources(self) -> list[str]:
+        """The held-out text's sources, in order; none if it is not given."""
+        if self.validation is None:
+            return []
+        return [self.validation] if isinstance(self.validation, str) else self.validation
 
 
 class Stage(_Section):
+    """A part of the training, with one objective."""
+
     name: Literal["layer-wise", "logits"]
-    """layer-wise: every FFN regresses its teacher's output on the teacher's own inputs; logits: KL between the models' predictions."""
+    """layer-wise: every FFN regresses its teacher's output on the teacher's own inputs; logits: KL
+    between the models' predictions."""
     tokens: int = Field(ge=1)
     """Budget, over all processes; rounded up to whole steps."""
     learning_rate: float = Field(gt=0)
-    """Peak step as a share of each tensor's own root mean square at the start of the stage, so that longer prototypes take
-    longer steps."""
+    """Peak step as a share of each tensor's own root mean square at the start of the stage, so that
+    longer prototypes take longer steps."""
     batch_size: int = Field(8, ge=1)
-    """Sequences per process and step."""
+    """Sequences per process that are read at once."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Batches whose gradients make one step: as one batch that many times as large, in the memory
+    of one; ``tokens`` counts all of them. Thresholds and the price of write mass alone are of each
+    batch by itself."""
     optimizer: Literal["muon", "adamw"] = "muon"
-    """muon: orthogonalised momentum on matrices (torch.optim.Muon), AdamW on the rest; adamw: AdamW on everything."""
+    """muon: orthogonalised momentum on matrices (torch.optim.Muon), AdamW on the rest; adamw: AdamW
+    on everything."""
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises; it falls to zero along a cosine after."""
+    """Share of the steps over which the learning rate rises, before it falls to zero along a
+    cosine."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled, on matrices."""
     clip: float = Field(1.0, gt=0)
@@ -68,29 +98,37 @@ class Stage(_Section):
     kl: float = Field(1.0, ge=0)
     """Weight of the KL (logits)."""
     cross_entropy: float = Field(0.0, ge=0)
-    """Weight of the cross-entropy on the text's own tokens (the next or the masked ones), added to the KL (logits)."""
+    """Weight of the cross-entropy on the text's own tokens (the next or the masked ones), added to
+    the KL (logits)."""
     stored_logits: str | None = None
-    """Folder that `hf-kernel-ffn record` has made: the teacher's likeliest tokens are read from it, the others count as one, and the
-    teacher does not run (logits). None: it runs."""
+    """Folder that `hf-kernel-ffn record` has made: the teacher's likeliest tokens are read from it,
+    the others count as one, and the teacher does not run (logits). None: it runs."""
     write_mass: float = Field(0.0, ge=0)
-    """Weight of Σ|c_i|‖v_i‖ over the length of what is written, added to the loss: the price of contributions that cancel."""
+    """Weight of Σ|c_i|‖v_i‖ over the length of what is written, added to the loss: the price
+    of contributions that cancel."""
     layers_at_once: int | None = Field(None, ge=1)
-    """Converted layers trained together, one group after the other, each with the whole budget (layer-wise): fewer need
-    less memory for gradients and optimiser state. None: all."""
+    """Converted layers trained together, one group after the other, each with the whole budget
+    (layer-wise): fewer need less memory for gradients and optimiser state. None: all."""
 
     @model_validator(mode="after")
     def _logits_are_for_logits(self) -> Stage:
         if self.stored_logits is not None and self.name != "logits":
             raise ValueError(
-                f"stored_logits {self.stored_logits!r} in a {self.name} stage: only logits stages read it; leave it out"
+                f"stored_logits {self.stored_logits!r} in a {self.name} stage: only logits stages "
+                "read it; leave it out"
             )
         return self
 
 
 class Lora(_Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
+
     rank: int = Field(8, ge=1)
+    """Of each adapter."""
     alpha: int = Field(16, ge=1)
+    """What an adapter writes is multiplied by this over the rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """On what an adapter reads."""
 
 
 class Recipe(_Section):
@@ -107,24 +145,26 @@ class Recipe(_Section):
     data: Data
     stages: list[Stage] = Field(min_length=1)
     lora: Lora | None = None
-    """Train the rest of the student too, by low-rank adapters (peft) that are merged at the end (logits)."""
+    """Train the rest of the student too, by low-rank adapters (peft) that are merged at the end
+    (logits)."""
     seed: int = 0
     output_dir: str
     """Where the finished student is written; new or empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen weights and of the computation; the trained weights are float32 all the same."""
+    """Of the frozen weights and the computation; the trained weights are float32 all the same."""
     calibration_tokens: int = Field(16_384, ge=256)
     """Tokens of the training text that the conversion reads."""
     save_every_tokens: int = Field(500_000, ge=1)
     """How often the state to resume from is written."""
     fused: Literal["auto", "always", "never"] = "auto"
-    """Triton kernels for the student's readouts: auto, on a GPU where a trial finds them as exact and no slower; always, or an
-    error."""
+    """Triton kernels for the student's readouts: auto, on a GPU where a trial finds them as exact
+    and no slower; always, or an error."""
     shard: bool = False
-    """Cut the student's FFNs, their gradients and optimiser state over the processes (FSDP2); otherwise each holds all of them."""
+    """Cut the student's FFNs, their gradients and optimiser state over the processes (FSDP2);
+    otherwise each holds all of them."""
     skip_steps: int = Field(0, ge=0)
-    """Steps with a loss or a gradient that is not finite to leave out, in all; the next one stops the run. distillation.json in
-    output_dir says how many there were."""
+    """Steps with a loss or a gradient that is not finite to leave out, in all; the next one stops
+    the run. distillation.json in output_dir says how many there were."""
     trackers: list[str] = Field(default_factory=list)
     """accelerate's trackers: tensorboard, wandb, …"""
     gradient_checkpointing: bool = False
@@ -136,7 +176,7 @@ class Recipe(_Section):
         allowed = ["layers", *(f.name for f in fields(KernelFFNConfig))]
         for key in settings:
             if key not in allowed:
-                raise ValueError(_unknown(key, allowed))
+                raise ValueError(describe_unknown_key(key, allowed))
         layers = settings.get("layers")
         if isinstance(layers, (str, type(None))):
             return settings
@@ -163,95 +203,3 @@ class Recipe(_Section):
         if isinstance(settings.get("kernel"), str):
             settings["kernel"] = import_kernel(settings["kernel"])
         return KernelFFNConfig(**settings)
-
-
-def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe in a YAML ``file`` with ``dotted.key=value`` overrides, values read as YAML.
-
-    Raises:
-        InputError: the file or an override cannot be read, or a key or type is wrong; it is named.
-    """
-    try:
-        content = _yaml(Path(file).read_text(encoding="utf-8"))
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        RecursionError,
-        yaml.YAMLError,
-    ) as error:  # PyYAML lets others than its own through
-        raise InputError(
-            f"found {file} unreadable as YAML ({' '.join(str(error).split())}), expected a recipe"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"found {type(content).__name__} in {file}, expected a mapping of recipe keys"
-        )
-    for override in overrides or []:
-        _apply(content, override)
-    try:
-        recipe = Recipe(**content)
-        recipe.kernel_settings()
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the recipe"
-        message = first["msg"].removeprefix("Value error, ")
-        given = (
-            f", found {first['input']!r}" if first["type"] not in ("missing", "value_error") else ""
-        )
-        raise InputError(f"{file}: {where}: {message}{given}") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{file}: kernel_ffn: {error}") from error
-    return recipe
-
-
-def _yaml(text: str) -> Any:
-    """What ``text`` says; ValueError if it is too much for a recipe, as a few lines of aliases to aliases can be."""
-    if len(text) > YAML_LIMIT:
-        raise ValueError(f"{len(text):,} characters, expected at most {YAML_LIMIT:,}")
-    waiting, count = [yaml.compose(text, Loader=yaml.SafeLoader)], 0
-    while waiting:
-        count += 1
-        if count > YAML_LIMIT // 10:
-            raise ValueError("aliases that stand for too many values")
-        node = waiting.pop()
-        if isinstance(node, yaml.MappingNode):
-            waiting += [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-    return yaml.safe_load(text)
-
-
-def _apply(content: dict, override: str) -> None:
-    dotted, equals, value = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
-        raise InputError(f"found {override!r}, expected dotted.key=value")
-    try:
-        parsed = _yaml(value)
-    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"found {value!r} for {dotted}, expected a YAML value") from error
-    target: Any = content
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        if isinstance(target, list):
-            if not key.isdigit() or int(key) >= len(target):
-                raise InputError(
-                    f"found {dotted!r}, expected a number below {len(target)} after {'.'.join(keys[:depth])!r}"
-                )
-            index: Any = int(key)
-        elif isinstance(target, dict):
-            index = key
-            if not last and not isinstance(target.get(key), (dict, list)):
-                target[key] = {}
-        else:
-            raise InputError(f"found {dotted!r}, but {'.'.join(keys[:depth])!r} holds no keys")
-        if last:
-            target[index] = parsed
-        else:
-            target = target[index]
-
-
-def _unknown(key: Any, names: list[str]) -> str:
-    near = difflib.get_close_matches(str(key), names, 1)
-    return f"unknown key {key!r}, {f'did you mean {near[0]!r}?' if near else 'expected one of ' + ', '.join(names)}"

@@ -1,25 +1,29 @@
-"""Recording a teacher for the logits stages of a recipe: its likeliest tokens at every position of what they will read."""
+"""Recording a teacher for the logits stages of a recipe: its likeliest tokens at every position of
+what they will read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
+from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
 from ..conversion.convert import choose_ffns
 from ..storage.files import new_folder, require_empty
 from ..storage.loading import load_student
 from ..text.inputs import make_forward_arguments
-from .objectives import to_at_least_float32, top_and_rest_log_probs
+from ..text.packing import PackedText
+from .accelerator import autocast, make_accelerator
+from .divergence import to_at_least_float32, top_and_rest_log_probs
+from .models import get_kernel_ffns
 from .recipe import Recipe
-from .run import teacher_of
-from .teacher_signal import (
+from .records import (
     FACTS,
     Facts,
     digest,
@@ -28,9 +32,13 @@ from .teacher_signal import (
     teacher_fingerprint,
     token_bytes,
 )
-from .trainer import PackedText, autocast, make_accelerator, stage_groups, steps_and_sequences
+from .run import teacher_of
+from .stages import stage_parts, steps_and_sequences
+from .trainer import open_text
 
 SHARD_BYTES = 2**28
+"""About how large a file of a record becomes; that much is held in memory."""
+MEBIBYTE = 2**20
 
 
 def record(
@@ -40,125 +48,152 @@ def record(
     processes: int = 1,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Write to ``out_dir`` what the teacher of ``recipe`` predicts in every sequence that its logits stages read on so many
-    processes, each sequence once; ``say`` is told the size before and after.
+    """Write to ``out_dir`` what the teacher of ``recipe`` predicts in what its logits stages read.
+
+    Args:
+        top_k: tokens to record at every position; the others count as one.
+        processes: that the distillation will run on. Each sequence is recorded once.
+        say: is told the size before and after.
 
     Raises:
-        InputError: there is no logits stage, or several temperatures; the teacher is masked, or has no ``top_k`` tokens to choose
-            from at every position; paths, text or models are not what the recipe says; or there is no room.
+        InputError: there is no logits stage, or several temperatures; the teacher is masked, or has
+            no ``top_k`` tokens to choose from at every position; paths, text or models are not what
+            the recipe says; or there is no room.
     """
     require_empty(out_dir)
-    stages = [stage for stage in recipe.stages if stage.name == "logits"]
-    temperatures = sorted({stage.temperature for stage in stages})
-    if len(temperatures) != 1:
-        raise InputError(
-            f"found logits stages at {len(temperatures)} temperatures {temperatures}, expected one: override stages.N.temperature, and "
-            "record once for each"
-        )
+    temperature = _require_one_temperature(recipe)
     tokenizer, teacher = teacher_of(recipe, make_accelerator(recipe).device)
     refuse_masked(teacher)
-    read, length = spans(recipe, teacher, processes), recipe.data.sequence_length
-    most = sum(map(len, read))
-    size = token_bytes(top_k) * length
+
+    length = recipe.data.sequence_length
+    spans = spans_of_logits_stages(recipe, teacher, processes)
+    count = sum(map(len, spans))
+    sequence_bytes = token_bytes(top_k) * length
     say(
-        f"at most {most:,} sequences of {length:,} tokens, {token_bytes(top_k):,} bytes per token: {_mib(most * size)} in all"
+        f"at most {count:,} sequences of {length:,} tokens, {token_bytes(top_k):,} bytes per "
+        f"token: {_format_size(count * sequence_bytes)} in all"
     )
-    distinct = _distinct(
-        _shown((ids for span in read for ids in _read(recipe, tokenizer, span)), most)
+
+    text = open_text(tokenizer, recipe.data, recipe.seed)
+    shown = track(_select_spans(text, spans), description="recording", total=count)
+    rows = next(stage.batch_size for stage in recipe.stages if stage.name == "logits")
+    answers = _record_batches(
+        recipe,
+        teacher,
+        _without_repeats(shown),
+        rows=rows,
+        top_k=top_k,
+        temperature=temperature,
     )
-    rows = stages[0].batch_size
-    answers = _answers(recipe, teacher, distinct, rows, top_k, temperatures[0])
-    sequences = shard = 0
-    others = 0.0  # probability of what is not recorded, over all sequences
-    with new_folder(out_dir) as made:
-        while held := list(islice(answers, max(1, SHARD_BYTES // (size * rows)))):
-            save_file(
-                {name: torch.cat([answer[name] for answer in held]) for name in held[0]},
-                shard_file(made, shard),
-            )
-            sequences, shard = (
-                sequences + sum(len(answer["input_ids"]) for answer in held),
-                shard + 1,
-            )
-            others += sum(
-                answer["log_probabilities"][..., -1].exp().sum().item() for answer in held
-            )
+    batches_per_shard = max(1, SHARD_BYTES // (sequence_bytes * rows))
+    sequences = 0
+    unrecorded = 0.0  # probability of the other tokens, over all positions
+    shards = 0
+    with new_folder(out_dir) as folder:
+        while batches := list(islice(answers, batches_per_shard)):
+            tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+            save_file(tensors, shard_file(folder, shards))
+            shards += 1
+            for batch in batches:
+                sequences += len(batch["input_ids"])
+                unrecorded += batch["log_probabilities"][..., -1].exp().sum().item()
         facts = Facts(
             teacher=recipe.teacher,
             fingerprint=teacher_fingerprint(teacher),
-            temperature=temperatures[0],
+            temperature=temperature,
             sequence_length=length,
             top_k=top_k,
-            shards=shard,
+            shards=shards,
         )
-        (made / FACTS).write_text(facts.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    say(
-        f"{sequences:,} sequences, none twice: {_mib(sum(file.stat().st_size for file in Path(out_dir).iterdir()))}"
-    )
-    say(f"the recorded tokens hold {1 - others / (sequences * length):.0%} of the probability")
+        content = facts.model_dump_json(indent=1) + "\n"
+        (folder / FACTS).write_text(content, encoding="utf-8")
+
+    size = sum(file.stat().st_size for file in Path(out_dir).iterdir())
+    say(f"{sequences:,} sequences, none twice: {_format_size(size)}")
+    share = 1 - unrecorded / (sequences * length)
+    say(f"the recorded tokens hold {share:.0%} of the probability")
 
 
-def spans(recipe: Recipe, teacher: Any, processes: int) -> list[range]:
-    """Which of the packed sequences each logits stage of ``recipe`` reads, by their place in the text read without end."""
+def spans_of_logits_stages(recipe: Recipe, teacher: PreTrainedModel, processes: int) -> list[range]:
+    """Which of the packed sequences each logits stage of ``recipe`` reads, in ascending order, by
+    their place in the text read without end."""
     if recipe.student is None:
-        paths = list(
-            choose_ffns(teacher, recipe.kernel_settings(), recipe.kernel_ffn.get("layers"))[0]
-        )
+        layers = recipe.kernel_ffn.get("layers")
+        chosen, *_ = choose_ffns(teacher, recipe.kernel_settings(), layers)
+        paths = list(chosen)
     else:
-        paths = list(
-            load_student(recipe.student, trust_remote_code=recipe.trust_remote_code).kernel_ffns()
-        )
-    found, start = [], 0
-    for stage, _ in stage_groups(recipe, paths):
+        student = load_student(recipe.student, trust_remote_code=recipe.trust_remote_code)
+        paths = list(get_kernel_ffns(student))
+
+    spans = []
+    start = 0
+    for stage, _ in stage_parts(recipe, paths):
         steps, per_step = steps_and_sequences(stage, recipe.data, processes)
         if stage.name == "logits":
-            found.append(range(start, start + steps * per_step))
+            spans.append(range(start, start + steps * per_step))
         start += steps * per_step
-    return found
+    return spans
 
 
-def _read(recipe: Recipe, tokenizer, span: range) -> Iterator[Tensor]:
-    return islice(iter(PackedText(tokenizer, recipe.data, recipe.seed, span.start)), len(span))
+def _require_one_temperature(recipe: Recipe) -> float:
+    temperatures = sorted({stage.temperature for stage in recipe.stages if stage.name == "logits"})
+    if len(temperatures) != 1:
+        raise InputError(
+            f"found logits stages at {len(temperatures)} temperatures {temperatures}, expected "
+            "one: override stages.N.temperature, and record once for each"
+        )
+    return temperatures[0]
 
 
-def _distinct(sequences: Iterable[Tensor]) -> Iterator[Tensor]:
+def _select_spans(text: PackedText, spans: list[range]) -> Iterator[Tensor]:
+    """The sequences of ``text``, from its beginning, whose places are in ``spans``."""
+    place = 0
+    for span in spans:
+        for _ in range(place, span.start):
+            next(text)
+        for _ in span:
+            yield next(text)
+        place = span.stop
+
+
+def _without_repeats(sequences: Iterable[Tensor]) -> Iterator[Tensor]:
     seen = set()
     for ids in sequences:
-        if (key := digest(ids)) not in seen:
+        key = digest(ids)
+        if key not in seen:
             seen.add(key)
             yield ids
 
 
-def _answers(
-    recipe: Recipe, teacher, sequences: Iterator[Tensor], rows: int, top_k: int, temperature: float
+def _record_batches(
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    sequences: Iterator[Tensor],
+    *,
+    rows: int,
+    top_k: int,
+    temperature: float,
 ) -> Iterator[dict[str, Tensor]]:
-    """The tensors of a record, so many rows at a time."""
+    """The tensors of a record, so many ``rows`` at a time."""
     while batch := list(islice(sequences, rows)):
         ids = torch.stack(batch)
         with torch.no_grad(), autocast(recipe.dtype, teacher.device):
-            logits = (
-                to_at_least_float32(teacher(**make_forward_arguments(teacher, ids)).logits)
-                / temperature
-            )
+            output = teacher(**make_forward_arguments(teacher, ids)).logits
+            logits = to_at_least_float32(output) / temperature
         if logits.shape[:-1] != ids.shape or logits.shape[-1] < top_k:
             raise InputError(
-                f"found predictions of shape {tuple(logits.shape)} for sequences {tuple(ids.shape)}, expected {top_k} tokens to choose "
-                "from at each position: give a language model, or a smaller --top-k"
+                f"found predictions of shape {tuple(logits.shape)} for sequences "
+                f"{tuple(ids.shape)}, expected {top_k} tokens to choose from at each position: "
+                "give a language model, or a smaller --top-k"
             )
         top = logits.topk(top_k).indices.sort().values
-        found = {
+        tensors = {
             "input_ids": ids.int(),
             "top": top.int(),
             "log_probabilities": top_and_rest_log_probs(logits, top).float(),
         }
-        yield {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+        yield {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _shown(sequences: Iterable[Tensor], count: int) -> Iterable[Tensor]:
-    from rich.progress import track
-
-    return track(sequences, description="recording", total=count)
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+def _format_size(size: int) -> str:
+    return f"{size / MEBIBYTE:,.1f} MiB"

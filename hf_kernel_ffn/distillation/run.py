@@ -1,132 +1,187 @@
-"""A distillation from files to files: load, convert if need be, run the stages, save the finished student."""
+"""A distillation from files to files: load, convert if need be, train, save the student."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
 from ..conversion.convert import convert
 from ..families.student import check_pair, make_student_from_entry, share_equal_parameters
-from ..gpu.trial import choose_kernels
 from ..storage.checkpoint import save_converted
 from ..storage.files import explain_write_errors, require_empty, sync_to_disk
 from ..storage.loading import (
     check_vocabularies,
-    get_torch_dtype,
     load_student,
     load_teacher,
     load_tokenizer,
 )
 from ..text.packing import read_token_ids
 from ..text.prediction import make_inputs_for_prediction
+from .accelerator import check_trackers, make_accelerator
+from .fused import choose_fused_readouts
+from .metrics import METRICS, Listener, MetricsFile, Trackers
+from .models import (
+    Models,
+    add_adapters,
+    enable_gradient_checkpointing,
+    freeze_all_but_ffns,
+)
 from .recipe import Recipe
-from .sharding import unsharded
 from .state import (
     REMAINS,
     find_state,
     load_facts,
-    load_rng,
-    load_trained,
+    load_position,
     remove_remains,
     remove_state,
 )
-from .stopping import Stop, on_sigterm
-from .teacher_signal import load_records
-from .trainer import Run, make_accelerator
+from .stopping import Stop, on_stop_signals
+from .teacher_signal import make_signals
+from .trainer import Trainer
+
+PROJECT = "hf_kernel_ffn"
+"""The name that trackers are given."""
 
 
 def distill(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> Path:
-    """Run ``recipe`` and save the finished student in its ``output_dir``, in the dtype that the teacher is stored in.
+    """Run ``recipe`` and save the finished student in its ``output_dir``.
+
+    It is saved in the dtype that the teacher is stored in. While the stages run, metrics.jsonl in
+    ``output_dir`` gets a line for every step.
 
     Args:
-        resume: go on from the state that an interrupted run left in ``output_dir``; the finished weights are bit-equal to
-            those of an uninterrupted run on one process.
+        resume: go on from the state that an interrupted run left in ``output_dir``; the finished
+            weights are bit-equal to those of an uninterrupted run on one process.
         progress: show a bar with loss, tokens/s and time left.
 
     Raises:
-        InputError: paths, text, models or the state to resume from are not what the recipe says.
-        FloatingPointError: the loss became NaN or infinite; the stage, the step, the layer and the last state are named.
-        Terminated: the process got SIGTERM, and the state is saved.
+        InputError: paths, text, models, trackers or the state to resume from are not what the
+            recipe says.
+        FloatingPointError: the loss became NaN or infinite; the stage, the step, the layer and the
+            last state are named.
+        Terminated: the process got SIGTERM or SIGINT (Ctrl-C), and the state is saved.
     """
-    with on_sigterm() as stop:
-        return _distill(recipe, resume, progress, stop)
+    with on_stop_signals() as stop:
+        return _distill(recipe, resume=resume, progress=progress, stop=stop)
 
 
-def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
+def _distill(recipe: Recipe, *, resume: bool, progress: bool, stop: Stop) -> Path:
+    check_trackers(recipe)
+    state = _find_start(recipe, resume)
+    accelerator = make_accelerator(recipe)
+    torch.manual_seed(recipe.seed)
+
+    models = _load_models(recipe, accelerator.device, state)
+    before = None if state is None else load_facts(state).get("fused")
+    fused = choose_fused_readouts(models.student, recipe, before)
+    models = _prepare_trainee(models, recipe)
+    metrics = _open_metrics(recipe, state) if accelerator.is_main_process else None
+    listeners: list[Listener] = [] if metrics is None else [metrics]
+    trainer = Trainer(recipe, accelerator, models, stop=stop, progress=progress)
+
+    recorded = json.loads(recipe.model_dump_json())
+    if recipe.trackers:
+        accelerator.init_trackers(PROJECT, config={"recipe": json.dumps(recorded)})
+        listeners.append(Trackers(accelerator))
+    trainer.listeners += listeners
+    facts = {
+        "recipe": recorded,
+        "kernel_ffn": models.student.config.kernel_ffn,
+        "fused": fused.to_json(),
+    }
+    stop.between_steps = True
+    try:
+        trainer.run(facts, state)
+    finally:
+        stop.between_steps = False
+        if metrics is not None:
+            metrics.close()
+
+    models = trainer.gather_models()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        report: dict[str, object] = {"skipped_steps": trainer.position.skipped}
+        if fused.refused:
+            report["not_fused"] = fused.refused
+        _finish(models, recipe, report)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # last: it ends the process group
+    return Path(recipe.output_dir)
+
+
+def _find_start(recipe: Recipe, resume: bool) -> Path | None:
+    """The state to go on from, or None: then output_dir is left new or empty.
+
+    Raises:
+        InputError: there is no state, or one that is not to be gone on from, or of another recipe.
+    """
     out = Path(recipe.output_dir)
     state = find_state(out)
     if resume and state is None:
         hint = "it is finished" if (out / "config.json").exists() else "start without --resume"
         raise InputError(f"found no state to resume from in {out}: {hint}")
-    if not resume:
-        if state is not None:
-            raise InputError(
-                f"found an interrupted distillation in {out}: go on by --resume, or remove the folder"
-            )
-        if out.is_dir() and all(
-            path.name in REMAINS for path in out.iterdir()
-        ):  # killed before the first state was whole
-            remove_remains(out)
-        require_empty(out)
-    recorded = json.loads(recipe.model_dump_json())
+    if resume and state is not None:
+        _require_same_recipe(load_facts(state)["recipe"], json.loads(recipe.model_dump_json()))
+        return state
     if state is not None:
-        _same_recipe(load_facts(state)["recipe"], recorded)
-
-    accelerator = make_accelerator(recipe)
-    torch.manual_seed(recipe.seed)
-    tokenizer, teacher = teacher_of(recipe, accelerator.device)
-    records = load_records(recipe, teacher)
-    student: Any = student_of(recipe, teacher, tokenizer, state)
-    teacher.requires_grad_(False)
-    student.requires_grad_(False)
-    for ffn in student.kernel_ffns().values():
-        ffn.float().requires_grad_(True)
-    autocast = None if recipe.dtype == "float32" else get_torch_dtype(recipe.dtype)
-    plain = choose_kernels(student, recipe.fused, autocast)
-    trainee = _with_lora(student, recipe) if recipe.lora else student
-    if recipe.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-        for (
-            module
-        ) in student.modules():  # blocks recompute only in training mode; their dropout stays off
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True
-    run = Run(recipe, accelerator, tokenizer, teacher, student, trainee, progress, stop, records)
-    if state is not None:
-        load_trained(state, run.kept)
-        load_rng(state)
-    if recipe.trackers:
-        accelerator.init_trackers("hf_kernel_ffn", config={"recipe": json.dumps(recorded)})
-    facts = {"recipe": recorded, "kernel_ffn": student.config.kernel_ffn}
-    stop.between_steps = True
-    run.stages(facts, state)
-    stop.between_steps = False
-    if run.sharded:
-        student = trainee = unsharded(student, teacher)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _finish(
-            out,
-            trainee,
-            student,
-            recipe,
-            {"skipped_steps": run.skipped, **({"not_fused": plain} if plain else {})},
+        raise InputError(
+            f"found an interrupted distillation in {out}: go on by --resume, or remove the folder"
         )
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # last: it ends the process group
-    return out
+    left_by_killed = {*REMAINS, METRICS}  # before the first state was whole
+    if out.is_dir() and all(path.name in left_by_killed for path in out.iterdir()):
+        remove_remains(out)
+        (out / METRICS).unlink(missing_ok=True)
+    require_empty(out)
+    return None
 
 
-def teacher_of(recipe: Recipe, device: torch.device) -> tuple[Any, Any]:
+def _require_same_recipe(before: Mapping[str, object], now: Mapping[str, object]) -> None:
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            raise InputError(
+                f"found {key} = {now.get(key)!r}, but the run to resume has {before.get(key)!r}: "
+                "use the same recipe"
+            )
+
+
+def _load_models(recipe: Recipe, device: torch.device, state: Path | None) -> Models:
+    """Everything that the stages run on, the student's FFNs ready to be trained."""
+    tokenizer, teacher = teacher_of(recipe, device)
+    signals = make_signals(recipe, teacher)
+    student = student_of(recipe, teacher, tokenizer, state)
+    freeze_all_but_ffns(student, teacher)
+    return Models(tokenizer, signals, student, student)
+
+
+def _prepare_trainee(models: Models, recipe: Recipe) -> Models:
+    """The models with what the recipe asks of the rest of the student."""
+    trainee: nn.Module = models.student
+    if recipe.lora is not None:
+        trainee = add_adapters(models.student, recipe.lora)
+    if recipe.gradient_checkpointing:
+        enable_gradient_checkpointing(models.student)
+    return replace(models, trainee=trainee)
+
+
+def _open_metrics(recipe: Recipe, state: Path | None) -> MetricsFile:
+    """The file of metrics, with no lines of steps that will be made again."""
+    sequences = 0 if state is None else load_position(state).sequences
+    return MetricsFile(Path(recipe.output_dir), sequences * recipe.data.sequence_length)
+
+
+def teacher_of(
+    recipe: Recipe, device: torch.device
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """The tokenizer and the model that ``recipe`` names.
 
     Raises:
@@ -137,15 +192,22 @@ def teacher_of(recipe: Recipe, device: torch.device) -> tuple[Any, Any]:
     limit = getattr(teacher.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.sequence_length > limit:
         raise InputError(
-            f"found sequence_length {recipe.data.sequence_length}, expected at most the teacher's {limit}"
+            f"found sequence_length {recipe.data.sequence_length}, "
+            f"expected at most the teacher's {limit}"
         )
     return tokenizer, teacher
 
 
 def student_of(
-    recipe: Recipe, teacher: PreTrainedModel, tokenizer, state: Path | None = None
-) -> Any:
-    """The student that ``recipe`` starts from, or that ``state`` holds the weights of: loaded, or converted from ``teacher``."""
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: Path | None = None,
+) -> PreTrainedModel:
+    """The student that ``recipe`` starts from: loaded, or converted from ``teacher``.
+
+    Where there is a ``state``, a converted one is empty, since the state holds its weights.
+    """
     if recipe.student is not None:
         student = load_student(
             recipe.student, recipe.dtype, teacher.device, recipe.trust_remote_code
@@ -156,6 +218,7 @@ def student_of(
         return student
     if state is not None:
         return make_student_from_entry(teacher, load_facts(state)["kernel_ffn"])
+
     data = recipe.data
     ids = read_token_ids(
         tokenizer,
@@ -166,75 +229,41 @@ def student_of(
         spread=True,
     )
     student, _ = convert(
-        teacher, recipe.kernel_settings(), recipe.kernel_ffn.get("layers"),
-        calibration_ids=make_inputs_for_prediction(teacher, tokenizer, ids, recipe.seed), calibration_tokens=recipe.calibration_tokens,
+        teacher,
+        recipe.kernel_settings(),
+        cast(Any, recipe.kernel_ffn.get("layers")),
+        calibration_ids=make_inputs_for_prediction(teacher, tokenizer, ids, recipe.seed),
+        calibration_tokens=recipe.calibration_tokens,
         seed=recipe.seed,
-    )  # fmt: skip
+    )
     return student
 
 
-def _with_lora(student: Any, recipe: Recipe) -> nn.Module:
-    """The student inside peft, with adapters on every projection outside the converted FFNs and the head."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise InputError(
-            "lora needs the peft package: pip install 'hf-kernel-ffn[lora]'"
-        ) from error
-    from transformers.pytorch_utils import Conv1D
+def _finish(models: Models, recipe: Recipe, report: Mapping[str, object]) -> None:
+    """Put the finished student into output_dir, and remove the state to resume from.
 
-    assert recipe.lora is not None
-    inside: tuple[nn.Module, ...] = tuple(student.kernel_ffns().values())
-    skipped = {id(module) for ffn in inside for module in ffn.modules()} | {
-        id(student.get_output_embeddings())
-    }
-    targets = [
-        name
-        for name, module in student.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in skipped
-    ]
-    for name in targets:  # merging writes into these weights, which the teacher has a share in
-        module = student.get_submodule(name)
-        module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
-    config = LoraConfig(
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
-        target_modules=targets,
-    )
-    wrapped = get_peft_model(student, config)
-    for ffn in inside:
-        ffn.requires_grad_(True)
-    return wrapped
-
-
-def _same_recipe(before: dict, now: dict) -> None:
-    for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key):
-            raise InputError(
-                f"found {key} = {now.get(key)!r}, but the run to resume has {before.get(key)!r}: use the same recipe"
-            )
-
-
-def _finish(out: Path, trainee: Any, student: Any, recipe: Recipe, facts: dict) -> None:
-    """Write the student beside, then move it into ``out``, config.json last; remove the state to resume from."""
+    It is written beside and moved, config.json last.
+    """
+    student: Any = models.student
     if recipe.lora:
-        student = trainee.merge_and_unload()
+        student = cast(Any, models.trainee).merge_and_unload()
     if recipe.gradient_checkpointing:
         student.gradient_checkpointing_disable()
-    made = out / "finished.new"
-    shutil.rmtree(made, ignore_errors=True)
+
+    out = Path(recipe.output_dir)
+    fresh = out / "finished.new"
+    shutil.rmtree(fresh, ignore_errors=True)
     with explain_write_errors(f"the finished student in {out}"):
-        made.mkdir(parents=True)
+        fresh.mkdir(parents=True)
         save_converted(
             student,
             recipe.teacher,
-            made,
+            fresh,
             recipe=json.loads(recipe.model_dump_json()),
-            distillation=facts,
+            distillation=dict(report),
         )
-        sync_to_disk(made)
-        for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
+        sync_to_disk(fresh)
+        for file in sorted(fresh.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, out / file.name)
         sync_to_disk(out)
     remove_state(out)

@@ -1,9 +1,11 @@
-"""The student's FFNs cut over the processes (FSDP2): weights, gradients and optimiser state, of which each process holds its share."""
+"""The student's FFNs cut over the processes (FSDP2).
+
+Each process holds its share of the weights, the gradients and the optimiser's state.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,13 +13,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from ..families.student import make_student_from_entry
 
 
 def shard(ffns: Iterable[nn.Module], device: torch.device, reshard: bool) -> None:
-    """Leave each process its share of every FFN's parameters; they are gathered when the FFN runs, and given up after its forward
-    pass if ``reshard``, otherwise after its backward pass. The rest of the student is frozen, and stays whole."""
+    """Leave each process its share of every FFN's parameters.
+
+    They are gathered when the FFN runs, and given up after its forward pass if ``reshard``,
+    otherwise after its backward pass. The rest of the student is frozen, and stays whole.
+    """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for ffn in ffns:
         fully_shard(ffn, mesh=mesh, reshard_after_forward=reshard)
@@ -43,14 +49,18 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def unsharded(student: Any, teacher: Any) -> Any:
-    """The student in one piece, around the other weights of the sharded one; every process has to ask for it."""
-    made = make_student_from_entry(teacher, student.config.kernel_ffn)
+def unsharded(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedModel:
+    """The student in one piece, around the other weights of the sharded one.
+
+    Every process has to ask for it.
+    """
+    whole = make_student_from_entry(teacher, student.config.kernel_ffn)
     others = dict(student.named_parameters())
-    for name, parameter in made.named_parameters():
+    for name, parameter in whole.named_parameters():
         if not isinstance(others[name], DTensor):
             parameter.data = others[name].data
-    for path, ffn in student.kernel_ffns().items():
+    for path in student.config.kernel_ffn["layers"]:
+        ffn = student.base_model.get_submodule(path)
         tensors = {name: gather_full(tensor) for name, tensor in ffn.state_dict().items()}
-        made.base_model.get_submodule(path).load_state_dict(tensors, assign=True)
-    return made
+        whole.base_model.get_submodule(path).load_state_dict(tensors, assign=True)
+    return whole

@@ -1,11 +1,12 @@
-"""The state to resume from: tensors in safetensors, the rest in JSON, written beside and renamed."""
+"""The state to resume from: tensors in safetensors, the rest in JSON, whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,45 +22,82 @@ FOLDER = "resume"
 """Folder of the state, inside output_dir while a distillation runs."""
 REMAINS = (f"{FOLDER}.new", f"{FOLDER}.done", "finished.new")
 """What a killed run may leave beside the state: half-written, or about to be removed."""
+NEEDED = {"recipe", "kernel_ffn", "position", "groups", "text"}
+"""Keys of state.json without which nothing can be resumed."""
+
+
+@dataclass
+class Position:
+    """Where a distillation stands."""
+
+    part: int = 0
+    """Number of the part that is running."""
+    step: int = 0
+    """Steps of it that are made."""
+    sequences: int = 0
+    """Read so far, by all parts and processes."""
+    skipped: int = 0
+    """Steps left out because their numbers were not finite."""
 
 
 def save_state(
     output_dir: Path,
-    trained: dict[str, Tensor],
+    *,
+    trained: Mapping[str, Tensor],
     optimizers: Sequence[torch.optim.Optimizer],
-    facts: dict,
+    text: Mapping[str, object],
+    facts: Mapping[str, object],
     writes: bool = True,
 ) -> None:
-    """Replace the state in ``output_dir`` by this one; killed at any moment, either the old or the new one is there. Every process
-    calls this, since tensors may be sharded; one writes.
+    """Replace the state in ``output_dir`` by this one.
+
+    Killed at any moment, either the old or the new one is there. Every process calls this, since
+    tensors may be sharded.
 
     Args:
         trained: every tensor that a stage may train or that is not the teacher's, by name.
         optimizers: of the running stage; none between stages.
+        text: where the reading of the text stands: tensors, and what JSON can hold.
         facts: JSON: where the distillation stands, and what it needs to start again.
+        writes: whether this process is the one that writes.
+
+    Raises:
+        InputError: there is no room; the old state is untouched.
     """
-    target, fresh, old = (output_dir / f"{FOLDER}{suffix}" for suffix in ("", ".new", ".old"))
-    trained = {name: gather_full(tensor.detach()).contiguous() for name, tensor in trained.items()}
-    tensors, groups = _flat(optimizers)
+    whole = {name: gather_full(tensor.detach()).contiguous() for name, tensor in trained.items()}
+    optimizer_tensors, groups = _flatten_optimizers(optimizers)
     if not writes:
         return
-    tensors["rng"] = torch.get_rng_state()
+
+    optimizer_tensors["rng"] = torch.get_rng_state()
     if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        optimizer_tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    text_tensors = {name: value for name, value in text.items() if isinstance(value, Tensor)}
+    text_facts = {name: value for name, value in text.items() if name not in text_tensors}
+    content = json.dumps({**facts, "groups": groups, "text": text_facts})
+
+    fresh = output_dir / f"{FOLDER}.new"
     try:
         with explain_write_errors(f"the state of the distillation in {output_dir}"):
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
-            save_file(trained, fresh / "trained.safetensors")
-            save_file(tensors, fresh / "optimizer.safetensors")
-            (fresh / "state.json").write_text(json.dumps({**facts, "groups": groups}))
+            save_file(whole, fresh / "trained.safetensors")
+            save_file(optimizer_tensors, fresh / "optimizer.safetensors")
+            save_file(text_tensors, fresh / "text.safetensors")
+            (fresh / "state.json").write_text(content)
             sync_to_disk(fresh)
     except InputError:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    if (
-        target.exists()
-    ):  # if not, a run was killed between the renames, and the old state is the only one
+    _replace_state(output_dir, fresh)
+
+
+def _replace_state(output_dir: Path, fresh: Path) -> None:
+    """Let the whole state at ``fresh`` take the old one's place."""
+    target = output_dir / FOLDER
+    old = output_dir / f"{FOLDER}.old"
+    # If there is none, a run was killed between the renames, and the old state is the only one.
+    if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(target, old)
     os.rename(fresh, target)
@@ -77,7 +115,10 @@ def find_state(output_dir: Path) -> Path | None:
 
 
 def remove_state(output_dir: Path) -> None:
-    """Remove the state in ``output_dir`` and what killed runs left there; killed at any moment, no part of a state looks whole."""
+    """Remove the state in ``output_dir`` and what killed runs left there.
+
+    Killed at any moment, no part of a state looks whole.
+    """
     for suffix in (".old", ""):
         if (output_dir / f"{FOLDER}{suffix}").exists():
             shutil.rmtree(output_dir / f"{FOLDER}.done", ignore_errors=True)
@@ -92,25 +133,50 @@ def remove_remains(output_dir: Path) -> None:
 
 
 def load_facts(folder: Path) -> dict:
-    """The JSON part of a state."""
+    """The JSON part of a state.
+
+    Raises:
+        InputError: it is damaged.
+    """
     try:
         facts = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folder, error) from error
-    if (
-        not isinstance(facts, dict)
-        or not {"recipe", "kernel_ffn", "position", "groups"} <= facts.keys()
-    ):
+    if not isinstance(facts, dict) or not facts.keys() >= NEEDED:
         raise _damaged(folder, "state.json lacks a key")
     return facts
 
 
-def load_trained(folder: Path, trained: dict[str, Tensor]) -> None:
-    """Put a state's tensors into ``trained``."""
-    tensors = _tensors(folder / "trained.safetensors")
-    if {name: tensor.shape for name, tensor in tensors.items()} != {
-        name: tensor.shape for name, tensor in trained.items()
-    }:
+def load_position(folder: Path) -> Position:
+    """Where the distillation of a state stood.
+
+    Raises:
+        InputError: the state is damaged.
+    """
+    try:
+        return Position(**load_facts(folder)["position"])
+    except TypeError as error:
+        raise _damaged(folder, error) from error
+
+
+def load_text(folder: Path) -> dict[str, object]:
+    """Where a state's reading of the text stood.
+
+    Raises:
+        InputError: the state is damaged.
+    """
+    return {**load_facts(folder)["text"], **_load_tensors(folder / "text.safetensors")}
+
+
+def load_trained(folder: Path, trained: Mapping[str, Tensor]) -> None:
+    """Put a state's tensors into ``trained``.
+
+    Raises:
+        InputError: the state is damaged, or of other tensors.
+    """
+    tensors = _load_tensors(folder / "trained.safetensors")
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != {name: tensor.shape for name, tensor in trained.items()}:
         raise _damaged(folder, "other tensors than the recipe trains")
     for name, tensor in tensors.items():
         trained[name].data.copy_(shard_like(tensor, trained[name]))
@@ -118,7 +184,7 @@ def load_trained(folder: Path, trained: dict[str, Tensor]) -> None:
 
 def load_rng(folder: Path) -> None:
     """Put a state's random state back."""
-    tensors = _tensors(folder / "optimizer.safetensors")
+    tensors = _load_tensors(folder / "optimizer.safetensors")
     torch.set_rng_state(tensors["rng"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -126,26 +192,24 @@ def load_rng(folder: Path) -> None:
 
 def load_optimizers(folder: Path, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Put a state's optimiser tensors and group settings back."""
-    tensors = {
-        k: v
-        for k, v in _tensors(folder / "optimizer.safetensors").items()
-        if not k.startswith("rng")
-    }
-    for number, (optimizer, groups) in enumerate(
-        zip(optimizers, load_facts(folder)["groups"], strict=True)
-    ):
+    tensors = _load_tensors(folder / "optimizer.safetensors")
+    packed_groups = load_facts(folder)["groups"]
+    for number, (optimizer, groups) in enumerate(zip(optimizers, packed_groups, strict=True)):
         state: dict[int, dict[str, Tensor]] = {}
         parameters = [
             parameter for group in optimizer.param_groups for parameter in group["params"]
         ]
         for key, tensor in tensors.items():
+            if key.startswith("rng"):
+                continue
             owner, index, name = key.split(".", 2)
             if int(owner) == number:
-                state.setdefault(int(index), {})[name] = shard_like(tensor, parameters[int(index)])
+                parameter = parameters[int(index)]
+                state.setdefault(int(index), {})[name] = shard_like(tensor, parameter)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def _load_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
@@ -154,11 +218,15 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 def _damaged(what: Path, why: object) -> InputError:
     return InputError(
-        f"found {what} damaged ({why}), expected a state to resume from: remove the output_dir and start again"
+        f"found {what} damaged ({why}), expected a state to resume from: "
+        "remove the output_dir and start again"
     )
 
 
-def _flat(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list]:
+def _flatten_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> tuple[dict[str, Tensor], list]:
+    """Tensors by optimiser, parameter and name, and the groups of each optimiser."""
     packed = [optimizer.state_dict() for optimizer in optimizers]
     tensors = {
         f"{number}.{index}.{name}": gather_full(value).contiguous()

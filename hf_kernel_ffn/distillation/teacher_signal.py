@@ -1,203 +1,106 @@
-"""Records of a teacher: its likeliest tokens on a disk, which a logits stage reads instead of running the teacher."""
+"""What a teacher says of a batch: a running one, or one whose predictions were recorded."""
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-from typing import Any, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from ..checkpoint_code.errors import InputError
-from ..storage.exporting import fingerprint_model
-from ..text.prediction import predicts_masked
-from .objectives import Backward, Price, kl, match, top_and_rest_log_probs
-from .recipe import Recipe, Stage
+from ..families.hooks import watch_ffns
+from ..families.lookup import find_stock_ffn
+from ..text.inputs import Inputs, make_forward_arguments
+from ..text.prediction import select_predicting_logits
+from .divergence import kl, to_at_least_float32, top_and_rest_log_probs
+from .recipe import Recipe
+from .records import Record, load_records
 
-FACTS = "record.json"
-
-
-class Facts(BaseModel):
-    """What record.json says."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    format: Literal[1] = 1
-    teacher: str
-    """As the recipe names it; its weights are known by their fingerprint."""
-    fingerprint: str
-    temperature: float
-    sequence_length: int = Field(ge=2)
-    top_k: int = Field(ge=1)
-    shards: int = Field(ge=1)
+See = Callable[[str, Tensor, Tensor], None]
+"""Is given an FFN's path, its inputs and its outputs (tokens, hidden_size)."""
 
 
-def shard_file(folder: Path, shard: int) -> Path:
-    """Where a shard is. For each of its n sequences it has ``input_ids`` (n, length) int32, ``top`` (n, length, k) int32, token ids
-    in ascending order, and ``log_probabilities`` (n, length, k + 1) float32 of these at the record's temperature and, last, of all
-    other tokens as one."""
-    return folder / f"{shard:05}.safetensors"
+class TeacherSignal(ABC):
+    """What objectives ask of a teacher."""
 
+    teacher: PreTrainedModel
+    """The stock model. Its class and config tell what it and the student read and predict."""
 
-def token_bytes(top_k: int) -> int:
-    """Bytes of a record per token of text. Probabilities in float16 would save a quarter of them, for a KL of 2e-7 (shipped Llama, k = 64),
-    but then a record of the whole vocabulary would no longer be the running teacher."""
-    return 4 + 4 * top_k + 4 * (top_k + 1)
+    @abstractmethod
+    def divergence(self, batch: Inputs, logits: Tensor, temperature: float) -> Tensor:
+        """KL(teacher ‖ student) (predicted tokens…) in nats at ``temperature``.
 
-
-def digest(ids: Tensor) -> bytes:
-    """What a sequence (length,) of token ids is looked up by."""
-    return hashlib.blake2b(ids.to("cpu", torch.int32).numpy().tobytes(), digest_size=16).digest()
-
-
-class Record:
-    """A recorded teacher. Only the token ids of its sequences are read before they are looked up."""
-
-    def __init__(self, folder: str | Path):
+        Args:
+            batch: what both read.
+            logits: the student's (rows, length, vocabulary), already over the temperature.
         """
-        Raises:
-            InputError: ``folder`` is no record, or one with a file that is missing, truncated or of another shape than it says.
+
+    @abstractmethod
+    def watch_ffns(self, batch: Inputs, paths: Sequence[str], see: See) -> None:
+        """Call ``see`` for every FFN of ``paths`` in the order in which the teacher runs them.
+
+        An expert of a mixture that no token of the ``batch`` goes to is seen too, with no tokens:
+        the calls are the same ones in every process.
         """
-        self.folder = Path(folder)
-        if not (self.folder / FACTS).is_file():
-            raise InputError(
-                f"found no {FACTS} in {folder}, expected a folder that hf-kernel-ffn record has made: check the path"
-            )
-        self.places: dict[bytes, tuple[int, int]] = {}
-        try:
-            self.facts = Facts.model_validate_json(
-                (self.folder / FACTS).read_text(encoding="utf-8")
-            )
-            for shard in range(self.facts.shards):
-                self.places.update(
-                    (digest(ids), (shard, row)) for row, ids in enumerate(self._input_ids(shard))
-                )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise self._damaged(error) from error
 
-    def _input_ids(self, shard: int) -> Tensor:
-        length, k = self.facts.sequence_length, self.facts.top_k
-        with safe_open(shard_file(self.folder, shard), "pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-            found = {name: (part.get_dtype(), *part.get_shape()) for name, part in slices.items()}
-            n = next(iter(found.get("input_ids", ())[1:]), 0)
-            expected = {
-                "input_ids": ("I32", n, length),
-                "top": ("I32", n, length, k),
-                "log_probabilities": ("F32", n, length, k + 1),
-            }
-            if found != expected:
-                raise ValueError(f"{found} in shard {shard}")
-            return opened.get_tensor("input_ids")
 
-    def look_up(self, ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-        """``top`` (rows, length, k) int64 and ``log_probabilities`` (rows, length, k + 1) of the sequences ``ids`` (rows, length), on
-        their device.
+class RunningTeacher(TeacherSignal):
+    """A teacher in memory, which reads each batch."""
+
+    def __init__(self, teacher: PreTrainedModel):
+        self.teacher = teacher
+
+    def divergence(self, batch: Inputs, logits: Tensor, temperature: float) -> Tensor:
+        """As the interface says; of the whole vocabulary."""
+        with torch.no_grad():
+            output = self.teacher(**make_forward_arguments(self.teacher, batch)).logits
+            scaled = to_at_least_float32(output) / temperature
+            target = select_predicting_logits(scaled.to(logits.device), batch).log_softmax(-1)
+        return kl(select_predicting_logits(logits, batch).log_softmax(-1), target)
+
+    def watch_ffns(self, batch: Inputs, paths: Sequence[str], see: See) -> None:
+        """As the interface says."""
+        base = self.teacher.base_model
+        ffns = {path: find_stock_ffn(self.teacher, path) for path in paths}
+        with watch_ffns(base, ffns, see, idle_experts=True):
+            base(**make_forward_arguments(base, batch))
+
+
+class RecordedTeacher(TeacherSignal):
+    """A teacher that does not run: what it predicts is looked up in a record.
+
+    Tokens that were not recorded count as one: the divergence is at most the running teacher's.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, record: Record):
+        self.teacher = teacher
+        self.record = record
+
+    def divergence(self, batch: Inputs, logits: Tensor, temperature: float) -> Tensor:
+        """As the interface says; the temperature is the record's.
 
         Raises:
-            InputError: the record lacks one of them, or has for it what is no distribution over the ``vocabulary``.
+            InputError: the record is damaged, or lacks a sequence of the ``batch``.
         """
-        places = [self.places.get(digest(row)) for row in ids]
-        if None in places:
-            raise InputError(
-                f"found a sequence that {self.folder} does not have, expected all that the stages read: record again, by the same "
-                "recipe, text and number of processes"
-            )
-        parts = []
-        try:
-            for shard, row in filter(None, places):
-                with safe_open(shard_file(self.folder, shard), "pt") as opened:
-                    parts.append(
-                        (opened.get_slice("top")[row], opened.get_slice("log_probabilities")[row])
-                    )
-        except (OSError, SafetensorError) as error:
-            raise self._damaged(error) from error
-        top, known = (torch.stack(part) for part in zip(*parts))
-        ascending = bool((top.diff(dim=-1) > 0).all()) and top.min() >= 0 and top.max() < vocabulary
-        if not ascending or not (known.logsumexp(-1).abs() < 1e-3).all():  # NaN as well
-            raise self._damaged(
-                f"token ids or probabilities that are none of a vocabulary of {vocabulary:,}"
-            )
-        return top.long().to(ids.device), known.to(ids.device)
+        if not isinstance(batch, Tensor):
+            raise TypeError("a record is of next tokens: it is looked up by token ids alone")
+        top, target = self.record.look_up(batch, logits.shape[-1])
+        predicted = top_and_rest_log_probs(logits, top.to(logits.device))
+        return kl(predicted, target.to(logits.device))
 
-    def _damaged(self, why: object) -> InputError:
-        reason = " ".join(str(why).split())[:300]
-        return InputError(
-            f"found {self.folder} damaged ({reason}), expected a whole record: make it again by hf-kernel-ffn record"
-        )
+    def watch_ffns(self, batch: Inputs, paths: Sequence[str], see: See) -> None:
+        """A record does not hold what FFNs read and write; recipes refuse to ask for it."""
+        raise NotImplementedError("a record holds predictions, not what FFNs read and write")
 
 
-def load_records(recipe: Recipe, teacher: Any) -> dict[str, Record]:
-    """The records that stages of ``recipe`` read, by folder.
+def make_signals(recipe: Recipe, teacher: PreTrainedModel) -> Mapping[str | None, TeacherSignal]:
+    """A signal for every ``stored_logits`` of the stages of ``recipe``, and the running one (None).
 
     Raises:
-        InputError: one is none, is damaged, or is of another teacher, temperature or sequence length; or the teacher is masked.
+        InputError: a record is none, is damaged or is not of what the recipe says.
     """
-    stages = [stage for stage in recipe.stages if stage.stored_logits is not None]
-    if not stages:
-        return {}
-    refuse_masked(teacher)
-    records = {folder: Record(folder) for folder in {str(stage.stored_logits) for stage in stages}}
-    own = teacher_fingerprint(teacher)
-    for stage in stages:
-        facts = records[str(stage.stored_logits)].facts
-        if facts.fingerprint != own:
-            found, expected = (
-                f"other weights, of {facts.teacher},",
-                f"those of {recipe.teacher} in {recipe.dtype}",
-            )
-        elif facts.temperature != stage.temperature:
-            found, expected = f"temperature {facts.temperature}", f"the stage's {stage.temperature}"
-        elif facts.sequence_length != recipe.data.sequence_length:
-            found, expected = (
-                f"sequences of {facts.sequence_length} tokens",
-                f"the recipe's {recipe.data.sequence_length}",
-            )
-        else:
-            continue
-        raise InputError(
-            f"found {found} in {stage.stored_logits}, expected {expected}: record again by this recipe"
-        )
-    return records
-
-
-def teacher_fingerprint(teacher: Any) -> str:
-    """SHA-256 of every parameter of ``teacher``."""
-    return fingerprint_model(teacher, {"layers": {}})
-
-
-def refuse_masked(teacher: Any) -> None:
-    """InputError if ``teacher`` predicts masked tokens: every pass over the text masks others."""
-    if predicts_masked(teacher):
-        raise InputError(
-            f"found a {type(teacher).__name__}, whose masks are drawn anew for every step, expected a model of next tokens: leave out "
-            "stored_logits"
-        )
-
-
-def stored_logits(
-    record: Record,
-    stage: Stage,
-    teacher: Any,
-    student: nn.Module,
-    ffns: dict[str, nn.Module],
-    ids: Tensor,
-    backward: Backward,
-    price: Price,
-) -> Tensor:
-    """The objective of a logits stage with the KL between a recorded teacher and the student, other tokens than those recorded taken
-    as one.
-
-    Returns:
-        the loss, detached.
-    """
-
-    def divergence(output: Tensor) -> Tensor:
-        top, wanted = record.look_up(ids, output.shape[-1])
-        top, wanted = top.to(output.device), wanted.to(output.device)
-        return kl(top_and_rest_log_probs(output, top), wanted)
-
-    return match(stage, teacher, student, ffns, ids, backward, price, divergence)
+    signals: dict[str | None, TeacherSignal] = {None: RunningTeacher(teacher)}
+    for folder, record in load_records(recipe, teacher).items():
+        signals[folder] = RecordedTeacher(teacher, record)
+    return signals

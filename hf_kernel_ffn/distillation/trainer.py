@@ -3,409 +3,404 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from functools import partial
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
-from ..families.hooks import capture_inputs_and_outputs
-from ..storage.loading import get_torch_dtype
-from ..text.inputs import Inputs, make_forward_arguments
-from ..text.packing import pack_blocks
+from ..checkpoint_code.ffn import KernelFFN
+from ..text.inputs import Inputs, select_rows
+from ..text.packing import PackedText
 from ..text.prediction import make_inputs_for_prediction
+from .accelerator import allow_idle_experts, autocast, make_accelerator
+from .collectives import average_gradients, average_in_place
+from .failures import are_finite, describe_divergence
+from .metrics import Listener, StepReport
+from .models import Models, freeze_all_but_ffns, get_kernel_ffns, has_experts
 from .objectives import OBJECTIVES
-from .optimizers import optimizers, schedule
+from .optimizers import make_optimizers
+from .part import Part
+from .progress import ProgressBar
 from .recipe import Data, Recipe, Stage
-from .sharding import local_part, shard
-from .state import find_state, load_facts, load_optimizers, save_state
-from .stopping import Stop, Terminated
-from .teacher_signal import Record, load_records, stored_logits
+from .sharding import shard, unsharded
+from .stages import rows_per_step, stage_parts, steps_and_sequences
+from .state import (
+    Position,
+    load_optimizers,
+    load_position,
+    load_rng,
+    load_text,
+    load_trained,
+    save_state,
+)
+from .step import Step, accumulate_gradients
+from .stopping import Stop
+from .teacher_signal import make_signals
 from .thresholds import Watch
+from .validation import HeldOutText, evaluating
 
 
-class PackedText(IterableDataset):
-    """Packed sequences (sequence_length,) without end: the text, shuffled anew each time it is read, from sequence ``skip`` on."""
+def train(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    *,
+    progress: bool = False,
+    listeners: Sequence[Listener] = (),
+) -> None:
+    """Run the stages of ``recipe`` on the FFNs of ``student``, in place and in float32.
 
-    def __init__(self, tokenizer, data: Data, seed: int, skip: int = 0):
-        self.tokenizer, self.data, self.seed, self.skip = tokenizer, data, seed, skip
-
-    def __iter__(self) -> Iterator[Tensor]:
-        skip, epoch = self.skip, 0
-        while True:
-            read = pack_blocks(
-                self.tokenizer, self.data.sources, self.data.sequence_length, self.data.text_field
-            )
-            for block in _shuffled(
-                read, self.data.shuffle_buffer, random.Random(f"{self.seed} {epoch}")
-            ):
-                if skip:
-                    skip -= 1
-                else:
-                    yield block
-            epoch += 1
-
-
-def _shuffled(items: Iterator[Tensor], size: int, rng: random.Random) -> Iterator[Tensor]:
-    held: list[Tensor] = []
-    for item in items:
-        held.append(item)
-        if len(held) >= size:
-            index = rng.randrange(len(held))
-            held[index], held[-1] = held[-1], held[index]
-            yield held.pop()
-    rng.shuffle(held)
-    yield from held
-
-
-def stage_groups(recipe: Recipe, paths: list[str]) -> Iterator[tuple[Stage, list[str]]]:
-    """Stages, each with the converted FFNs that it trains, of all at ``paths``; a layer-wise one is cut into its groups of layers."""
-    for stage in recipe.stages:
-        size = (
-            stage.layers_at_once
-            if stage.name == "layer-wise" and stage.layers_at_once
-            else len(paths)
-        )
-        for low in range(0, len(paths), size):
-            yield stage, paths[low : low + size]
-
-
-def steps_and_sequences(stage: Stage, data: Data, processes: int) -> tuple[int, int]:
-    """How many steps a part of ``stage`` has, and how many sequences so many processes read in each."""
-    per_step = stage.batch_size * processes
-    return math.ceil(stage.tokens / (per_step * data.sequence_length)), per_step
-
-
-def autocast(dtype: str, device: torch.device) -> Any:
-    """The context in which models of a recipe's ``dtype`` run."""
-    return (
-        nullcontext() if dtype == "float32" else torch.autocast(device.type, get_torch_dtype(dtype))
-    )
-
-
-def train(recipe: Recipe, tokenizer, teacher, student, *, progress: bool = False) -> None:
-    """Run the stages of ``recipe`` on the FFNs of ``student``, in place and in float32; nothing is saved, and the rest of both
-    models is left frozen. What the recipe says of conversion, LoRA and output is not looked at.
+    Nothing is saved, and the rest of both models is left frozen. What the recipe says of
+    conversion, LoRA and output is not looked at. ``listeners`` are told of every step.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite; the stage and step are named.
     """
     torch.manual_seed(recipe.seed)
-    for model in (teacher, student):
-        model.requires_grad_(False)
-    for ffn in student.kernel_ffns().values():
-        ffn.float().requires_grad_(True)
-    Run(recipe, make_accelerator(recipe), tokenizer, teacher, student, student, progress).stages(
-        None
+    freeze_all_but_ffns(student, teacher)
+    models = Models(tokenizer, make_signals(recipe, teacher), student, student)
+    accelerator = make_accelerator(recipe)
+    Trainer(recipe, accelerator, models, listeners=listeners, progress=progress).run()
+
+
+def open_text(tokenizer: PreTrainedTokenizerBase, data: Data, seed: int) -> PackedText:
+    """The training text of a recipe, from its beginning."""
+    return PackedText(
+        tokenizer,
+        data.sources,
+        data.sequence_length,
+        text_field=data.text_field,
+        shuffle_buffer=data.shuffle_buffer,
+        seed=seed,
     )
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """The accelerator that a recipe's stages run on.
-
-    Raises:
-        InputError: it was launched with DeepSpeed, Megatron or accelerate's own FSDP, under which gradients would go unshared.
-    """
-    accelerator = Accelerator(
-        log_with=recipe.trackers or None,
-        project_dir=recipe.output_dir,
-        gradient_accumulation_steps=1,
-        step_scheduler_with_optimizer=False,
-        # A dispatching loader drops the generator it is given, and draws from the one that LoRA's dropout draws from.
-        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
-    )
-    if accelerator.distributed_type in (
-        DistributedType.DEEPSPEED,
-        DistributedType.FSDP,
-        DistributedType.MEGATRON_LM,
-    ):
-        raise InputError(
-            f"found a launch with {accelerator.distributed_type.value}, expected plain processes: "
-            "leave it out and say shard: true in the recipe"
-        )
-    return accelerator
-
-
-class Run:
-    """One distillation on its way: what its stages share."""
+class Trainer:
+    """Trains a student by the stages of a recipe; holds what they share."""
 
     def __init__(
         self,
         recipe: Recipe,
         accelerator: Accelerator,
-        tokenizer,
-        teacher,
-        student,
-        trainee,
-        progress: bool,
+        models: Models,
+        *,
         stop: Stop | None = None,
-        records: dict[str, Record] | None = None,
+        listeners: Sequence[Listener] = (),
+        progress: bool = False,
     ):
+        """Shards the FFNs of the student if the recipe says so, and reads the held-out text.
+
+        Raises:
+            InputError: that text cannot be read; or a mixture of experts is to be sharded.
+        """
+        self.recipe = recipe
+        self.accelerator = accelerator
+        self.models = models
         self.stop = stop or Stop()
-        self.skipped = 0
-        """Steps left out because their numbers were not finite."""
-        self.recipe, self.accelerator, self.tokenizer = recipe, accelerator, tokenizer
-        self.teacher, self.student, self.trainee, self.progress = (
-            teacher,
-            student,
-            trainee,
-            progress,
-        )
-        self.records = load_records(recipe, teacher) if records is None else records
+        self.listeners = list(listeners)
+        self.progress = progress
+        self.position = Position()
+        self.text = open_text(models.tokenizer, recipe.data, recipe.seed)
+        self.held_out: HeldOutText | None = None
+        if recipe.data.validation is not None:
+            self.held_out = HeldOutText(recipe, models.tokenizer, models.teacher)
+
         self.sharded = recipe.shard and accelerator.num_processes > 1
         if self.sharded:
-            reshard = not any(
-                stage.write_mass for stage in recipe.stages
-            )  # its price reads the weights after the forward pass
-            shard(student.kernel_ffns().values(), accelerator.device, reshard)
-        self.trained = {name: p for name, p in trainee.named_parameters() if p.requires_grad}
-        self.kept: dict[str, Tensor] = dict(
-            self.trained
-        )  # with what else a converted FFN holds: its units
-        for path, ffn in student.kernel_ffns().items():
-            self.kept.update((f"{path}.{name}", buffer) for name, buffer in ffn.named_buffers())
+            self._shard_ffns()
+        elif has_experts(models.student):
+            allow_idle_experts(accelerator)
+        self.trained = {
+            name: parameter
+            for name, parameter in models.trainee.named_parameters()
+            if parameter.requires_grad
+        }
+        """Every parameter that any stage may train, by name."""
+        self.kept = self._tensors_to_keep()
+        """What a state has to hold, by name."""
 
-    def stages(self, facts: dict | None, state: Path | None = None) -> None:
-        """Run every part of every stage, from ``state`` on if there is one. States are kept, with ``facts`` in them, unless
-        those are None."""
-        done = (
-            load_facts(state)["position"]
-            if state is not None
-            else {"part": 0, "step": 0, "sequences": 0}
-        )
-        sequences, self.skipped = done["sequences"], done.get("skipped", 0)
-        ffns = self.student.kernel_ffns()
-        todo = list(stage_groups(self.recipe, list(ffns)))
-        for number in range(done["part"], len(todo)):
-            stage, paths = todo[number]
-            here = state if number == done["part"] and done["step"] else None
-            step = done["step"] if here else 0
+    def run(self, facts: Mapping[str, object] | None = None, state: Path | None = None) -> None:
+        """Run every part of every stage, from ``state`` on if there is one.
 
-            def keep(step: int, sequences: int, optimizers=(), number: int = number) -> None:
-                position = {
-                    "part": number,
-                    "step": step,
-                    "sequences": sequences,
-                    "skipped": self.skipped,
-                }
-                if facts is not None:
-                    writes, now = self.accelerator.is_main_process, {**facts, "position": position}
-                    save_state(Path(self.recipe.output_dir), self.kept, optimizers, now, writes)
+        States with ``facts`` in them are kept in output_dir, unless ``facts`` is None.
 
-            sequences = self._stage(
-                stage, {path: ffns[path] for path in paths}, step, sequences, here, keep
+        Raises:
+            FloatingPointError: the loss became NaN or infinite.
+            Terminated: this process or another one was asked to stop, and the state is saved.
+        """
+        if state is not None:
+            self._load(state)
+        ffns = get_kernel_ffns(self.models.student)
+        parts = list(stage_parts(self.recipe, list(ffns)))
+        while self.position.part < len(parts):
+            stage, paths = parts[self.position.part]
+            part = self._make_part(stage, {path: ffns[path] for path in paths})
+            if state is not None and self.position.step:
+                load_optimizers(state, part.optimizers)
+            state = None
+
+            self._run_part(part, facts)
+
+            self.position.part += 1
+            self.position.step = 0
+            self._save((), facts)
+
+    def gather_models(self) -> Models:
+        """The models with the student in one piece; every process has to ask for it."""
+        if not self.sharded:
+            return self.models
+        student = unsharded(self.models.student, self.models.teacher)
+        return replace(self.models, student=student, trainee=student)
+
+    def _shard_ffns(self) -> None:
+        if has_experts(self.models.student):
+            raise InputError(
+                "found shard: true for a mixture of experts, expected false: an expert without "
+                "tokens in one process would keep the others waiting for its share; leave it out"
             )
-            keep(0, sequences, (), number + 1)
+        # The price of write mass reads the weights after the forward pass.
+        reshard = not any(stage.write_mass for stage in self.recipe.stages)
+        ffns = get_kernel_ffns(self.models.student).values()
+        shard(ffns, self.accelerator.device, reshard)
 
-    def _stage(
-        self, stage: Stage, ffns, first: int, sequences: int, state: Path | None, keep: Callable
-    ) -> int:
-        accelerator, data = self.accelerator, self.recipe.data
-        layer_wise = stage.name == "layer-wise"
-        parameters = (
-            [p for ffn in ffns.values() for p in ffn.parameters()]
-            if layer_wise
-            else list(self.trained.values())
-        )
+    def _tensors_to_keep(self) -> dict[str, Tensor]:
+        """All that is trained, and what else a converted FFN holds: its units."""
+        kept: dict[str, Tensor] = dict(self.trained)
+        for path, ffn in get_kernel_ffns(self.models.student).items():
+            kept.update((f"{path}.{name}", buffer) for name, buffer in ffn.named_buffers())
+        return kept
+
+    def _make_part(self, stage: Stage, ffns: dict[str, KernelFFN]) -> Part:
         for parameter in self.trained.values():
             parameter.requires_grad_(False)
+        layer_wise = stage.name == "layer-wise"
+        parameters = list(self.trained.values())
+        if layer_wise:
+            parameters = [parameter for ffn in ffns.values() for parameter in ffn.parameters()]
         for parameter in parameters:
             parameter.requires_grad_(True)
-        made = optimizers(self.trainee, parameters, stage)
-        if state is not None:
-            load_optimizers(state, made)
-        steps, per_step = steps_and_sequences(stage, data, accelerator.num_processes)
-        objective = OBJECTIVES[stage.name]
-        if stage.stored_logits is not None:
-            objective = partial(stored_logits, self.records[stage.stored_logits])
-        loader = DataLoader(
-            PackedText(self.tokenizer, data, self.recipe.seed, sequences),
-            batch_size=stage.batch_size,
-            generator=torch.Generator(),
+
+        model = self.models.trainee
+        if not layer_wise and not self.sharded:
+            model = self.accelerator.prepare_model(model)
+        processes = self.accelerator.num_processes
+        steps, sequences_per_step = steps_and_sequences(stage, self.recipe.data, processes)
+        return Part(
+            stage=stage,
+            data=self.recipe.data,
+            ffns=ffns,
+            parameters=parameters,
+            optimizers=make_optimizers(self.models.trainee, parameters, stage),
+            signal=self.models.signals[stage.stored_logits],
+            model=model,
+            steps=steps,
+            sequences_per_step=sequences_per_step,
         )
-        loader = accelerator.prepare_data_loader(loader)
-        student = (
-            self.trainee if layer_wise or self.sharded else accelerator.prepare_model(self.trainee)
+
+    def _run_part(self, part: Part, facts: Mapping[str, object] | None) -> None:
+        """Make the steps of ``part`` from the position on."""
+        bar = ProgressBar(
+            part.stage.name,
+            part.steps,
+            first=self.position.step,
+            tokens_per_step=part.tokens_per_step,
+            shown=self.progress and self.accelerator.is_main_process,
         )
-        every = max(1, self.recipe.save_every_tokens // (per_step * data.sequence_length))
-        batches = iter(loader)
-        shown = self.progress and accelerator.is_main_process
-        with (
-            _Bar(stage, steps, first, per_step * data.sequence_length, shown) as bar,
-            Watch(ffns, stage) as watch,
-        ):
-            for step in range(first, steps):
-                for group in (group for optimizer in made for group in optimizer.param_groups):
-                    group["lr"] = group["peak"] * schedule(step, steps, stage.warmup)
-                number = f"{self.recipe.seed} {sequences} {accelerator.process_index}"
-                ids = make_inputs_for_prediction(
-                    self.teacher, self.tokenizer, next(batches), number
-                )
-                with autocast(self.recipe.dtype, accelerator.device):
-                    loss = objective(
-                        stage, self.teacher, student, ffns, ids, accelerator.backward, watch.price
-                    )
-                value, stopping = self._agreed(loss)
-                if self._usable(value, parameters):
-                    if layer_wise and accelerator.num_processes > 1 and not self.sharded:
-                        for parameter in parameters:
-                            parameter.grad = accelerator.reduce(parameter.grad, "mean")
-                    if not layer_wise:
-                        accelerator.clip_grad_norm_(parameters, stage.clip)
-                    for optimizer in made:
-                        optimizer.step()
-                    watch.after(step, self._average)
-                    if self.sharded:  # fitting a threshold has gathered the weights
-                        for ffn in ffns.values():
-                            ffn.reshard()
-                    bar.advance(value)
-                else:
-                    self._skip_or_stop(f"loss {value}", stage, step, ffns, ids)
-                for optimizer in made:
-                    optimizer.zero_grad()
-                sequences += per_step
-                saves = stopping or (step + 1) % every == 0 or step + 1 == steps
-                if saves and not self._finite(parameters):
-                    raise self._diverged("weights that are not finite", stage, step, ffns, ids)
-                if self.recipe.trackers:
-                    accelerator.log({f"{stage.name}/loss": value, f"{stage.name}/step": step})
-                if saves and step + 1 < steps:
-                    keep(step + 1, sequences, made)
+        with bar, Watch(part.ffns, part.stage) as watch:
+            for step in range(self.position.step, part.steps):
+                report, stopping = self._make_step(part, watch, step)
+                self.position.step = step + 1
+
+                saves = stopping or part.saves_after(step, self.recipe.save_every_tokens)
+                if saves and not are_finite(part.parameters):
+                    self._diverge("weights that are not finite", part, step)
+                if self.held_out is not None and part.validates_after(step):
+                    loss = self._validate(part, watch, self.held_out)
+                    report = replace(report, validation_loss=loss)
+                bar(report)
+                for listener in self.listeners:
+                    listener(report)
+
+                if saves and not part.is_last(step):
+                    self._save(part.optimizers, facts)
                     if stopping:
-                        raise self._stopped(stage, step)
-        return sequences
+                        raise self.stop.terminated(
+                            f"after step {step} of stage {part.stage.name!r}: the state is saved "
+                            f"in {self.recipe.output_dir}; go on by --resume"
+                        )
 
-    def _agreed(self, loss: Tensor) -> tuple[float, bool]:
+    def _make_step(self, part: Part, watch: Watch, step: int) -> tuple[StepReport, bool]:
+        """Read batches and update the weights, or leave the step out.
+
+        Returns:
+            what there is to say of it, and whether some process was asked to stop.
+        """
+        started = time.perf_counter()
+        learning_rate = part.set_learning_rates(step)
+        part.batches = self._read_batches(part)
+        loss, stopping = self._agree(self._accumulate(part, watch))
+
+        usable = self._is_usable(loss, part)
+        if usable:
+            self._update(part, watch, step)
+        elif self.position.skipped >= self.recipe.skip_steps:
+            self._diverge(f"loss {loss}", part, step)
+        else:
+            self.position.skipped += 1
+        part.zero_gradients()
+
+        report = StepReport(
+            stage=part.stage.name,
+            part=self.position.part,
+            step=step,
+            tokens=self.position.sequences * self.recipe.data.sequence_length,
+            loss=loss,
+            learning_rate=learning_rate,
+            tokens_per_second=part.tokens_per_step / (time.perf_counter() - started),
+            skipped=not usable,
+        )
+        return report, stopping
+
+    def _read_batches(self, part: Part) -> list[Inputs]:
+        """The batches of the next step that are this process's, one for each call."""
+        sequences = [next(self.text) for _ in range(part.sequences_per_step)]
+        rows = rows_per_step(part.stage)
+        first = self.accelerator.process_index * rows
+        ids = torch.stack(sequences[first : first + rows]).to(self.accelerator.device)
+
+        seed = f"{self.recipe.seed} {self.position.sequences} {self.accelerator.process_index}"
+        inputs = make_inputs_for_prediction(self.models.teacher, self.models.tokenizer, ids, seed)
+        self.position.sequences += part.sequences_per_step
+        size = part.stage.batch_size
+        return [select_rows(inputs, slice(row, row + size)) for row in range(0, rows, size)]
+
+    def _accumulate(self, part: Part, watch: Watch) -> Tensor:
+        """Add up the gradients of all batches; the mean loss of this process."""
+        count = len(part.batches)
+        step = Step(
+            stage=part.stage,
+            signal=part.signal,
+            student=part.model,
+            ffns=part.ffns,
+            batch=part.batches[0],
+            backward=lambda loss: self.accelerator.backward(loss / count),
+            price=watch.price,
+            batches=part.batches,
+        )
+        losses = []
+        for number, batch in enumerate(part.batches):
+            watch.begin_batch(number)
+            with self._gradient_sync(part, last=number + 1 == count), self._autocast():
+                objective = OBJECTIVES[part.stage.name]
+                losses.append(accumulate_gradients(objective, replace(step, batch=batch)))
+        return torch.stack(losses).mean()
+
+    def _gradient_sync(self, part: Part, *, last: bool) -> AbstractContextManager[object]:
+        """DistributedDataParallel averages gradients in the ``last`` backward pass of a step."""
+        return nullcontext() if last else self.accelerator.no_sync(part.model)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return autocast(self.recipe.dtype, self.accelerator.device)
+
+    def _update(self, part: Part, watch: Watch, step: int) -> None:
+        """Make the optimisers' step, and let thresholds follow."""
+        if part.layer_wise and not self.sharded:
+            average_gradients(part.parameters)
+        if not part.layer_wise:
+            self.accelerator.clip_grad_norm_(part.parameters, part.stage.clip)
+        part.apply_gradients()
+        watch.after(step, average_in_place)
+        _reshard(part)  # fitting a threshold has gathered the weights
+
+    def _agree(self, loss: Tensor) -> tuple[float, bool]:
         """The mean loss of all processes, and whether one of them was asked to stop."""
-        pair = torch.stack([loss.double(), loss.new_full((), self.stop.asked, dtype=torch.float64)])
-        value, asked = (
-            self.accelerator.reduce(pair, "mean") if self.accelerator.num_processes > 1 else pair
-        ).tolist()
-        return value, asked > 0
+        asked = loss.new_full((), self.stop.asked, dtype=torch.float64)
+        pair = torch.stack([loss.double(), asked])
+        average_in_place(pair)
+        mean_loss, share_asked = pair.tolist()
+        return mean_loss, share_asked > 0
 
-    def _usable(self, loss: float, parameters) -> bool:
-        """Whether a step may be made. Gradients are looked at only where a bad one could be left out: otherwise the weights are,
-        before they are saved."""
+    def _is_usable(self, loss: float, part: Part) -> bool:
+        """Whether a step may be made.
+
+        Gradients are looked at only where a bad one could be left out: otherwise the weights are,
+        before they are saved.
+        """
         if not math.isfinite(loss) or not self.recipe.skip_steps:
             return math.isfinite(loss)
-        return self._finite(
-            [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in part.parameters]
+        return are_finite([gradient for gradient in gradients if gradient is not None])
+
+    def _validate(self, part: Part, watch: Watch, held_out: HeldOutText) -> float:
+        """The stage's loss on the held-out text, by the running teacher.
+
+        It is the same on every process, since each reads all of it.
+        """
+
+        def loss_of(batch: Inputs) -> Tensor:
+            step = Step(
+                stage=part.stage,
+                signal=self.models.signals[None],
+                student=self.models.trainee,
+                ffns=part.ffns,
+                batch=batch,
+            )
+            return OBJECTIVES[part.stage.name](step)
+
+        with watch.look_away(), evaluating(self.models.trainee), self._autocast():
+            device = self.accelerator.device
+            loss = held_out.mean_loss(loss_of, part.stage.batch_size, device)
+        _reshard(part)
+        return loss
+
+    def _save(
+        self, optimizers: Sequence[torch.optim.Optimizer], facts: Mapping[str, object] | None
+    ) -> None:
+        """Keep a state to resume from, unless ``facts`` is None."""
+        if facts is None:
+            return
+        save_state(
+            Path(self.recipe.output_dir),
+            trained=self.kept,
+            optimizers=optimizers,
+            text=self.text.state_dict(),
+            facts={**facts, "position": asdict(self.position)},
+            writes=self.accelerator.is_main_process,
         )
 
-    def _finite(self, tensors: list) -> bool:
-        """Whether all of ``tensors`` are, on every process."""
-        finite = (
-            torch.stack([torch.isfinite(local_part(tensor)).all() for tensor in tensors])
-            .all()
-            .float()
-        )
-        self._average(finite)
-        return finite.item() == 1
+    def _load(self, state: Path) -> None:
+        """Go on where ``state`` was saved; the optimisers are the part's."""
+        load_trained(state, self.kept)
+        load_rng(state)
+        self.text.load_state_dict(load_text(state))
+        self.position = load_position(state)
 
-    def _skip_or_stop(self, what: str, stage: Stage, step: int, ffns, ids) -> None:
-        if self.skipped >= self.recipe.skip_steps:
-            raise self._diverged(what, stage, step, ffns, ids)
-        self.skipped += 1
-
-    def _diverged(self, what: str, stage: Stage, step: int, ffns, ids) -> FloatingPointError:
-        if self.sharded:
-            where = "in a layer that is not looked for in a sharded run"
-        else:
-            layer = first_bad(ffns, self.student, self.teacher, ids, stage.name == "layer-wise")
-            where = f"first in {layer}" if layer else "in no FFN's own numbers"
-        skips = f" after {self.skipped} skipped steps" if self.skipped else ""
-        state = find_state(Path(self.recipe.output_dir))
-        left = (
-            "no state was saved before"
-            if state is None
-            else f"the last good state is {state}, of {_where(state)}"
-        )
-        return FloatingPointError(
-            f"found {what} at step {step} of stage {stage.name!r}{skips}, {where}, expected finite ones ({left}): "
-            "lower its learning_rate and start again in another output_dir"
+    def _diverge(self, what: str, part: Part, step: int) -> NoReturn:
+        raise FloatingPointError(
+            describe_divergence(
+                what,
+                part=part,
+                step=step,
+                models=self.models,
+                sharded=self.sharded,
+                skipped=self.position.skipped,
+                output_dir=Path(self.recipe.output_dir),
+            )
         )
 
-    def _stopped(self, stage: Stage, step: int) -> Terminated:
-        return Terminated(
-            f"stopped by SIGTERM after step {step} of stage {stage.name!r}: the state is saved in {self.recipe.output_dir}; "
-            "go on by --resume"
-        )
 
-    def _average(self, tensor: Tensor) -> None:
-        if self.accelerator.num_processes > 1:
-            tensor.copy_(self.accelerator.reduce(tensor, "mean"))
-
-
-@torch.no_grad()
-def first_bad(
-    ffns: dict[str, nn.Module], student, teacher, ids: Inputs, layer_wise: bool
-) -> str | None:
-    """The first of ``ffns`` (by path) with a weight, input or output that is not finite when ``ids`` are read, or None; layer-wise
-    its inputs are the teacher's."""
-    for path, ffn in ffns.items():
-        if not all(torch.isfinite(parameter).all() for parameter in ffn.parameters()):
-            return path
-    model = teacher if layer_wise else student
-    with capture_inputs_and_outputs(
-        {path: model.base_model.get_submodule(path) for path in ffns}
-    ) as seen:
-        model.base_model(**make_forward_arguments(model.base_model, ids))
-    for path, (given, written) in seen.items():
-        if (
-            layer_wise
-        ):  # what was recorded is the teacher's own; a squared error overflows before its parts do
-            written = (ffns[path](given).float() - written.float()).square().mean()
-        if not torch.isfinite(given).all() or not torch.isfinite(written).all():
-            return path
-    return None
-
-
-def _where(state: Path) -> str:
-    position = load_facts(state)["position"]
-    return f"step {position['step']} of part {position['part']}"
-
-
-class _Bar:
-    """A progress bar with loss, tokens/s and time left; silent when not shown."""
-
-    def __init__(self, stage: Stage, steps: int, first: int, tokens_per_step: int, shown: bool):
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        self.tokens = tokens_per_step
-        self.average: float | None = None
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[speed]} tokens/s"), TimeRemainingColumn(), disable=not shown,
-        )  # fmt: skip
-        self.task = self.bar.add_task(stage.name, total=steps, completed=first, loss="–", speed="–")
-
-    def __enter__(self):
-        self.bar.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.bar.__exit__(*error)
-
-    def advance(self, loss: float) -> None:
-        self.average = loss if self.average is None else 0.95 * self.average + 0.05 * loss
-        speed = self.bar.tasks[0].speed
-        self.bar.update(
-            self.task,
-            advance=1,
-            loss=f"{self.average:.5f}",
-            speed=f"{speed * self.tokens:,.0f}" if speed else "–",
-        )
+def _reshard(part: Part) -> None:
+    """Leave this process its share of weights that something else than training has gathered."""
+    for ffn in part.ffns.values():
+        if isinstance(ffn, FSDPModule):
+            ffn.reshard()

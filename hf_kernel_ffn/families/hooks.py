@@ -62,13 +62,18 @@ def watch_ffn_input(base: nn.Module, path: str, see: Callable[[Tensor], None]) -
 
 @contextmanager
 def watch_ffns(
-    base: nn.Module, ffns: Mapping[str, StockFFN], see: Callable[[str, Tensor, Tensor], None]
+    base: nn.Module,
+    ffns: Mapping[str, StockFFN],
+    see: Callable[[str, Tensor, Tensor], None],
+    *,
+    idle_experts: bool = False,
 ) -> Iterator[None]:
     """Call ``see`` with path, input and output of every FFN whenever it runs in the stock model.
 
     Args:
         ffns: FFNs of ``base``, by path.
-        see: called with tensors (tokens, hidden_size); never for an expert that gets no token.
+        see: called with tensors (tokens, hidden_size).
+        idle_experts: call it with no tokens for an expert that its mixture gives none.
     """
     inputs: dict[str, Tensor] = {}
 
@@ -89,6 +94,8 @@ def watch_ffns(
             x = _select_routed_tokens(args, int(ffn.expert or 0))
             if len(x):
                 see(path, x, ffn(x))
+            elif idle_experts:
+                see(path, x, torch.zeros_like(x))
 
         return run_again
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Mapping
 from itertools import islice
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,20 +16,31 @@ from .documents import read_documents
 
 SPREAD = 32
 """How much more text than it uses a spread sample reads."""
+PIECES_AT_ONCE = 1000
+"""Pieces of text (documents, or lines of one) that the tokenizer is given at a time: enough for its
+threads, and few enough to be held in memory."""
 
 
 def stream_tokens(
     tokenizer: PreTrainedTokenizerBase, sources: list[str], text_field: str = "text"
 ) -> Iterator[int]:
-    """Token ids of all sources in order, with the tokenizer's end token (if it has one) after every document."""
+    """Token ids of all sources in order, with the tokenizer's end token (if it has one) after every
+    document."""
     for source in sources:
         pieces = read_documents(source, text_field)
-        while batch := list(islice(pieces, 1000)):
-            encoded = tokenizer([text for text, _ in batch], add_special_tokens=False)["input_ids"]
-            for ids, (_, ends) in zip(encoded, batch):
-                yield from ids
-                if ends and tokenizer.eos_token_id is not None:
-                    yield tokenizer.eos_token_id
+        while batch := list(islice(pieces, PIECES_AT_ONCE)):
+            yield from encode_pieces(tokenizer, batch)
+
+
+def encode_pieces(
+    tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[str, bool]]
+) -> Iterator[int]:
+    """Token ids of ``pieces`` of text, each with whether a document ends there."""
+    encoded = tokenizer([text for text, _ in pieces], add_special_tokens=False)["input_ids"]
+    for ids, (_, ends) in zip(encoded, pieces, strict=True):
+        yield from ids
+        if ends and tokenizer.eos_token_id is not None:
+            yield tokenizer.eos_token_id
 
 
 def pack_blocks(
@@ -45,7 +58,8 @@ def pack_blocks(
         yield torch.tensor(block)
     if empty:
         raise InputError(
-            f"found {len(block)} tokens in {', '.join(sources)}, expected at least {length}: give a longer text"
+            f"found {len(block)} tokens in {', '.join(sources)}, expected at least {length}: "
+            "give a longer text"
         )
 
 
@@ -57,8 +71,12 @@ def read_token_ids(
     text_field: str = "text",
     spread: bool = False,
 ) -> Tensor:
-    """(rows, length) token ids, at most ``max_tokens`` of them (at least one block): the first blocks of the text or, with
-    ``spread``, blocks evenly spaced over its first ``SPREAD`` times as many tokens."""
+    """The first blocks of a text, or with ``spread`` blocks evenly spaced over its first ``SPREAD``
+    times as many tokens.
+
+    Returns:
+        (rows, length) token ids, at most ``max_tokens`` of them, but at least one block.
+    """
     rows = max(1, max_tokens // length)
     read = list(
         islice(
@@ -68,3 +86,165 @@ def read_token_ids(
     return torch.stack(
         [read[i * len(read) // min(rows, len(read))] for i in range(min(rows, len(read)))]
     )
+
+
+class TokenReader:
+    """Reads the token ids of several texts in order, from a place that can be saved."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, sources: list[str], text_field: str = "text"
+    ):
+        self.tokenizer = tokenizer
+        self.sources = sources
+        self.text_field = text_field
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Start again at the first token."""
+        self._move_to(source=0, pieces=0, waiting=[])
+
+    def take(self, count: int) -> list[int]:
+        """The next ``count`` token ids; fewer where the text ends."""
+        while len(self._waiting) - self._taken < count and self._encode_more():
+            pass
+        ids = self._waiting[self._taken : self._taken + count]
+        self._taken += len(ids)
+        return ids
+
+    def state_dict(self) -> dict[str, int | Tensor]:
+        """The place: source, pieces of it that were tokenised, ids that wait to be taken."""
+        waiting = torch.tensor(self._waiting[self._taken :], dtype=torch.int32)
+        return {"source": self._source, "pieces": self._pieces_read, "waiting": waiting}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go to a place that :meth:`state_dict` gave. What lies before it is not tokenised."""
+        self._move_to(
+            source=cast(int, state["source"]),
+            pieces=cast(int, state["pieces"]),
+            waiting=cast(Tensor, state["waiting"]).tolist(),
+        )
+
+    def _move_to(self, source: int, pieces: int, waiting: list[int]) -> None:
+        self._source = source
+        self._pieces_read = pieces
+        self._waiting = waiting
+        self._taken = 0
+        self._pieces = self._open_source()
+        for _ in islice(self._pieces, pieces):
+            pass
+
+    def _open_source(self) -> Iterator[tuple[str, bool]]:
+        if self._source >= len(self.sources):
+            return iter(())
+        return read_documents(self.sources[self._source], self.text_field)
+
+    def _encode_more(self) -> bool:
+        """Tokenise the next pieces; False where the last text ends."""
+        pieces = list(islice(self._pieces, PIECES_AT_ONCE))
+        if not pieces:
+            if self._source >= len(self.sources):
+                return False
+            self._source += 1
+            self._pieces_read = 0
+            self._pieces = self._open_source()
+            return True
+        self._pieces_read += len(pieces)
+        self._waiting = self._waiting[self._taken :]
+        self._waiting.extend(encode_pieces(self.tokenizer, pieces))
+        self._taken = 0
+        return True
+
+
+class PackedText(Iterator[Tensor]):
+    """Packed sequences (length,) of token ids, int64, without end: iterate over it.
+
+    The text is read again and again, each time in another order: a sequence is drawn at random from
+    ``shuffle_buffer`` of them, which 1 turns off. The place in the text, the buffer and the random
+    state can be saved: going on from there tokenises nothing that was read.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        sources: list[str],
+        length: int,
+        *,
+        text_field: str = "text",
+        shuffle_buffer: int = 1,
+        seed: int = 0,
+    ):
+        self.reader = TokenReader(tokenizer, sources, text_field)
+        self.length = length
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+        self._held: list[Tensor] = []
+        self._start_pass(0)
+
+    def __next__(self) -> Tensor:
+        """The next sequence.
+
+        Raises:
+            InputError: the text cannot be read, or is shorter than one sequence.
+        """
+        while True:
+            if self._at_end:
+                if self._held:
+                    return self._held.pop()
+                self._start_pass(self._pass + 1)
+            ids = self.reader.take(self.length)
+            if len(ids) < self.length:
+                self._end_pass(len(ids))
+                continue
+            self._empty = False
+            self._held.append(torch.tensor(ids))
+            if len(self._held) >= self.shuffle_buffer:
+                return self._draw()
+
+    def state_dict(self) -> dict[str, object]:
+        """Where the reading stands: tensors, and what JSON can hold."""
+        held = [sequence.int() for sequence in self._held]
+        version, words, spare = self._random.getstate()
+        return {
+            **self.reader.state_dict(),
+            "pass": self._pass,
+            "at_end": self._at_end,
+            "empty": self._empty,
+            "random": [version, list(words), spare],
+            "held": torch.stack(held) if held else torch.empty(0, self.length, dtype=torch.int32),
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on where :meth:`state_dict` was asked."""
+        self.reader.load_state_dict(state)
+        self._pass = cast(int, state["pass"])
+        self._at_end = cast(bool, state["at_end"])
+        self._empty = cast(bool, state["empty"])
+        version, words, spare = cast(list, state["random"])
+        self._random = random.Random()
+        self._random.setstate((version, tuple(words), spare))
+        self._held = list(cast(Tensor, state["held"]).long())
+
+    def _start_pass(self, number: int) -> None:
+        self._pass = number
+        self._at_end = False
+        self._empty = True
+        self._random = random.Random(f"{self.seed} {number}")
+        self._held = []
+        self.reader.rewind()
+
+    def _end_pass(self, left_over: int) -> None:
+        """Put the sequences that are still held in a random order, the next one last."""
+        if self._empty:
+            sources = ", ".join(self.reader.sources)
+            raise InputError(
+                f"found {left_over} tokens in {sources}, expected at least {self.length}: "
+                "give a longer text"
+            )
+        self._at_end = True
+        self._random.shuffle(self._held)
+        self._held.reverse()
+
+    def _draw(self) -> Tensor:
+        index = self._random.randrange(len(self._held))
+        self._held[index], self._held[-1] = self._held[-1], self._held[index]
+        return self._held.pop()

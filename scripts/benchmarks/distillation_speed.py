@@ -31,8 +31,10 @@ def main(
 
     from hf_kernel_ffn import convert
     from hf_kernel_ffn.distillation.objectives import layer_wise
-    from hf_kernel_ffn.distillation.optimizers import optimizers
+    from hf_kernel_ffn.distillation.optimizers import make_optimizers
     from hf_kernel_ffn.distillation.recipe import Stage
+    from hf_kernel_ffn.distillation.step import Step
+    from hf_kernel_ffn.distillation.teacher_signal import RunningTeacher
     from hf_kernel_ffn.gpu.measuring import interleaved, ratio
     from hf_kernel_ffn.storage.files import write_text
     from hf_kernel_ffn.storage.loading import load_teacher
@@ -52,14 +54,16 @@ def main(
         optimizer="adamw" if optimizer == "none" else optimizer,
         learning_rate=1e-9,
     )
-    made = optimizers(student, parameters, stage)
+    made = make_optimizers(student, parameters, stage)
     for group in (group for one in made for group in one.param_groups):
         group["lr"] = group["peak"]
     ids = torch.randint(stock.config.vocab_size, (rows, length), device=device)
     hidden = torch.randn(rows, length, stock.config.hidden_size, device=device)
 
+    one_step = Step(stage, RunningTeacher(stock), student, ffns, ids, torch.Tensor.backward)
+
     def step():
-        layer_wise(stage, stock, student, ffns, ids, lambda loss: loss.backward())
+        layer_wise(one_step)
         if optimizer != "none":
             for one in made:
                 one.step()

@@ -37,11 +37,13 @@ def main(
 
     from hf_kernel_ffn.distillation import load_recipe
     from hf_kernel_ffn.distillation.objectives import logits
-    from hf_kernel_ffn.distillation.optimizers import optimizers
+    from hf_kernel_ffn.distillation.optimizers import make_optimizers
     from hf_kernel_ffn.distillation.recording import record
+    from hf_kernel_ffn.distillation.records import Record, token_bytes
     from hf_kernel_ffn.distillation.run import student_of
-    from hf_kernel_ffn.distillation.teacher_signal import Record, stored_logits, token_bytes
-    from hf_kernel_ffn.distillation.trainer import PackedText, train
+    from hf_kernel_ffn.distillation.step import Step, accumulate_gradients
+    from hf_kernel_ffn.distillation.teacher_signal import RecordedTeacher, RunningTeacher
+    from hf_kernel_ffn.distillation.trainer import open_text, train
     from hf_kernel_ffn.evaluation.report import evaluate_student
     from hf_kernel_ffn.gpu.measuring import interleaved, ratio
     from hf_kernel_ffn.storage.files import write_text
@@ -61,31 +63,23 @@ def main(
         recipe = load_recipe(file)
         recipe.stages[-1].tokens = tokens
         recipe.stages[:-1] = []
-        [stage], data, length = recipe.stages, recipe.data, recipe.data.sequence_length
+        [stage], length = recipe.stages, recipe.data.sequence_length
         teacher, tokenizer = load_teacher(recipe.teacher), load_tokenizer(recipe.teacher)
         start = student_of(recipe, teacher, tokenizer)
         held_out = read_token_ids(tokenizer, [text], length, 16_384)
         report = {"KL": {"converted": evaluate_student(start, teacher, held_out)["kl"]}}
-        batch = torch.stack(
-            list(islice(PackedText(tokenizer, data, recipe.seed), stage.batch_size))
-        )
+        text_of_steps = open_text(tokenizer, recipe.data, recipe.seed)
+        batch = torch.stack(list(islice(text_of_steps, stage.batch_size)))
 
-        def step(objective, start=start, teacher=teacher, stage=stage, batch=batch):
+        def step(signal, start=start, stage=stage, batch=batch):
             student = copy.deepcopy(start).requires_grad_(False)
             ffns = student.kernel_ffns()
             parameters = [p.requires_grad_(True) for ffn in ffns.values() for p in ffn.parameters()]
-            made = optimizers(student, parameters, stage)
+            made = make_optimizers(student, parameters, stage)
+            one_step = Step(stage, signal, student, ffns, batch, torch.Tensor.backward)
 
             def once():
-                objective(
-                    stage,
-                    teacher,
-                    student,
-                    ffns,
-                    batch,
-                    lambda loss: loss.backward(),
-                    lambda path: 0.0,
-                )
+                accumulate_gradients(logits, one_step)
                 for one in made:
                     one.step()
                 student.zero_grad(set_to_none=True)
@@ -93,7 +87,7 @@ def main(
             return once
 
         with tempfile.TemporaryDirectory() as scratch:
-            stages, work = {"teacher": stage}, {"teacher": step(logits)}
+            stages, work = {"teacher": stage}, {"teacher": step(RunningTeacher(teacher))}
             for k in map(int, top_k.split(",")):
                 out = Path(scratch, str(k))
                 record(recipe, out, k, say=typer.echo)
@@ -101,10 +95,7 @@ def main(
                     "bytes_per_token": token_bytes(k), "bytes": sum(part.stat().st_size for part in out.iterdir()),
                 }  # fmt: skip
                 stages[f"top {k}"] = stage.model_copy(update={"stored_logits": str(out)})
-                known = Record(out)
-                work[f"top {k}"] = step(
-                    lambda *arguments, known=known: stored_logits(known, *arguments)
-                )
+                work[f"top {k}"] = step(RecordedTeacher(teacher, Record(out)))
             times = interleaved(work, repeats, torch.device("cpu"), clock)
             for name, one in stages.items():
                 student = copy.deepcopy(start)

@@ -1,4 +1,4 @@
-"""Distillation: what is minimised, what is left alone, and that a run may be interrupted anywhere."""
+"""Distillation: what is minimised, what is left alone, and that a run may be interrupted."""
 
 import copy
 import json
@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from itertools import islice
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from runs import (
     assert_same_files,
     interrupt,
     load,
+    make_step,
     run,
 )
 from safetensors.torch import load_file
@@ -30,9 +30,9 @@ from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation import run as loop_module
 from hf_kernel_ffn.distillation import state as state_module
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES, layer_wise, logits
-from hf_kernel_ffn.distillation.recipe import Data, Stage
-from hf_kernel_ffn.distillation.trainer import PackedText
-from hf_kernel_ffn.text.packing import pack_blocks, read_token_ids
+from hf_kernel_ffn.distillation.recipe import Stage
+from hf_kernel_ffn.distillation.step import accumulate_gradients
+from hf_kernel_ffn.text.packing import read_token_ids
 
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.5}
 
@@ -108,45 +108,18 @@ def finished(recipe, tmp_path_factory):
 
 @pytest.fixture
 def objectives(monkeypatch):
-    """Have every call of an objective go through ``wrap(call number, objective, *arguments)``, numbers from 0."""
+    """Have every call of an objective go through ``wrap(number from 0, objective, step)``."""
 
     def through(wrap):
         count = iter(range(10**6))
         for name, objective in list(OBJECTIVES.items()):
             monkeypatch.setitem(
-                OBJECTIVES, name, lambda *a, objective=objective: wrap(next(count), objective, *a)
+                OBJECTIVES,
+                name,
+                lambda step, objective=objective: wrap(next(count), objective, step),
             )
 
     yield through
-
-
-# the text
-
-
-def test_every_sequence_is_read_once_per_pass_in_another_order(short_text, tokenizer):
-    data = Data(train=str(short_text), sequence_length=32, shuffle_buffer=16)
-    text = [tuple(block.tolist()) for block in pack_blocks(tokenizer, [str(short_text)], 32)]
-    read = [
-        tuple(block.tolist())
-        for block in islice(PackedText(tokenizer, data, seed=0), 2 * len(text))
-    ]
-    first, second = read[: len(text)], read[len(text) :]
-    assert Counter(first) == Counter(second) == Counter(text)
-    assert first != second and text not in (first, second)
-    other_seed = [
-        tuple(block.tolist()) for block in islice(PackedText(tokenizer, data, seed=1), len(text))
-    ]
-    assert other_seed != first
-    skipped = islice(PackedText(tokenizer, data, seed=0, skip=len(text) + 3), 5)
-    assert [tuple(block.tolist()) for block in skipped] == second[3:8]
-
-
-def test_a_buffer_of_one_keeps_the_order(short_text, tokenizer):
-    data = Data(train=[str(short_text)], sequence_length=32, shuffle_buffer=1)
-    for block, read in zip(
-        pack_blocks(tokenizer, [str(short_text)], 32), PackedText(tokenizer, data, seed=0)
-    ):
-        assert torch.equal(block, read)
 
 
 # the objectives
@@ -189,7 +162,9 @@ def test_the_layer_wise_loss_is_the_unexplained_variance(pair, ids):
     teacher, student = pair
     ffns = student.kernel_ffns()
     found = layer_wise(
-        stage(name="layer-wise"), teacher, student, ffns, ids, lambda loss: loss.backward()
+        make_step(
+            stage(name="layer-wise"), teacher, student, ffns, ids, backward=torch.Tensor.backward
+        )
     )
     assert not found.requires_grad
     mine, trained = gradients(student), {f"{path}." for path in ffns}
@@ -222,7 +197,11 @@ def test_the_layer_wise_loss_trains_only_the_layers_it_is_given(pair, ids):
     teacher, student = pair
     [first, *_] = student.kernel_ffns()
     only = {first: student.kernel_ffns()[first]}
-    layer_wise(stage(name="layer-wise"), teacher, student, only, ids, lambda loss: loss.backward())
+    layer_wise(
+        make_step(
+            stage(name="layer-wise"), teacher, student, only, ids, backward=torch.Tensor.backward
+        )
+    )
     assert gradients(student) and all(first in name for name in gradients(student))
 
 
@@ -230,8 +209,9 @@ def test_the_layer_wise_loss_trains_only_the_layers_it_is_given(pair, ids):
 def test_the_logits_loss_is_divergence_and_cross_entropy(pair, ids, temperature, weight):
     teacher, student = pair
     settings = stage(temperature=temperature, cross_entropy=weight)
-    found = logits(
-        settings, teacher, student, student.kernel_ffns(), ids, lambda loss: loss.backward()
+    ffns, backward = student.kernel_ffns(), torch.Tensor.backward
+    found = accumulate_gradients(
+        logits, make_step(settings, teacher, student, ffns, ids, backward=backward)
     )
     with torch.no_grad():
         p, q = (
@@ -251,9 +231,10 @@ def test_the_logits_loss_is_divergence_and_cross_entropy(pair, ids, temperature,
 def test_each_stage_lowers_its_loss(recipe, objectives, tmp_path, variant):
     losses = {"layer-wise": [], "logits": []}
 
-    def note(number, objective, stage, *arguments):
-        losses[stage.name].append(objective(stage, *arguments))
-        return losses[stage.name][-1]
+    def note(number, objective, step):
+        loss = objective(step)
+        losses[step.stage.name].append(loss.detach())
+        return loss
 
     objectives(note)
     stages = VARIANTS[variant].get("stages", [LAYER_WISE, LOGITS])
@@ -314,9 +295,9 @@ def test_a_trained_teacher_is_approached_on_every_layer(tmp_path, tokenizer, ids
 def test_the_budget_is_rounded_up_to_whole_steps(recipe, objectives, tmp_path, tokens, steps):
     shapes = []
 
-    def note(number, objective, stage, teacher, student, ffns, ids, backward, price):
-        shapes.append(tuple(ids.shape))
-        return objective(stage, teacher, student, ffns, ids, backward, price)
+    def note(number, objective, step):
+        shapes.append(tuple(step.batch.shape))
+        return objective(step)
 
     objectives(note)
     run(recipe(tmp_path / "out", stages=[{**LOGITS, "tokens": tokens}]))
@@ -326,10 +307,10 @@ def test_the_budget_is_rounded_up_to_whole_steps(recipe, objectives, tmp_path, t
 def test_one_group_of_layers_after_the_other(recipe, objectives, tmp_path):
     seen, states = [], []
 
-    def note(number, objective, stage, teacher, student, ffns, ids, backward, price):
-        seen.append(tuple(ffns))
-        states.append({name: p.detach().clone() for name, p in student.named_parameters()})
-        return objective(stage, teacher, student, ffns, ids, backward, price)
+    def note(number, objective, step):
+        seen.append(tuple(step.ffns))
+        states.append({name: p.detach().clone() for name, p in step.student.named_parameters()})
+        return objective(step)
 
     objectives(note)
     run(recipe(tmp_path / "out", "groups"))
@@ -424,14 +405,14 @@ def test_only_the_ffns_are_trained(finished, teacher_folder):
 
 
 def test_what_is_trained_shares_memory_and_is_float32(recipe, objectives, tmp_path):
-    def look(number, objective, stage, teacher, student, ffns, ids, backward, price):
-        theirs = {p.data_ptr() for p in teacher.parameters()}
-        for name, parameter in student.named_parameters():
+    def look(number, objective, step):
+        theirs = {p.data_ptr() for p in step.signal.teacher.parameters()}
+        for name, parameter in step.student.named_parameters():
             if ".mlp." in name:
                 assert parameter.dtype == torch.float32
             else:
                 assert parameter.dtype == torch.bfloat16 and parameter.data_ptr() in theirs
-        return objective(stage, teacher, student, ffns, ids, backward, price)
+        return objective(step)
 
     objectives(look)
     run(recipe(tmp_path / "out", "bfloat16"))
@@ -513,18 +494,16 @@ def test_lora_trains_the_rest_and_is_merged(recipe, teacher_folder, tmp_path, fa
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(recipe, objectives, tmp_path):
-    calls, outs = [], []
+    calls, outs, hooks = [], [], []
 
-    def count(number, objective, stage, teacher, student, ffns, ids, backward, price):
-        def forward(module, arguments):
-            calls[-1] += 1
+    def forward(module, arguments):
+        calls[-1] += 1
 
-        hooks = [ffn.register_forward_pre_hook(forward) for ffn in ffns.values()]
-        calls.append(0)
-        loss = objective(stage, teacher, student, ffns, ids, backward, price)
-        for hook in hooks:
-            hook.remove()
-        return loss
+    def count(number, objective, step):
+        if number % STEPS == 0:  # another run, of other layers
+            hooks.extend(ffn.register_forward_pre_hook(forward) for ffn in step.ffns.values())
+        calls.append(0)  # until the next call: the backward pass comes after this one
+        return objective(step)
 
     objectives(count)
     for name, checkpointing in (("a", False), ("b", True)):
@@ -578,11 +557,11 @@ def test_a_run_may_be_interrupted_twice(recipe, finished, monkeypatch, tmp_path,
     same, calls = recipe(tmp_path / "out"), []
     interrupt(monkeypatch, same, 3)
 
-    def stop(number, objective, *arguments):
+    def stop(number, objective, step):
         calls.append(number)
         if number == 5:
             raise Interrupted
-        return objective(*arguments)
+        return objective(step)
 
     objectives(stop)
     with pytest.raises(Interrupted):
@@ -695,12 +674,12 @@ def test_what_the_message_advises_can_be_done(recipe, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(recipe, objectives, tmp_path):
-    def spoil(number, objective, stage, teacher, student, ffns, ids, backward, price):
-        loss = objective(stage, teacher, student, ffns, ids, backward, price)
+    def spoil(number, objective, step):
+        loss = objective(step)
         if (
             number == STEPS - 1
         ):  # a finite loss with a gradient that is not, at the last step of all
-            next(iter(ffns.values())).output_prototypes.weight.grad.fill_(float("nan"))
+            next(iter(step.ffns.values())).output_prototypes.weight.grad.fill_(float("nan"))
         return loss
 
     objectives(spoil)

@@ -1,4 +1,5 @@
-"""Faults from outside: a run killed at any moment, told to stop, out of room, or fed numbers that are not finite."""
+"""Faults from outside: a run killed at any moment, told to stop, out of room, or fed numbers that
+are not finite."""
 
 import json
 import math
@@ -62,15 +63,16 @@ def same(folder, tensors):
 
 @pytest.fixture
 def at_call(monkeypatch):
-    """Run an action at the given calls of an objective, counted from 0; what it returns, if anything, becomes the loss."""
+    """Run an action at the given calls of an objective, counted from 0; what it returns, if
+    anything, becomes the loss."""
 
     def set_up(calls, action):
         count = iter(range(10**6))
 
         def wrap(objective):
-            def wrapped(stage, teacher, student, ffns, *rest):
-                loss = objective(stage, teacher, student, ffns, *rest)
-                made = action(ffns) if next(count) in calls else None
+            def wrapped(step):
+                loss = objective(step)
+                made = action(step.ffns) if next(count) in calls else None
                 return loss if made is None else made
 
             return wrapped
@@ -87,9 +89,14 @@ def at_call(monkeypatch):
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_lose_nothing(content, tmp_path):
     work = {
-        "recipe": {**content, "save_every_tokens": 1},  # a save after every step, so that many kills hit one
-        "kills": 32, "kills_per_run": 5, "conversions": 6, "seed": 0, "scratch": str(tmp_path),
-    }  # fmt: skip
+        # A save after every step, so that many kills hit one.
+        "recipe": {**content, "save_every_tokens": 1},
+        "kills": 32,
+        "kills_per_run": 5,
+        "conversions": 6,
+        "seed": 0,
+        "scratch": str(tmp_path),
+    }
     file = tmp_path / "work.json"
     file.write_text(json.dumps(work))
     done = subprocess.run(
@@ -141,23 +148,54 @@ def test_a_state_half_removed_is_not_resumed_from(content, at_call, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "call", [2, STEPS - 1, STEPS + 2], ids=["layer-wise", "last step of a stage", "logits"]
+    "number, name, call",
+    [
+        (signal.SIGTERM, "SIGTERM", 2),
+        (signal.SIGTERM, "SIGTERM", STEPS - 1),  # the last step of a stage
+        (signal.SIGTERM, "SIGTERM", STEPS + 2),
+        (signal.SIGINT, r"Ctrl-C \(SIGINT\)", 3),
+    ],
+    ids=["layer-wise", "last step of a stage", "logits", "by hand"],
 )
-def test_sigterm_saves_the_state_and_stops(content, whole, at_call, tmp_path, call):
-    at_call([call], lambda ffns: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated, match="SIGTERM after step .* --resume"):
+def test_a_signal_saves_the_state_and_stops(content, whole, at_call, tmp_path, number, name, call):
+    at_call([call], lambda ffns: os.kill(os.getpid(), number))
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Terminated, match=f"stopped by {name} after step .* --resume") as caught:
         run(content, tmp_path / "out")
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert caught.value.exit_code == 128 + number
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
     at_call([], None)
     assert same(run(content, tmp_path / "out", resume=True), whole)
 
 
-def test_sigterm_before_training_says_that_nothing_is_saved(content, tmp_path, monkeypatch):
+def test_a_second_signal_ends_the_process_as_ever(content, at_call, tmp_path):
+    def twice(ffns):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_call([2], twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(content, tmp_path / "out")
+
+
+def test_a_signal_that_is_ignored_stays_so(content, whole, at_call, tmp_path):
+    """As that of Ctrl-C by a process in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        at_call([2], lambda ffns: os.kill(os.getpid(), signal.SIGINT))
+        assert same(run(content, tmp_path / "out"), whole)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_training_says_that_nothing_is_saved(
+    content, tmp_path, monkeypatch, number
+):
     from hf_kernel_ffn.distillation import run as loop
 
     def told(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         raise AssertionError("went on")
 
     monkeypatch.setattr(loop, "load_teacher", told)
@@ -166,15 +204,21 @@ def test_sigterm_before_training_says_that_nothing_is_saved(content, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_says_so_too(content, at_call, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "number, name, code",
+    [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C (SIGINT)", 130)],
+)
+def test_the_command_line_says_so_too(
+    content, at_call, tmp_path, monkeypatch, capsys, number, name, code
+):
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps({**content, "output_dir": str(tmp_path / "out")}))
-    at_call([3], lambda ffns: os.kill(os.getpid(), signal.SIGTERM))
+    at_call([3], lambda ffns: os.kill(os.getpid(), number))
     monkeypatch.setattr(sys, "argv", ["hf-kernel-ffn", "distill", str(file)])
     with pytest.raises(SystemExit) as end:
         main()
-    assert end.value.code == 143
-    assert "stopped by SIGTERM after step 3 of stage 'layer-wise'" in capsys.readouterr().err
+    assert end.value.code == code
+    assert f"stopped by {name} after step 3 of stage 'layer-wise'" in capsys.readouterr().err
 
 
 # no room
@@ -217,7 +261,7 @@ def test_a_full_disk_leaves_the_last_state_whole(content, whole, at_call, small_
     ) as caught:
         run(content, disk / "out")
     assert "\n" not in str(caught.value)
-    assert [path.name for path in (disk / "out").iterdir()] == ["resume"]
+    assert {path.name for path in (disk / "out").iterdir()} == {"resume", "metrics.jsonl"}
     subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
     assert same(run(content, disk / "out", resume=True), whole)
 
@@ -261,10 +305,8 @@ def test_a_bad_loss_names_step_layer_and_last_state(content, at_call, tmp_path, 
         run(content, tmp_path / "out")
     message = str(caught.value)
     assert f"loss nan at step 3 of stage '{stage}', first in layers.2.mlp" in message
-    assert (
-        f"the last good state is {find_state(tmp_path / 'out')}, of step 2 of part {int(stage == 'logits')}"
-        in message
-    )
+    state, part = find_state(tmp_path / "out"), int(stage == "logits")
+    assert f"the last good state is {state}, of step 2 of part {part}" in message
     assert "\n" not in message
 
 

@@ -1,4 +1,5 @@
-"""More than one process: the same losses as one, states and models that load anywhere, and what ships for larger machines."""
+"""More than one process: the same losses as one, states and models that load anywhere, and what
+ships for larger machines."""
 
 import json
 import os
@@ -22,8 +23,9 @@ STEPS = 4  # of each stage: 512 tokens, four sequences of 32 in a step
 
 @pytest.fixture(scope="module")
 def content(teacher_folder, text_file, tmp_path_factory, ids):
-    """A recipe for a dense student with every term in its losses, without batch size and output_dir. (A threshold is fitted to a
-    sample of each process's tokens and averaged: nearly, not exactly, that of one process.)"""
+    """A recipe for a dense student with every term in its losses, without batch size and
+    output_dir. (A threshold is fitted to a sample of each process's tokens and averaged: nearly,
+    not exactly, that of one process.)"""
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder("llama"), dtype=torch.float32)
     folder = tmp_path_factory.mktemp("student")
     convert(teacher, KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256)[
@@ -56,7 +58,8 @@ def start(work, processes, scratch):
     file.write_text(json.dumps({**work, "out": str(scratch / "losses.json")}))
     command = [sys.executable, SCRIPT, file]
     if processes > 1:
-        # "--cpu" alone would start one process; "multi_gpu" means torchrun, and ACCELERATE_USE_CPU gloo
+        # "--cpu" alone would start one process; "multi_gpu" means torchrun, and
+        # ACCELERATE_USE_CPU gloo
         launch = [
             "-m",
             "accelerate.commands.launch",
@@ -91,11 +94,15 @@ def jobs(content, scratch, processes, shard):
         made = of(content, scratch / (out or name), processes, shard=shard, **changes)
         return {"name": name, "dtype": dtype, "until": until, "content": made}
 
-    return {"jobs": [
-        job("whole"), job("float32", "float32"), job("muon", "float32", optimizer="muon"),
-        job("part", out="parts", until=STEPS + 2), job("rest", out="parts"),
+    every = [
+        job("whole"),
+        job("float32", "float32"),
+        job("muon", "float32", optimizer="muon"),
+        job("part", out="parts", until=STEPS + 2),
+        job("rest", out="parts"),
         job("left", out="left", until=2),  # to be gone on with by another number of processes
-    ]}  # fmt: skip
+    ]
+    return {"jobs": every}
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +247,7 @@ def test_a_launch_whose_gradients_would_go_unshared_is_refused(
     from accelerate.utils import DistributedType
 
     from hf_kernel_ffn.distillation import Recipe
-    from hf_kernel_ffn.distillation.trainer import make_accelerator
+    from hf_kernel_ffn.distillation.accelerator import make_accelerator
 
     monkeypatch.setattr(
         Accelerator, "distributed_type", property(lambda self: DistributedType[kind])

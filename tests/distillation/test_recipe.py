@@ -76,8 +76,12 @@ def test_what_is_left_out_has_a_default(recipe):
 def test_a_wrong_key_is_named_with_the_nearest_right_one(refusal):
     wrong = {
         "teachr=x": "unknown key 'teachr', did you mean 'teacher'?",
-        "data.sequence_lenght=5": "data: unknown key 'sequence_lenght', did you mean 'sequence_length'?",
-        "stages.0.learnin_rate=1": "stages.0: unknown key 'learnin_rate', did you mean 'learning_rate'?",
+        "data.sequence_lenght=5": (
+            "data: unknown key 'sequence_lenght', did you mean 'sequence_length'?"
+        ),
+        "stages.0.learnin_rate=1": (
+            "stages.0: unknown key 'learnin_rate', did you mean 'learning_rate'?"
+        ),
         "stages.1.temprature=1": "stages.1: unknown key 'temprature', did you mean 'temperature'?",
         "kernel_ffn.simplx=softmax": "kernel_ffn: unknown key 'simplx', did you mean 'simplex'?",
         "kernel_ffn.layer=0": "kernel_ffn: unknown key 'layer', did you mean 'layers'?",

@@ -1,4 +1,4 @@
-"""A recorded teacher stands in for a running one: what is recorded, what is learnt from it, and what is refused."""
+"""A recorded teacher stands in for a running one: what is recorded, learnt from it, refused."""
 
 import errno
 import json
@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.cli import app as cli
 from hf_kernel_ffn.distillation import Recipe, distill, load_recipe, recording
-from hf_kernel_ffn.distillation import trainer as training
-from hf_kernel_ffn.distillation.objectives import OBJECTIVES, kl, top_and_rest_log_probs
+from hf_kernel_ffn.distillation.divergence import kl, top_and_rest_log_probs
+from hf_kernel_ffn.distillation.objectives import OBJECTIVES
 from hf_kernel_ffn.distillation.recording import record
-from hf_kernel_ffn.distillation.teacher_signal import Record
+from hf_kernel_ffn.distillation.records import Record
 from hf_kernel_ffn.distillation.trainer import train
 from hf_kernel_ffn.text.packing import pack_blocks, read_token_ids
 
@@ -50,7 +50,8 @@ def stock():
 
 @pytest.fixture(scope="module")
 def student_folder(stock, tokenizer, tmp_path_factory):
-    """A conversion that has much to learn, of a gated FFN without its pairs; smooth, so that roundings stay what they are."""
+    """A conversion that has much to learn, of a gated FFN without its pairs; smooth, so that
+    roundings stay what they are."""
     folder = tmp_path_factory.mktemp("student")
     ids = read_token_ids(tokenizer, [str(TEXT / "books-distil.txt")], 128, 512)
     convert(stock, KernelFFNConfig(init="single"), calibration_ids=ids, calibration_tokens=512)[
@@ -120,7 +121,8 @@ def load(folder):
 
 @st.composite
 def distributions(draw):
-    """Logits of a student and a teacher (3, vocabulary), the teacher's k likeliest tokens in ascending order."""
+    """Logits of a student and a teacher (3, vocabulary), the teacher's k likeliest tokens in
+    ascending order."""
     vocabulary = draw(st.integers(2, 30))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([0.1, 1.0, 10.0, 100.0]))
@@ -198,11 +200,9 @@ def test_a_record_has_what_the_stages_read_once(recipe, monkeypatch, tmp_path):
     ]
     read = []
 
-    def note(stage, teacher, student, ffns, ids, *more):
-        read.extend(map(tuple, ids.tolist()))
-        return OBJECTIVES["layer-wise"](
-            stage, teacher, student, ffns, ids, *more
-        )  # the quicker one
+    def note(step):
+        read.extend(map(tuple, step.batch.tolist()))
+        return OBJECTIVES["layer-wise"](step)  # the quicker one
 
     monkeypatch.setitem(OBJECTIVES, "logits", note)
     short = recipe(tmp_path / "out", stages=stages)
@@ -229,9 +229,13 @@ def test_without_a_student_the_layers_to_convert_are_counted(recipe, stock, tmp_
     for layers, parts in ((None, 4), ("1-3", 3), ([2], 1)):
         settings = {} if layers is None else {"layers": layers}
         whole = recipe(tmp_path, stages=stages, student=None, kernel_ffn=settings)
-        assert recording.spans(whole, stock, 1) == [range(parts, parts + 12)]
-    assert recording.spans(whole, stock, 3) == [range(3, 3 + 12)]  # two steps of three times two
-    assert recording.spans(recipe(tmp_path, {"tokens": 385}), stock, 4) == [range(16)]
+        assert recording.spans_of_logits_stages(whole, stock, 1) == [range(parts, parts + 12)]
+    assert recording.spans_of_logits_stages(whole, stock, 3) == [
+        range(3, 3 + 12)
+    ]  # two steps of three times two
+    assert recording.spans_of_logits_stages(recipe(tmp_path, {"tokens": 385}), stock, 4) == [
+        range(16)
+    ]
 
 
 def test_shards_are_what_one_file_would_be(recipe, folder, monkeypatch, tmp_path):
@@ -287,22 +291,8 @@ def test_the_command_states_the_size(recipe, short_text, tokenizer, capsys, tmp_
 # what is learnt from it
 
 
-@pytest.fixture
-def losses(monkeypatch):
-    """Of every step."""
-    seen = []
-    original = training.Run._agreed
-
-    def noted(self, loss):
-        seen.append(loss.item())
-        return original(self, loss)
-
-    monkeypatch.setattr(training.Run, "_agreed", noted)
-    return seen
-
-
 def test_all_of_the_vocabulary_is_the_running_teacher(
-    recipe, losses, stock, student_folder, tokenizer, monkeypatch, tmp_path
+    recipe, stock, student_folder, tokenizer, monkeypatch, tmp_path
 ):
     settings = {
         "temperature": 2.0,
@@ -311,7 +301,9 @@ def test_all_of_the_vocabulary_is_the_running_teacher(
     }  # Muon turns roundings into directions
     quietly(recipe("nowhere", settings), tmp_path / "record", VOCABULARY)
     start, one, other = (load(student_folder) for _ in range(3))
-    train(recipe("nowhere", settings), tokenizer, stock, one)
+    losses = []
+    noted = [lambda report: losses.append(report.loss)]
+    train(recipe("nowhere", settings), tokenizer, stock, one, listeners=noted)
 
     def never(*arguments):
         raise AssertionError("the teacher ran")
@@ -322,9 +314,11 @@ def test_all_of_the_vocabulary_is_the_running_teacher(
         tokenizer,
         stock,
         other,
+        listeners=noted,
     )
-    # Losses and gradients of one step differ by 1e-6 of themselves: roundings of 4096 log-probabilities in another order. AdamW
-    # divides every number of a gradient by its own size, the least exact ones too.
+    # Losses and gradients of one step differ by 1e-6 of themselves: roundings of 4096
+    # log-probabilities in another order. AdamW divides every number of a gradient by its own size,
+    # the least exact ones too.
     assert losses[STEPS:] == pytest.approx(losses[:STEPS], rel=1e-5) and len(losses) == 2 * STEPS
     for path, ffn in one.kernel_ffns().items():
         for name, parameter in ffn.named_parameters():
@@ -394,7 +388,7 @@ def finished(recipe, folder, tmp_path_factory):
 
 
 def test_a_loss_that_is_not_finite_is_looked_into(recipe, folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "stored_logits", lambda *arguments: torch.tensor(float("nan")))
+    monkeypatch.setitem(OBJECTIVES, "logits", lambda step: torch.tensor(float("nan")))
     with pytest.raises(
         FloatingPointError, match="loss nan at step 0 of stage 'logits', in no FFN's own numbers"
     ):

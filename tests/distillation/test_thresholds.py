@@ -1,4 +1,4 @@
-"""Sparse readouts: thresholds that are fitted and followed, fewer prototypes step by step, a price on write mass."""
+"""Sparse readouts: thresholds that are fitted and followed, a price on write mass."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ kind = pytest.mark.parametrize(
 
 
 def make_layer(top_k=TOP_K, **settings):
-    """A layer of 40 prototypes with random weights, half of which fire at a time if the kernel is half-yat."""
+    """A layer of 40 prototypes with random weights; by half-yat half of them fire at a time."""
     reference = {
         "epsilon": 0.7,
         "bandwidth": 2.0,
@@ -75,7 +75,8 @@ def active(ffn, x):
 
 
 def layers_and_inputs(student, reader, ids):
-    """Path, FFN and its inputs (tokens, hidden_size) when ``reader`` reads ``ids``, for each layer of ``student``."""
+    """For each layer of ``student``: path, FFN and its inputs (tokens, hidden_size) when ``reader``
+    reads ``ids``."""
     return [
         (path, ffn, torch.cat(list(read_ffn_inputs(reader, path, ids))))
         for path, ffn in student.kernel_ffns().items()
@@ -299,7 +300,8 @@ def test_nothing_is_charged_where_nothing_is_asked():
 
 @pytest.fixture(scope="module")
 def pair(make_teacher, tokenizer, text_file):
-    """A tiny Llama with the shipped vocabulary, and makers of a sparse student and of a recipe in memory for it."""
+    """A tiny Llama with the shipped vocabulary, and makers of a sparse student and of a recipe in
+    memory for it."""
     teacher = make_teacher("llama", vocab_size=4096)
     ids = read_token_ids(tokenizer, [str(text_file)], 32, 1024, spread=True)
 
@@ -316,7 +318,8 @@ def pair(make_teacher, tokenizer, text_file):
 
 @pytest.fixture(scope="module")
 def trained(pair, tokenizer, text_file):
-    """A student and its layers' inputs on text read elsewhere, after sixty steps with or without a price."""
+    """A student's layers and their inputs on text read elsewhere, after sixty steps with or without
+    a price."""
     teacher, student, recipe = pair
     made = {}
 
@@ -362,9 +365,9 @@ def watched(monkeypatch):
         count = iter(range(10**6))
         for name, objective in list(OBJECTIVES.items()):
 
-            def wrapped(stage, teacher, student, ffns, *more, objective=objective):
-                look(next(count), ffns)
-                return objective(stage, teacher, student, ffns, *more)
+            def wrapped(step, objective=objective):
+                look(next(count), step.ffns)
+                return objective(step)
 
             monkeypatch.setitem(OBJECTIVES, name, wrapped)
 

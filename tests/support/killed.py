@@ -1,7 +1,9 @@
-"""Run by test_faults.py in a process of its own: kill distillations and conversions at random moments.
+"""Run by test_faults.py in a process of its own: kill distillations and conversions at random
+moments.
 
-argv: a JSON file of what to do. Everything is imported once; each attempt is a fork, killed by SIGKILL after a random time. Prints
-one JSON line: how many kills, how many of them in a save, and the folders of the finished runs.
+argv: a JSON file of what to do. Everything is imported once; each attempt is a fork, killed by
+SIGKILL after a random time. Prints one JSON line: how many kills, how many of them in a save, and
+the folders of the finished runs.
 """
 
 import contextlib
@@ -27,7 +29,8 @@ logging.disable_progress_bar()
 
 
 def attempt(job, when=None):
-    """Fork, run ``job(tell)``, and kill it once ``when(told)`` says so: whether it ended by itself, well.
+    """Fork, run ``job(tell)``, and kill it once ``when(told)`` says so: whether it ended by itself,
+    well.
 
     ``told`` is the time since the job has called ``tell``, or None before that."""
     told, tell = os.pipe()
@@ -91,13 +94,13 @@ def in_a_save(out, skip, seconds):
 
 def distillation(content, out):
     def job(tell):
-        stages = training.Run.stages
+        original = training.Trainer.run
 
         def told(self, *arguments):
             tell()
-            stages(self, *arguments)
+            original(self, *arguments)
 
-        training.Run.stages = told  # in the fork alone
+        training.Trainer.run = told  # in the fork alone
         distill(
             Recipe(**content, output_dir=str(out)),
             resume=find_state(out) is not None,
@@ -162,10 +165,14 @@ def run(work):
             halves += not {"config.json", "model.safetensors", "conversion.json"} <= {
                 path.name for path in out.iterdir()
             }
-    print(json.dumps({
-        "kills": kills, "mid_save": mid_save, "finished": finished,
-        "conversions_killed": work["conversions"] - survived, "halves": halves,
-    }))  # fmt: skip
+    report = {
+        "kills": kills,
+        "mid_save": mid_save,
+        "finished": finished,
+        "conversions_killed": work["conversions"] - survived,
+        "halves": halves,
+    }
+    print(json.dumps(report))
 
 
 run(json.loads(Path(sys.argv[1]).read_text()))

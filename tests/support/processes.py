@@ -1,6 +1,8 @@
-"""Run by test_processes.py, by itself or under ``accelerate launch``: the same distillation on one or more processes.
+"""Run by test_processes.py, by itself or under ``accelerate launch``: the same distillation on one
+or more processes.
 
-argv: a JSON file of what to do. The main process writes the loss of every step to the file that it names.
+argv: a JSON file of what to do. The main process writes the loss of every step to the file that it
+names.
 """
 
 import json
@@ -12,26 +14,18 @@ import torch
 from hf_kernel_ffn import KernelFFNConfig
 from hf_kernel_ffn.conversion.convert import convert
 from hf_kernel_ffn.distillation import Recipe, Terminated
-from hf_kernel_ffn.distillation.sharding import unsharded
-from hf_kernel_ffn.distillation.state import find_state, load_rng, load_trained
-from hf_kernel_ffn.distillation.trainer import Run, make_accelerator
+from hf_kernel_ffn.distillation.accelerator import make_accelerator
+from hf_kernel_ffn.distillation.models import Models
+from hf_kernel_ffn.distillation.state import find_state
+from hf_kernel_ffn.distillation.stopping import Stop
+from hf_kernel_ffn.distillation.teacher_signal import make_signals
+from hf_kernel_ffn.distillation.trainer import Trainer
 from hf_kernel_ffn.storage.loading import load_student, load_teacher, load_tokenizer
 
 
-class Noted(Run):
-    """Notes the mean loss of every step; is told to stop after ``until`` of them."""
-
-    losses: list
-    until: int | None = None
-
-    def _agreed(self, loss):
-        value, stopping = super()._agreed(loss)
-        self.losses.append(value)
-        return value, stopping or len(self.losses) == self.until
-
-
 def train(content, dtype, until=None):
-    """Losses of the steps taken, in ``dtype`` throughout; goes on from a state if there is one, and keeps states."""
+    """Losses of the steps taken, in ``dtype`` throughout; goes on from a state if there is one, and
+    keeps states."""
     recipe = Recipe(**content)
     accelerator = make_accelerator(recipe)
     torch.manual_seed(recipe.seed)
@@ -39,26 +33,29 @@ def train(content, dtype, until=None):
     student = load_student(recipe.student).to(getattr(torch, dtype)).requires_grad_(False)
     for ffn in student.kernel_ffns().values():
         ffn.requires_grad_(True)
-    run = Noted(
-        recipe, accelerator, load_tokenizer(recipe.teacher), teacher, student, student, False
-    )
-    run.losses, run.until = [], until
+    losses, stop = [], Stop()
+
+    def note(report):
+        losses.append(report.loss)
+        if until is not None and len(losses) == until - 1:
+            stop.asked = True  # the next step is the last one
+
+    tokenizer = load_tokenizer(recipe.teacher)
+    models = Models(tokenizer, make_signals(recipe, teacher), student, student)
+    trainer = Trainer(recipe, accelerator, models, stop=stop, listeners=[note])
     state = find_state(Path(recipe.output_dir))
     accelerator.wait_for_everyone()
-    if state is not None:
-        load_trained(state, run.kept)
-        load_rng(state)
     try:
-        run.stages({"recipe": content, "kernel_ffn": student.config.kernel_ffn}, state)
+        trainer.run({"recipe": content, "kernel_ffn": student.config.kernel_ffn}, state)
     except Terminated:
         accelerator.wait_for_everyone()
-        return run.losses
+        return losses
     accelerator.wait_for_everyone()
-    done = unsharded(student, teacher) if run.sharded else student
+    done = trainer.gather_models().student
     if accelerator.is_main_process:
         done.save_pretrained(Path(recipe.output_dir) / "done")
     accelerator.wait_for_everyone()
-    return run.losses
+    return losses
 
 
 def calibrated(content):
@@ -72,7 +69,9 @@ def calibrated(content):
 
 
 def main(work):
-    out = {"calibrated": calibrated(work["jobs"][0]["content"])}
+    out = {}
+    if work.get("calibrates", True):
+        out["calibrated"] = calibrated(work["jobs"][0]["content"])
     for job in work["jobs"]:
         out[job["name"]] = train(job["content"], job["dtype"], job.get("until"))
     accelerator = make_accelerator(Recipe(**work["jobs"][0]["content"]))

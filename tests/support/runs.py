@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_kernel_ffn.distillation import distill
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES
+from hf_kernel_ffn.distillation.step import Step
+from hf_kernel_ffn.distillation.teacher_signal import RunningTeacher
 
 LAYER_WISE = {
     "name": "layer-wise",
@@ -22,18 +24,24 @@ def run(recipe, **more):
     return distill(recipe, progress=False, **more)
 
 
+def make_step(stage, teacher, student, ffns, batch, **more):
+    """One batch of a step, with a running teacher."""
+    return Step(stage, RunningTeacher(teacher), student, ffns, batch, **more)
+
+
 class Interrupted(BaseException):
     """As a KeyboardInterrupt: nobody catches it."""
 
 
 def interrupt(monkeypatch, recipe, at, result=Interrupted):
-    """Run ``recipe`` until the call ``at`` of an objective, which is interrupted, or returns ``result``."""
+    """Run ``recipe`` until the training call ``at`` of an objective, which is interrupted, or
+    returns ``result``."""
     count = iter(range(10**6))
 
     def wrap(objective):
-        def wrapped(*arguments):
-            loss = objective(*arguments)
-            if next(count) < at:
+        def wrapped(step):
+            loss = objective(step)
+            if step.backward is None or next(count) < at:  # held-out text, or not yet
                 return loss
             if result is Interrupted:
                 raise Interrupted

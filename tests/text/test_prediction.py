@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
+from runs import make_step
 from safetensors.torch import load_file
 from teachers import RECIPES
 from transformers import (
@@ -138,14 +139,8 @@ def test_the_cross_entropy_is_the_models_own(family, request, mask_tokenizer, id
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_the_loss_is_taken_at_masked_tokens(bert, student, asked, weight):
-    found = logits(
-        Stage(name="logits", cross_entropy=weight, **STAGE),
-        bert,
-        student,
-        {"": bert},
-        asked,
-        lambda loss: None,
-    )
+    stage = Stage(name="logits", cross_entropy=weight, **STAGE)
+    found = logits(make_step(stage, bert, student, {"": bert}, asked))
     at = asked["labels"] != -100
     with torch.no_grad():
         p, q = (
@@ -161,9 +156,8 @@ def test_the_loss_is_taken_at_masked_tokens(bert, student, asked, weight):
 
 def test_a_teacher_has_no_loss_against_itself(bert, asked):
     stage = Stage(name="logits", **STAGE)
-    assert logits(stage, bert, bert, {"": bert}, asked, lambda loss: None).item() == pytest.approx(
-        0, abs=1e-7
-    )
+    found = logits(make_step(stage, bert, bert, {"": bert}, asked))
+    assert found.item() == pytest.approx(0, abs=1e-7)
 
 
 def test_what_is_under_no_mask_does_not_count(bert, student, asked):
@@ -174,9 +168,10 @@ def test_what_is_under_no_mask_does_not_count(bert, student, asked):
     def noisy(module, args, output):
         return output + torch.randn_like(output).masked_fill((few["labels"] != -100)[..., None], 0)
 
-    expected = logits(stage, bert, student, {"": bert}, few, lambda loss: None)
+    step = make_step(stage, bert, student, {"": bert}, few)
+    expected = logits(step)
     hook = student.get_output_embeddings().register_forward_hook(noisy)
-    found = logits(stage, bert, student, {"": bert}, few, lambda loss: None)
+    found = logits(step)
     hook.remove()
     assert found.item() == expected.item()
 
@@ -204,10 +199,11 @@ def test_each_stage_lowers_its_loss(folder, text_file, tmp_path, monkeypatch):
     losses, masks = {name: [] for name in OBJECTIVES}, []
     for name, objective in list(OBJECTIVES.items()):
 
-        def note(stage, teacher, student, ffns, asked, *rest, objective=objective):
-            masks.append(tuple((asked["labels"] != -100).flatten().tolist()))
-            losses[stage.name].append(objective(stage, teacher, student, ffns, asked, *rest))
-            return losses[stage.name][-1]
+        def note(step, objective=objective):
+            masks.append(tuple((step.batch["labels"] != -100).flatten().tolist()))
+            loss = objective(step)
+            losses[step.stage.name].append(loss.detach())
+            return loss
 
         monkeypatch.setitem(OBJECTIVES, name, note)
     run(

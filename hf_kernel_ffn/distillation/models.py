@@ -1,0 +1,112 @@
+"""The models of a distillation, and which of their parameters train."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.ffn import KernelFFN
+from .recipe import Lora
+from .teacher_signal import TeacherSignal
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a distillation runs on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    signals: Mapping[str | None, TeacherSignal]
+    """What the teacher says, by a stage's ``stored_logits``; None: by running."""
+    student: PreTrainedModel
+    trainee: nn.Module
+    """The student, or peft's model around it."""
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        """The stock model."""
+        return self.signals[None].teacher
+
+
+def get_kernel_ffns(student: PreTrainedModel) -> dict[str, KernelFFN]:
+    """The converted FFNs of ``student`` by path, in layer order."""
+    return cast(Any, student).kernel_ffns()
+
+
+def has_experts(student: PreTrainedModel) -> bool:
+    """Whether a converted FFN of ``student`` is an expert of a mixture, which may get no tokens."""
+    return any(ffn.config.experts for ffn in get_kernel_ffns(student).values())
+
+
+def freeze_all_but_ffns(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Let the converted FFNs of ``student`` train, in float32, and nothing else of both models."""
+    teacher.requires_grad_(False)
+    student.requires_grad_(False)
+    for ffn in get_kernel_ffns(student).values():
+        ffn.float().requires_grad_(True)
+
+
+def add_adapters(student: PreTrainedModel, lora: Lora) -> nn.Module:
+    """The student inside peft, with adapters on every projection outside the converted FFNs and the
+    head.
+
+    Raises:
+        InputError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InputError(
+            "lora needs the peft package: pip install 'hf-kernel-ffn[lora]'"
+        ) from error
+
+    targets = _projections_outside_ffns(student)
+    for name in targets:  # merging writes into these weights, which the teacher has a share in
+        module = student.get_submodule(name)
+        weight = cast(nn.Parameter, module.weight)
+        module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+    )
+    ffns = list(get_kernel_ffns(student).values())
+    with warnings.catch_warnings():
+        # peft asks transformers for an alias that goes in version 6.
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = get_peft_model(student, config)
+    for ffn in ffns:
+        ffn.requires_grad_(True)
+    return wrapped
+
+
+def enable_gradient_checkpointing(student: PreTrainedModel) -> None:
+    """Let the blocks of ``student`` recompute their activations in the backward pass."""
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in student.modules():
+        # They recompute only in training mode; what is inside of them stays in evaluation mode, so
+        # that their dropout stays off.
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def _projections_outside_ffns(student: PreTrainedModel) -> list[str]:
+    """Names of the linear layers outside the converted FFNs and the head."""
+    from transformers.pytorch_utils import Conv1D
+
+    skipped = {id(student.get_output_embeddings())}
+    for ffn in get_kernel_ffns(student).values():
+        skipped.update(id(module) for module in ffn.modules())
+    return [
+        name
+        for name, module in student.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in skipped
+    ]

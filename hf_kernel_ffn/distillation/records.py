@@ -1,0 +1,218 @@
+"""Records of a teacher: its likeliest tokens at every position of a text, on a disk."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..checkpoint_code.errors import InputError
+from ..storage.exporting import fingerprint_model
+from ..text.prediction import predicts_masked
+from .recipe import Recipe, Stage
+
+FACTS = "record.json"
+"""The file of a record that says what it is."""
+LARGEST_ROUNDING = 1e-3
+"""How far the logarithm of the recorded probabilities' sum, in float32, may be from zero."""
+REASON_LENGTH = 300
+"""Characters of another library's message that an error repeats."""
+
+
+class Facts(BaseModel):
+    """What record.json says."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1] = 1
+    teacher: str
+    """As the recipe names it; its weights are known by their fingerprint."""
+    fingerprint: str
+    temperature: float
+    sequence_length: int = Field(ge=2)
+    top_k: int = Field(ge=1)
+    shards: int = Field(ge=1)
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    """Where a shard is.
+
+    For each of its n sequences it has ``input_ids`` (n, length) int32, ``top`` (n, length, k)
+    int32, token ids in ascending order, and ``log_probabilities`` (n, length, k + 1) float32: of
+    these tokens at the record's temperature and, last, of all other tokens as one.
+    """
+    return folder / f"{shard:05}.safetensors"
+
+
+def token_bytes(top_k: int) -> int:
+    """Bytes of a record per token of text.
+
+    Probabilities in float16 would save a quarter of them, for a KL of 2e-7 (shipped Llama, k = 64),
+    but then a record of the whole vocabulary would no longer be the running teacher.
+    """
+    return 4 + 4 * top_k + 4 * (top_k + 1)
+
+
+def digest(ids: Tensor) -> bytes:
+    """What a sequence (length,) of token ids is looked up by."""
+    content = ids.to("cpu", torch.int32).numpy().tobytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+class Record:
+    """A recorded teacher. Only its sequences' token ids are read before they are looked up."""
+
+    def __init__(self, folder: str | Path):
+        """
+        Raises:
+            InputError: ``folder`` is no record, or one with a file that is missing, truncated or of
+                another shape than it says.
+        """
+        self.folder = Path(folder)
+        if not (self.folder / FACTS).is_file():
+            raise InputError(
+                f"found no {FACTS} in {folder}, expected a folder that hf-kernel-ffn record has "
+                "made: check the path"
+            )
+        self.places: dict[bytes, tuple[int, int]] = {}
+        """Shard and row of a sequence, by its digest."""
+        try:
+            content = (self.folder / FACTS).read_text(encoding="utf-8")
+            self.facts = Facts.model_validate_json(content)
+            for shard in range(self.facts.shards):
+                for row, ids in enumerate(self._read_input_ids(shard)):
+                    self.places[digest(ids)] = (shard, row)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise self._damaged(error) from error
+
+    def look_up(self, ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """What the teacher predicts in the sequences ``ids`` (rows, length).
+
+        Returns:
+            ``top`` (rows, length, k) int64 and ``log_probabilities`` (rows, length, k + 1), on the
+            device of ``ids``.
+
+        Raises:
+            InputError: the record lacks a sequence, or has for it what is no distribution over the
+                ``vocabulary``.
+        """
+        places = [self.places.get(digest(row)) for row in ids]
+        known_places = [place for place in places if place is not None]
+        if len(known_places) < len(places):
+            raise InputError(
+                f"found a sequence that {self.folder} does not have, expected all that the stages "
+                "read: record again, by the same recipe, text and number of processes"
+            )
+        tops = []
+        log_probabilities = []
+        try:
+            for shard, row in known_places:
+                with safe_open(shard_file(self.folder, shard), "pt") as tensors:
+                    tops.append(tensors.get_slice("top")[row])
+                    log_probabilities.append(tensors.get_slice("log_probabilities")[row])
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(error) from error
+
+        top = torch.stack(tops)
+        known = torch.stack(log_probabilities)
+        self._check(top, known, vocabulary)
+        return top.long().to(ids.device), known.to(ids.device)
+
+    def _read_input_ids(self, shard: int) -> Tensor:
+        """The sequences of a shard (n, length); ValueError if a tensor of it has another shape than
+        the record says."""
+        length = self.facts.sequence_length
+        top_k = self.facts.top_k
+        with safe_open(shard_file(self.folder, shard), "pt") as tensors:
+            shapes = {}
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                part = tensors.get_slice(name)
+                shapes[name] = (part.get_dtype(), *part.get_shape())
+            count = next(iter(shapes.get("input_ids", ())[1:]), 0)
+            expected = {
+                "input_ids": ("I32", count, length),
+                "top": ("I32", count, length, top_k),
+                "log_probabilities": ("F32", count, length, top_k + 1),
+            }
+            if shapes != expected:
+                raise ValueError(f"{shapes} in shard {shard}")
+            return tensors.get_tensor("input_ids")
+
+    def _check(self, top: Tensor, log_probabilities: Tensor, vocabulary: int) -> None:
+        """Raise InputError unless these are token ids in order, and distributions."""
+        ascending = bool((top.diff(dim=-1) > 0).all())
+        within = bool(top.min() >= 0) and bool(top.max() < vocabulary)
+        rounding = log_probabilities.logsumexp(-1).abs()
+        whole = bool((rounding < LARGEST_ROUNDING).all())  # not so for NaN
+        if not (ascending and within and whole):
+            raise self._damaged(
+                f"token ids or probabilities that are none of a vocabulary of {vocabulary:,}"
+            )
+
+    def _damaged(self, why: object) -> InputError:
+        reason = " ".join(str(why).split())[:REASON_LENGTH]
+        return InputError(
+            f"found {self.folder} damaged ({reason}), expected a whole record: "
+            "make it again by hf-kernel-ffn record"
+        )
+
+
+def load_records(recipe: Recipe, teacher: PreTrainedModel) -> dict[str, Record]:
+    """The records that stages of ``recipe`` read, by folder.
+
+    Raises:
+        InputError: one is none, is damaged, or is of another teacher, temperature or sequence
+            length; or the teacher is masked.
+    """
+    stages = [stage for stage in recipe.stages if stage.stored_logits is not None]
+    if not stages:
+        return {}
+    refuse_masked(teacher)
+    records = {folder: Record(folder) for folder in {str(stage.stored_logits) for stage in stages}}
+    fingerprint = teacher_fingerprint(teacher)
+    for stage in stages:
+        facts = records[str(stage.stored_logits)].facts
+        mismatch = _describe_mismatch(facts, recipe, stage, fingerprint)
+        if mismatch is not None:
+            found, expected = mismatch
+            raise InputError(
+                f"found {found} in {stage.stored_logits}, expected {expected}: "
+                "record again by this recipe"
+            )
+    return records
+
+
+def teacher_fingerprint(teacher: PreTrainedModel) -> str:
+    """SHA-256 of every parameter of ``teacher``."""
+    return fingerprint_model(teacher, {"layers": {}})
+
+
+def refuse_masked(teacher: PreTrainedModel) -> None:
+    """Raise InputError if ``teacher`` predicts masked tokens: every pass over the text masks
+    others."""
+    if predicts_masked(teacher):
+        raise InputError(
+            f"found a {type(teacher).__name__}, whose masks are drawn anew for every step, "
+            "expected a model of next tokens: leave out stored_logits"
+        )
+
+
+def _describe_mismatch(
+    facts: Facts, recipe: Recipe, stage: Stage, fingerprint: str
+) -> tuple[str, str] | None:
+    """What a record has, and what ``stage`` of ``recipe`` needs in its place; None if it fits."""
+    length = recipe.data.sequence_length
+    if facts.fingerprint != fingerprint:
+        found = f"other weights, of {facts.teacher},"
+        return found, f"those of {recipe.teacher} in {recipe.dtype}"
+    if facts.temperature != stage.temperature:
+        return f"temperature {facts.temperature}", f"the stage's {stage.temperature}"
+    if facts.sequence_length != length:
+        return f"sequences of {facts.sequence_length} tokens", f"the recipe's {length}"
+    return None
