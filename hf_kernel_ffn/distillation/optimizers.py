@@ -40,8 +40,8 @@ def make_optimizers(
     if stage.optimizer == "adamw":
         return [torch.optim.AdamW(groups, betas=BETAS)]
 
-    matrices = [group for group in groups if _is_matrix(group["params"][0])]
-    others = [group for group in groups if not _is_matrix(group["params"][0])]
+    matrices = [group for group in groups if group["is_matrix"]]
+    others = [group for group in groups if not group["is_matrix"]]
     for group in matrices:
         group["peak"] /= MUON_STEP
     return [
@@ -60,9 +60,19 @@ def _make_groups(
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in trained:
                 continue
-            decay = stage.weight_decay if parameter.ndim == 2 else 0.0
+            # The numbers of tied pieces stand in tables too, but are no map from x to y.
+            is_table = isinstance(module, nn.ParameterDict)
+            decay = stage.weight_decay if parameter.ndim == 2 and not is_table else 0.0
             peak = stage.learning_rate * _scale(name, module, leaf, parameter)
-            groups.append({"params": [parameter], "peak": peak, "weight_decay": decay})
+            is_matrix = parameter.ndim == 2 and min(parameter.shape) > 1 and not is_table
+            groups.append(
+                {
+                    "params": [parameter],
+                    "peak": peak,
+                    "weight_decay": decay,
+                    "is_matrix": is_matrix,
+                }
+            )
     return groups
 
 
@@ -76,10 +86,6 @@ def _scale(name: str, module: nn.Module, leaf: str, parameter: nn.Parameter) -> 
     if ".log_ratio" in name or scale == 0:
         return 1.0 if parameter.numel() == 1 else parameter.shape[-1] ** -0.5
     return scale
-
-
-def _is_matrix(parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 2 and min(parameter.shape) > 1
 
 
 def _root_mean_square(parameter: torch.Tensor) -> float:
