@@ -21,15 +21,14 @@ from .sampling import Reached
 class Replay(BlockSource):
     """Reads a block without those before it, whose outputs on the calibration rows are kept.
 
-    They take hidden_size numbers per token that the calibration set reads.
+    They take hidden_size numbers per token that the calibration set reads. Blocks stay replaced
+    until :func:`hf_kernel_ffn.conversion.teacher_state.keep_as_it_was` puts them back.
     """
 
     def __init__(self, model: PreTrainedModel, calibration: CalibrationSet):
         """Read FFNs of ``model``, in one stack of blocks, on the rows of ``calibration``."""
         super().__init__(model, calibration)
         self.blocks = list(model.base_model.get_submodule(find_only_stack(model)).children())
-        self.closed = 0
-        """How many blocks put out what they once did."""
         self._outputs: dict[tuple[Purpose, int], object] = {}
         self._current: tuple[Purpose, int] = (PURPOSES[0], 0)
 
@@ -67,10 +66,9 @@ class Replay(BlockSource):
 
     def _stand_in_for_blocks(self, last: int) -> None:
         """Put the outputs kept in place of what the blocks up to number ``last`` compute."""
-        for block in self.blocks[self.closed : last]:
+        for block in self.blocks[:last]:
             block.forward = self._get_output
         self.blocks[last].forward = self._copy_output
-        self.closed = last + 1
 
     def _get_output(self, *args: object, **kwargs: object) -> object:
         """Of any block but the last closed one: nothing that counts is computed from it."""
