@@ -55,6 +55,7 @@ def denominator_variation(ffn: KernelFFN, inputs: Tensor) -> dict[str, float]:
     )
     over_units, moments, variances = [], [], []
     for score, distance2 in map(ffn.scores, inputs.split(CHUNK)):
+        assert distance2 is not None  # the kernel uses it
         denominator = (distance2 + softening).double()
         over_units.append(denominator.std(-1, correction=0) / denominator.mean(-1))
         moments.append(torch.stack([denominator.sum(0), denominator.square().sum(0)]))
@@ -151,6 +152,7 @@ def score_support_by_distance(ffn: KernelFFN, inputs: Tensor) -> dict[str, Tenso
     and ``nearest`` −min ‖x − w_i‖² unless the kernel knows no distance."""
     parts = []
     for score, distance2 in map(ffn.scores, inputs.split(CHUNK)):
+        assert distance2 is not None  # the kernel uses it
         mass = ffn.kernel.log(score, distance2, **ffn.kernel_parameters()).logsumexp(-1)
         parts.append(
             {"mass": mass} if distance2 is None else {"nearest": -distance2.amin(-1), "mass": mass}
