@@ -14,8 +14,11 @@ from .documents import read_documents
 
 SPREAD = 32
 """How much more text than it uses a spread sample reads."""
-PIECES = 1000
-"""Pieces of text that are tokenised at once, which the fast tokenizers do in parallel."""
+PIECES_AT_ONCE = 1000
+"""Pieces of text (documents, or lines of one) that the tokenizer is given at a time.
+
+They are enough for its threads, and few enough to be held in memory.
+"""
 
 
 def stream_tokens(
@@ -27,13 +30,20 @@ def stream_tokens(
     """
     for source in sources:
         pieces = read_documents(source, text_field)
-        while batch := list(islice(pieces, PIECES)):
-            texts = [text for text, _ in batch]
-            encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            for ids, (_, ends_document) in zip(encoded, batch, strict=True):
-                yield from ids
-                if ends_document and tokenizer.eos_token_id is not None:
-                    yield tokenizer.eos_token_id
+        while batch := list(islice(pieces, PIECES_AT_ONCE)):
+            yield from encode_pieces(tokenizer, batch)
+
+
+def encode_pieces(
+    tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[str, bool]]
+) -> Iterator[int]:
+    """Yield the token ids of ``pieces`` of text, each with whether a document ends there."""
+    texts = [text for text, _ in pieces]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for ids, (_, ends_document) in zip(encoded, pieces, strict=True):
+        yield from ids
+        if ends_document and tokenizer.eos_token_id is not None:
+            yield tokenizer.eos_token_id
 
 
 def pack_blocks(
