@@ -37,6 +37,28 @@ def capture_inputs_and_outputs(
         yield captured
 
 
+@contextmanager
+def capture_all_inputs_and_outputs(
+    modules: Mapping[str, nn.Module],
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Collect what each of ``modules`` reads and writes, (tokens, size) each, by its name.
+
+    Calls follow one another in one tensor: a module that several layers share (ALBERT's FFN) has
+    the tokens of all of them. A module that is not called has no entry.
+    """
+    captured: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def make_hook(name: str) -> Hook:
+        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+            _append_call(captured, name, args[0].flatten(0, -2), output.flatten(0, -2))
+
+        return keep
+
+    handles = [module.register_forward_hook(make_hook(name)) for name, module in modules.items()]
+    with _removed_at_the_end(handles):
+        yield captured
+
+
 def watch_ffn_input(base: nn.Module, path: str, see: Callable[[Tensor], None]) -> RemovableHandle:
     """Call ``see`` with the input (tokens, hidden_size) of one FFN whenever it runs.
 
@@ -73,7 +95,8 @@ def watch_ffns(
     Args:
         ffns: FFNs of ``base``, by path.
         see: called with tensors (tokens, hidden_size).
-        idle_experts: call it with no tokens for an expert that its mixture gives none.
+        idle_experts: whether it is called for an expert that its mixture gives no token, with no
+            tokens.
     """
     inputs: dict[str, Tensor] = {}
 
@@ -124,12 +147,7 @@ def capture_ffn_inputs_and_outputs(
     captured: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(path: str, x: Tensor, y: Tensor) -> None:
-        if path not in captured:
-            # A copy, since some blocks add to what their FFN returned, in place.
-            captured[path] = (x, y.clone())
-            return
-        earlier_x, earlier_y = captured[path]
-        captured[path] = (torch.cat([earlier_x, x]), torch.cat([earlier_y, y]))
+        _append_call(captured, path, x, y)
 
     with watch_ffns(base, ffns, keep):
         yield captured
@@ -164,6 +182,18 @@ def replace_ffn_outputs(
                 last = base.get_submodule(ffn.output_path)
                 handles.append(last.register_forward_hook(make_constant_hook(path)))
         yield
+
+
+def _append_call(
+    captured: dict[str, tuple[Tensor, Tensor]], name: str, x: Tensor, y: Tensor
+) -> None:
+    """Add what a call read and wrote, (tokens, size) each, to what earlier calls did."""
+    if name not in captured:
+        # A copy, since some blocks add to what their FFN returned, in place.
+        captured[name] = (x, y.clone())
+        return
+    earlier_x, earlier_y = captured[name]
+    captured[name] = (torch.cat([earlier_x, x]), torch.cat([earlier_y, y]))
 
 
 def _select_routed_tokens(args: tuple, expert: int) -> Tensor:
