@@ -31,6 +31,33 @@ def capture_inputs_and_outputs(
         yield seen
 
 
+@contextmanager
+def capture_all_inputs_and_outputs(
+    modules: Mapping[str, nn.Module],
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Collect what each module reads and writes, (tokens, size) each, by its name.
+
+    Calls follow one another in one tensor: a module that several layers share (ALBERT's FFN) has
+    the tokens of all of them. A module that is not called has no entry.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def collect(path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            inputs = args[0].flatten(0, -2)
+            # A copy, since some blocks add to what their FFN returned, in place.
+            outputs = output.flatten(0, -2).clone()
+            if path in seen:
+                inputs = torch.cat([seen[path][0], inputs])
+                outputs = torch.cat([seen[path][1], outputs])
+            seen[path] = (inputs, outputs)
+
+        return hook
+
+    with _hooked(dict(modules), collect):
+        yield seen
+
+
 def watch_ffn_input(base: nn.Module, path: str, see: Callable[[Tensor], None]) -> Any:
     """Call ``see`` with the input (tokens, hidden_size) of the FFN at ``path`` under ``base`` whenever it runs; returns the hook.
     The FFN may be a stock mixture's expert: then it is the tokens routed to that one."""
