@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import reference
 import torch
 from teachers import RECIPES, tiny_teacher
+from tiny_families import tiny
 from transformers import AutoModelForCausalLM
 
 from hf_kernel_ffn import (
@@ -25,9 +27,11 @@ from hf_kernel_ffn import (
 )
 from hf_kernel_ffn.evaluation.fidelity import Fidelity
 from hf_kernel_ffn.evaluation.readability import Readability, readability
+from hf_kernel_ffn.families.lookup import find_stock_ffn
 from hf_kernel_ffn.families.registry import get_architecture_of_model
 from hf_kernel_ffn.families.weights import read_ffn_weights, read_teacher_readout
 from hf_kernel_ffn.text.packing import read_token_ids
+from hf_kernel_ffn.text.prediction import make_inputs_for_prediction
 
 FIDELITY = {
     "tokens",
@@ -237,6 +241,39 @@ def test_nothing_is_left_behind(case, ids):
     for model in (teacher, student):
         assert not any(module._forward_hooks for module in model.modules())
         assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_ffn_that_layers_share_is_measured_in_all_of_them():
+    teacher = tiny("albert", "AutoModelForMaskedLM", num_hidden_layers=3)
+    ids = torch.randint(5, 300, (4, 16), generator=torch.Generator().manual_seed(0))
+    tokenizer = SimpleNamespace(mask_token_id=4)
+    asked = make_inputs_for_prediction(teacher, tokenizer, ids)
+    settings = KernelFFNConfig(simplex="threshold", top_k=7)
+    student, _ = convert(teacher, settings, calibration_ids=asked, calibration_tokens=64, copy=True)
+    [(path, ffn)] = student.kernel_ffns().items()
+    read, written = [], []
+
+    def see(module, args, output):
+        read.append(args[0].flatten(0, 1))
+        written.append(output.flatten(0, 1))
+
+    with torch.no_grad(), hooked([ffn], see):
+        student(input_ids=asked["input_ids"])
+    assert len(read) == 3
+    with torch.no_grad():
+        truth = find_stock_ffn(teacher, path)(torch.cat(read))
+        active = (ffn.readout(torch.cat(read)).coefficients != 0).sum(-1).double().mean().item()
+    for batch_tokens in (2048, 16):
+        report = evaluate_student(
+            student, teacher, ids, tokenizer=tokenizer, batch_tokens=batch_tokens
+        )
+        [layer] = report["layers"]
+        assert layer["fvu_student_inputs"] == pytest.approx(
+            fvu(torch.cat(written), truth), rel=1e-4
+        )
+        assert layer["active_prototypes_student_inputs"] == pytest.approx(active)
+    last = fvu(written[-1], truth[-len(written[-1]) :])
+    assert layer["fvu_student_inputs"] != pytest.approx(last, rel=1e-3)
 
 
 def test_only_converted_layers_are_reported(llama, ids):
@@ -483,8 +520,8 @@ def refuse(*arguments, **more):
     raise AssertionError("the network was asked")
 
 socket.socket.connect = socket.getaddrinfo = refuse
-from hf_kernel_ffn.data import token_ids
-from hf_kernel_ffn.evaluation import Fidelity, Readability
+from hf_kernel_ffn.evaluation.fidelity import Fidelity
+from hf_kernel_ffn.evaluation.readability import Readability
 
 fidelity = Fidelity().compute(
     teacher_nll=[1.0], student_nll=[2.0], ablated_nll=[3.0], kl=[0.5], agrees=[True]
