@@ -194,6 +194,9 @@ def evaluate(
             min=2, help="tokens per sequence  [default: 256, or the teacher's most if that is less]"
         ),
     ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="tokens to read at once; fewer take less memory")
+    ] = 2048,
     json_file: Annotated[
         Optional[Path], typer.Option("--json", help="where to write the report")
     ] = None,
@@ -231,7 +234,9 @@ def evaluate(
         )
     tokenizer = load_tokenizer(teacher)
     ids = read_token_ids(tokenizer, [text], sequence_length, max_tokens)
-    report = evaluate_student(converted, stock, ids, tokenizer=tokenizer, progress=True)
+    report = evaluate_student(
+        converted, stock, ids, tokenizer=tokenizer, batch_tokens=batch_tokens, progress=True
+    )
     report = {
         "student_path": student,
         "teacher_path": teacher,

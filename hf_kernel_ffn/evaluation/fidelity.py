@@ -57,34 +57,29 @@ class Fidelity(evaluate.Metric):
         }
 
 
-def compare_predictions(
-    teacher_logits: Tensor, student_logits: Tensor, answers: Tensor
-) -> dict[str, Tensor]:
-    """Compare two models' logits (…, vocabulary) at the same tokens, of ids ``answers`` (…).
+def compare_predictions(teacher: Tensor, student: Tensor, answers: Tensor) -> dict[str, Tensor]:
+    """Compare two models' log-probabilities (tokens, vocabulary) of the same tokens.
+
+    Args:
+        answers: (tokens,) the ids of the tokens that are there.
 
     Returns:
         (tokens,) each: ``teacher_nll`` and ``student_nll`` of the answers, ``kl`` of the student
         from the teacher, all in nats, and whether the likeliest token ``agrees``.
     """
-    teacher = teacher_logits.log_softmax(-1)
-    student = student_logits.log_softmax(-1)
     return {
-        "teacher_nll": _negative_at(teacher, answers),
-        "student_nll": _negative_at(student, answers),
-        "kl": (teacher.exp() * (teacher - student)).sum(-1).flatten(),
-        "agrees": (teacher.argmax(-1) == student.argmax(-1)).flatten(),
+        "teacher_nll": negative_at(answers, teacher),
+        "student_nll": negative_at(answers, student),
+        "kl": teacher.exp().mul_(teacher - student).sum(-1),
+        "agrees": teacher.argmax(-1) == student.argmax(-1),
     }
 
 
-def negative_log_likelihood(logits: Tensor, answers: Tensor) -> Tensor:
-    """(tokens,) in nats, of the ``answers`` (…) under ``logits`` (…, vocabulary)."""
-    return _negative_at(logits.log_softmax(-1), answers)
+def negative_at(answers: Tensor, log_probabilities: Tensor) -> Tensor:
+    """(tokens,) nats: minus the ``log_probabilities`` (tokens, vocabulary) of the ``answers``."""
+    return -log_probabilities.gather(-1, answers[:, None])[:, 0]
 
 
 def mean(values: Tensor | Sequence[float]) -> float:
     """The mean in float64."""
     return float(torch.as_tensor(values, dtype=torch.float64).mean())
-
-
-def _negative_at(log_probabilities: Tensor, answers: Tensor) -> Tensor:
-    return -log_probabilities.gather(-1, answers[..., None]).flatten()

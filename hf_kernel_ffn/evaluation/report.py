@@ -27,9 +27,10 @@ from ..families.lookup import find_stock_ffn
 from ..families.student import check_pair
 from ..families.weights import read_stock_weights
 from ..text.inputs import Inputs, make_forward_arguments, select_rows
-from ..text.prediction import logits_with_answers, make_inputs_for_prediction, predicts_masked
+from ..text.prediction import make_inputs_for_prediction, predicts_masked
 from .accumulators import FFNAccumulator
-from .fidelity import Fidelity, compare_predictions, mean, negative_log_likelihood
+from .fidelity import Fidelity, compare_predictions, mean, negative_at
+from .token_logits import TokenLogits
 
 BATCH_TOKENS = 2048
 """Tokens that the models read at once unless told otherwise."""
@@ -85,13 +86,15 @@ def evaluate_student(
     inputs = make_inputs_for_prediction(teacher, tokenizer, ids)
     batches = [select_rows(inputs, slice(i, i + rows)) for i in range(0, len(ids), rows)]
     accumulators = _make_accumulators(student, teacher)
+    of_teacher = TokenLogits(teacher, batches[0])
+    of_student = TokenLogits(student, batches[0])
 
     columns = _read_both_models(
-        student, teacher, _track(batches, "fidelity", progress), accumulators
+        of_student, of_teacher, _track(batches, "fidelity", progress), accumulators
     )
     _require_tokens(accumulators)
     columns["ablated_nll"] = _read_readability(
-        teacher, _track(batches, "readability", progress), accumulators
+        of_teacher, _track(batches, "readability", progress), accumulators
     )
 
     metric = Fidelity(keep_in_memory=True)
@@ -142,8 +145,8 @@ def _make_accumulators(
 
 
 def _read_both_models(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    student: TokenLogits,
+    teacher: TokenLogits,
     batches: Iterable[Inputs],
     accumulators: Mapping[str, FFNAccumulator],
 ) -> Columns:
@@ -154,13 +157,19 @@ def _read_both_models(
     kernels = {path: accumulator.student for path, accumulator in accumulators.items()}
 
     for batch in batches:
-        with capture_ffn_inputs_and_outputs(teacher.base_model, stock) as of_teacher:
-            teacher_logits, answers = _predict(teacher, batch)
+        with capture_ffn_inputs_and_outputs(teacher.model.base_model, stock) as of_teacher:
+            right = teacher.predict(batch)
         with capture_all_inputs_and_outputs(kernels) as of_student:
-            student_logits, _ = _predict(student, batch)
+            guess = student.predict(batch)
 
-        for name, values in compare_predictions(teacher_logits, student_logits, answers).items():
-            columns[name].append(values.cpu())
+        for tokens in teacher.split(right):
+            figures = compare_predictions(
+                right.log_probabilities(tokens),
+                guess.log_probabilities(tokens),
+                right.answers[tokens],
+            )
+            for name, values in figures.items():
+                columns[name].append(values.cpu())
         for path, (inputs, outputs) in of_teacher.items():
             accumulators[path].add_teacher_inputs(inputs, outputs)
         for path, (inputs, outputs) in of_student.items():
@@ -169,14 +178,14 @@ def _read_both_models(
 
 
 def _read_readability(
-    teacher: PreTrainedModel,
+    teacher: TokenLogits,
     batches: Iterable[Inputs],
     accumulators: Mapping[str, FFNAccumulator],
 ) -> list[Tensor]:
     """Run the teacher as it is, readability into the ``accumulators``, and with every converted FFN
     replaced by its mean output: the negative log-likelihoods of that."""
     ablated_nll = []
-    base = teacher.base_model
+    base = teacher.model.base_model
     stock = {path: accumulator.teacher for path, accumulator in accumulators.items()}
     means = {path: accumulator.errors.mean_output() for path, accumulator in accumulators.items()}
 
@@ -184,8 +193,11 @@ def _read_readability(
         with capture_ffn_inputs_and_outputs(base, stock) as seen:
             base(**make_forward_arguments(base, batch))
         with replace_ffn_outputs(base, stock, means):
-            ablated_nll.append(negative_log_likelihood(*_predict(teacher, batch)).cpu())
+            ablated = teacher.predict(batch)
 
+        for tokens in teacher.split(ablated):
+            nll = negative_at(ablated.answers[tokens], ablated.log_probabilities(tokens))
+            ablated_nll.append(nll.cpu())
         for path, (inputs, _) in seen.items():
             accumulators[path].add_readability(inputs)
     return ablated_nll
@@ -197,12 +209,6 @@ def _require_tokens(accumulators: Mapping[str, FFNAccumulator]) -> None:
             raise InputError(
                 f"found no token of the text that comes to {path}, expected some: give more text"
             )
-
-
-def _predict(model: PreTrainedModel, batch: Inputs) -> tuple[Tensor, Tensor]:
-    """Float32 logits of ``model`` at every predicted token, and the tokens that are there."""
-    logits = model(**make_forward_arguments(model, batch)).logits.float()
-    return logits_with_answers(logits, batch)
 
 
 def _pool(model: PreTrainedModel, ids: Tensor) -> Tensor:
