@@ -65,8 +65,16 @@ def evaluate_student(
         :func:`compare_pooled_states`; and ``layers``, one entry per converted FFN:
 
         * ``path``;
-        * ``fvu``: the fraction of variance unexplained on the teacher's inputs, and
-          ``fvu_student_inputs``: on what the FFN reads when the student runs;
+        * ``fvu``: the fraction of variance unexplained on the teacher's inputs, over ordinary
+          tokens. (Before version 0.2 it was over all tokens, and where the FFN has spikes said
+          nothing of any other token.);
+        * ``fvu_spikes``: the same over spikes alone, tokens whose output is more than
+          :data:`~hf_kernel_ffn.evaluation.accumulators.SPIKE_RATIO` times as long as the median;
+          None if there is none;
+        * ``spike_tokens``: how many there are, and ``spike_positions``: at which positions of their
+          rows, as pairs of a position and a count, the most first, at most eight; None for a
+          mixture's expert, to which rows do not come whole;
+        * the same four with ``_student_inputs``: on what the FFN reads when the student runs;
         * the means of :func:`~hf_kernel_ffn.evaluation.readability.readability` and
           ``write_mass_ratio``, on the teacher's inputs;
         * ``active_prototypes_student_inputs``: how many a token reads when the student runs;
@@ -96,6 +104,8 @@ def evaluate_student(
     columns["ablated_nll"] = _read_readability(
         of_teacher, _track(batches, "readability", progress), accumulators
     )
+    if any(one.errors_at_student_inputs.spike_tokens() for one in accumulators.values()):
+        _read_student_spikes(student, _track(batches, "spikes", progress), accumulators)
 
     metric = Fidelity(keep_in_memory=True)
     report = metric.compute(**{name: torch.cat(parts).tolist() for name, parts in columns.items()})
@@ -103,7 +113,8 @@ def evaluate_student(
         cosines = compare_pooled_states(student, teacher, ids.split(rows))
         report["teacher"]["pooled_cosine_of_neighbours"] = cosines.pop("of_neighbours")
         report.update(cosines)
-    report["layers"] = [accumulator.summarise() for accumulator in accumulators.values()]
+    length = ids.shape[1]
+    report["layers"] = [accumulator.summarise(length) for accumulator in accumulators.values()]
     return report
 
 
@@ -198,9 +209,25 @@ def _read_readability(
         for tokens in teacher.split(ablated):
             nll = negative_at(ablated.answers[tokens], ablated.log_probabilities(tokens))
             ablated_nll.append(nll.cpu())
-        for path, (inputs, _) in seen.items():
-            accumulators[path].add_readability(inputs)
+        for path, (inputs, outputs) in seen.items():
+            accumulators[path].add_readability(inputs, outputs)
     return ablated_nll
+
+
+def _read_student_spikes(
+    student: PreTrainedModel,
+    batches: Iterable[Inputs],
+    accumulators: Mapping[str, FFNAccumulator],
+) -> None:
+    """Run the student again for the spikes among its own inputs, into the ``accumulators``."""
+    base = student.base_model
+    kernels = {path: accumulator.student for path, accumulator in accumulators.items()}
+
+    for batch in batches:
+        with capture_all_inputs_and_outputs(kernels) as seen:
+            base(**make_forward_arguments(base, batch))
+        for path, (inputs, _) in seen.items():
+            accumulators[path].add_student_spikes(inputs)
 
 
 def _require_tokens(accumulators: Mapping[str, FFNAccumulator]) -> None:

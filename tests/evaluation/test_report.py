@@ -25,6 +25,7 @@ from hf_kernel_ffn import (
     register_kernel,
     restore,
 )
+from hf_kernel_ffn.evaluation.accumulators import OutputErrors
 from hf_kernel_ffn.evaluation.fidelity import Fidelity
 from hf_kernel_ffn.evaluation.readability import Readability, readability
 from hf_kernel_ffn.families.lookup import find_stock_ffn
@@ -42,6 +43,11 @@ FIDELITY = {
     "kl",
     "top1_agreement",
     "loss_recovered",
+}
+SPIKES = {
+    f"{name}{inputs}"
+    for name in ("fvu_spikes", "spike_tokens", "spike_positions")
+    for inputs in ("", "_student_inputs")
 }
 LAYER = {
     "fvu",
@@ -129,8 +135,13 @@ def test_the_report_has_every_key(case):
     assert set(report["teacher"]) == set(report["student"]) == {"cross_entropy"}
     assert [layer["path"] for layer in report["layers"]] == list(student.kernel_ffns())
     for layer in report["layers"]:
-        assert set(layer) == LAYER | {"path", "teacher", "active_prototypes_student_inputs"}
-        assert set(layer["teacher"]) == LAYER
+        own = {"path", "teacher", "active_prototypes_student_inputs"}
+        assert set(layer) == LAYER | SPIKES | own
+        no_spikes = {"fvu_spikes", "fvu_spikes_student_inputs"}
+        assert set(layer["teacher"]) == LAYER | no_spikes
+        assert all(layer["teacher"][name] is layer[name] is None for name in no_spikes)
+        assert layer["spike_tokens"] == layer["spike_tokens_student_inputs"] == 0
+        assert layer["spike_positions"] == layer["spike_positions_student_inputs"] == []
         settings = student.kernel_ffns()[layer["path"]].config.settings
         if settings.top_k:
             assert layer["active_prototypes_student_inputs"] == settings.top_k
@@ -307,6 +318,111 @@ def test_the_pair_has_to_belong_together(llama, gpt2, student_of, ids):
             evaluate_student(one, other, ids)
     with pytest.raises(InputError, match="not converted"):
         evaluate_student(restore(student, llama), llama, ids)
+
+
+# spikes
+
+
+@pytest.fixture(scope="module")
+def spiked(ids):
+    """A GPT-2 whose second FFN writes a hundred times as much at the first token of every row, one
+    and the same, and where token 7 follows it; ids of which the second two rows have that."""
+    ids = ids.clone()
+    ids[:, 0] = 1
+    ids[2:, 1] = ids[2:, 1].clamp_min(8)
+    ids[:2, 1] = 7
+    teacher = tiny_teacher("gpt2")
+    path = "h.1.mlp"
+    ffn = teacher.base_model.get_submodule(path)
+    x = inputs_of(teacher, {path: ffn}, ids)[path].unflatten(0, ids.shape)
+    for unit, direction in ((0, x[0, 0]), (1, x[0, 1])):
+        direction = direction / direction.norm()
+        others = x.flatten(0, 1) @ direction
+        high = others.max()
+        low = others[others < high - 1e-3].max()
+        with torch.no_grad():  # a unit that is silent below the middle between high and low
+            ffn.c_fc.weight[:, unit] = 20 / (high - low) * direction
+            ffn.c_fc.bias[unit] = -20 / (high - low) * (high + low) / 2
+            ffn.c_proj.weight[unit] *= 200 / ffn.c_proj.weight[unit].norm()
+    return teacher, ids
+
+
+def fvu_of_spikes(estimate, truth, spikes):
+    """The error over the squared distance from the mean of the other tokens."""
+    estimate, truth = estimate.double(), truth.double()
+    error = (estimate - truth)[spikes].square().sum()
+    return (error / (truth[spikes] - truth[~spikes].mean(0)).square().sum()).item()
+
+
+@pytest.mark.parametrize("batch_tokens", [2048, 64])
+def test_spikes_are_reported_apart(spiked, batch_tokens):
+    teacher, ids = spiked
+    student, _ = convert(teacher, calibration_ids=ids, calibration_tokens=256, copy=True)
+    report = evaluate_student(student, teacher, ids, batch_tokens=batch_tokens)
+    stock, kernels = stock_ffns(teacher, student), student.kernel_ffns()
+    assert [layer["spike_tokens"] for layer in report["layers"]] == [0, 10, 0]
+    layer = report["layers"][1]
+    path = layer["path"]
+    assert layer["spike_positions"] == layer["spike_positions_student_inputs"] == [[0, 8], [1, 2]]
+    for suffix, model, ffns in (("", teacher, stock), ("_student_inputs", student, kernels)):
+        x = inputs_of(model, ffns, ids)[path]
+        with torch.no_grad():
+            estimate, truth = kernels[path](x), stock[path](x)
+        length = truth.norm(dim=-1)
+        spikes = length > 10 * length.median()
+        assert layer[f"spike_tokens{suffix}"] == spikes.sum() == 10
+        ordinary = fvu(estimate[~spikes], truth[~spikes])
+        assert layer[f"fvu{suffix}"] == pytest.approx(ordinary, rel=1e-4)
+        expected = fvu_of_spikes(estimate, truth, spikes)
+        assert layer[f"fvu_spikes{suffix}"] == pytest.approx(expected, rel=1e-4)
+        assert layer["teacher"][f"fvu_spikes{suffix}"] == 0
+
+
+def test_a_spike_does_not_hide_an_error_elsewhere(spiked):
+    """A student that is right at spikes alone, and one that is right but for spikes."""
+    teacher, ids = spiked
+    student, _ = convert(
+        teacher, layers="1", calibration_ids=ids, calibration_tokens=256, copy=True
+    )
+    [(path, ffn)] = student.kernel_ffns().items()
+    own = teacher.base_model.get_submodule(path)
+    x = inputs_of(teacher, {path: own}, ids)[path]
+    with torch.no_grad():
+        mean = own(x).median(0).values
+
+    def right_at(spikes):
+        def forward(x):
+            written = own(x)
+            loud = written.norm(dim=-1, keepdim=True) > 50
+            return torch.where(loud == spikes, written, mean.expand_as(written))
+
+        return forward
+
+    ffn.forward = right_at(spikes=True)
+    [layer] = evaluate_student(student, teacher, ids)["layers"]
+    assert fvu(ffn(x), own(x)) < 0.01  # over all tokens there seems to be no error
+    assert layer["fvu"] > 0.9 and layer["fvu_spikes"] == 0
+    ffn.forward = right_at(spikes=False)
+    [layer] = evaluate_student(student, teacher, ids)["layers"]
+    assert layer["fvu"] == 0 and layer["fvu_spikes"] == pytest.approx(1, abs=0.1)
+
+
+def test_positions_are_the_commonest_and_none_for_experts(ids):
+    errors = OutputErrors()
+    truth = torch.ones(20 * 20, 3)
+    truth.view(20, 20, 3)[:, 4] = 100.0
+    for position in range(5, 15):
+        truth.view(20, 20, 3)[: position - 4, position] = 100.0
+    for chunk in truth.split(140):
+        errors.add(chunk, chunk)
+    assert errors.spike_tokens() == 20 + sum(range(1, 11))
+    expected = [[4, 20]] + [[position, position - 4] for position in range(14, 7, -1)]
+    assert errors.spike_positions(20) == expected
+
+    teacher = tiny("mixtral", "AutoModelForCausalLM")
+    student, _ = convert(teacher, calibration_ids=ids, calibration_tokens=256, copy=True)
+    for layer in evaluate_student(student, teacher, ids)["layers"]:
+        assert layer["spike_positions"] is None and layer["spike_tokens"] >= 0
 
 
 # students whose figures are known beforehand
