@@ -17,6 +17,8 @@ def print_report(report: dict) -> None:
         "loss_recovered",
     ]
     names += ["pooled_cosine", "pooled_cosine_centred"] if "pooled_cosine" in report else []
+    if "generation" in report:
+        names += ["generation.tokens_until_difference", "generation.equal_continuations"]
     rows = []
     for name in names:
         value = report

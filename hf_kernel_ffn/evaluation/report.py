@@ -30,6 +30,7 @@ from ..text.inputs import Inputs, make_forward_arguments, select_rows
 from ..text.prediction import make_inputs_for_prediction, predicts_masked
 from .accumulators import FFNAccumulator
 from .fidelity import Fidelity, compare_predictions, mean, negative_at
+from .generation import NEW_TOKENS, compare_continuations, select_prompts
 from .token_logits import TokenLogits
 
 BATCH_TOKENS = 2048
@@ -48,6 +49,7 @@ def evaluate_student(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    prompts: int = 0,
     progress: bool = False,
 ) -> dict:
     """Compare ``student`` with ``teacher`` over a text, and measure how readable its FFNs are.
@@ -58,11 +60,14 @@ def evaluate_student(
     Args:
         ids: (rows, length) token ids of text that neither model was trained on.
         batch_tokens: how many tokens are read at once.
+        prompts: how many rows' beginnings both continue.
         progress: whether to show a progress bar.
 
     Returns:
         The figures of :class:`Fidelity`; of masked language models also those of
-        :func:`compare_pooled_states`; and ``layers``, one entry per converted FFN:
+        :func:`compare_pooled_states`; with ``prompts`` under ``generation`` those of
+        :func:`~hf_kernel_ffn.evaluation.generation.compare_continuations`; and ``layers``, one
+        entry per converted FFN:
 
         * ``path``;
         * ``fvu``: the fraction of variance unexplained on the teacher's inputs, over ordinary
@@ -84,12 +89,13 @@ def evaluate_student(
         An FFN that several layers share is measured at the tokens of all of them.
 
     Raises:
-        InputError: ``student`` is not converted, the two have different vocabularies or layers, or
-            a mask token is missing.
+        InputError: ``student`` is not converted, the two have different vocabularies or layers, a
+            mask token is missing, the teacher predicts no tokens, or cannot continue ``prompts``.
     """
     check_pair(student, teacher)
     student.eval()
     teacher.eval()
+    texts = select_prompts(teacher, ids, prompts) if prompts else None
     rows = max(1, batch_tokens // ids.shape[1])
     inputs = make_inputs_for_prediction(teacher, tokenizer, ids)
     batches = [select_rows(inputs, slice(i, i + rows)) for i in range(0, len(ids), rows)]
@@ -113,6 +119,9 @@ def evaluate_student(
         cosines = compare_pooled_states(student, teacher, ids.split(rows))
         report["teacher"]["pooled_cosine_of_neighbours"] = cosines.pop("of_neighbours")
         report.update(cosines)
+    if texts is not None:
+        size = max(1, batch_tokens // (texts.shape[1] + NEW_TOKENS))
+        report["generation"] = compare_continuations(student, teacher, texts, size)
     length = ids.shape[1]
     report["layers"] = [accumulator.summarise(length) for accumulator in accumulators.values()]
     return report
