@@ -16,8 +16,8 @@ from .readability import Readability, readability
 SPIKE_RATIO = 10.0
 """A token is a spike of an FFN whose output there is more than so many times as long as its median
 over the text. Trained models write such massive activations at few tokens, most often a row's first
-(Sun et al. 2024, arXiv:2402.17762). In SmolLM2-135M that one is 780 times the median in layer 11 and
-75 times in layer 28, 99% of these layers' variance; in most layers no token is 7 times as long."""
+(Sun et al. 2024, arXiv:2402.17762). In SmolLM2-135M that one is 780 times the median in layer 11
+and 75 times in layer 28, 99% of their variance; in most layers no token is 7 times as long."""
 SPIKE_POSITIONS = 8
 """How many positions of spikes are reported, those with the most spikes first."""
 
@@ -199,23 +199,16 @@ class FFNAccumulator:
     def summarise(self, length: int) -> dict:
         """Return the FFN's entry in the report on rows of ``length`` tokens."""
         own_tokens = self.errors_at_student_inputs.tokens
-        errors = {
-            **self._summarise_errors(self.errors, length, ""),
-            **self._summarise_errors(self.errors_at_student_inputs, length, "_student_inputs"),
-        }
-        perfect = {
-            name: None if value is None else 0.0
-            for name, value in errors.items()
-            if name.startswith("fvu")
-        }
         return {
             "path": self.path,
-            **errors,
+            **self._summarise_errors(self.errors, length, ""),
+            **self._summarise_errors(self.errors_at_student_inputs, length, "_student_inputs"),
             **self._mean_readability("student"),
             "active_prototypes_student_inputs": self._active_at_student_inputs / own_tokens,
             "dead_prototypes": self._coefficients["student"].dead_prototypes(),
             "teacher": {
-                **perfect,
+                "fvu": 0.0,
+                "fvu_student_inputs": 0.0,
                 **self._mean_readability("teacher"),
                 "dead_prototypes": self._coefficients["teacher"].dead_prototypes(),
             },

@@ -71,8 +71,8 @@ def evaluate_student(
 
         * ``path``;
         * ``fvu``: the fraction of variance unexplained on the teacher's inputs, over ordinary
-          tokens. (Before version 0.2 it was over all tokens, and where the FFN has spikes said
-          nothing of any other token.);
+          tokens. Up to version 0.1 it was over all tokens, and where an FFN has spikes said
+          nothing of any other token;
         * ``fvu_spikes``: the same over spikes alone, tokens whose output is more than
           :data:`~hf_kernel_ffn.evaluation.accumulators.SPIKE_RATIO` times as long as the median;
           None if there is none;
@@ -84,7 +84,7 @@ def evaluate_student(
           ``write_mass_ratio``, on the teacher's inputs;
         * ``active_prototypes_student_inputs``: how many a token reads when the student runs;
         * ``dead_prototypes``: how many fire on no token of ``ids``;
-        * ``teacher``: the same of the teacher's own FFN.
+        * ``teacher``: the same of the teacher's own FFN, but for spikes.
 
         An FFN that several layers share is measured at the tokens of all of them.
 
