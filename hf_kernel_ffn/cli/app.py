@@ -196,6 +196,13 @@ def evaluate(
             min=2, help="tokens per sequence  [default: 256, or the teacher's most if that is less]"
         ),
     ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="tokens to read at once; fewer take less memory")
+    ] = 2048,
+    prompts: Annotated[
+        int,
+        typer.Option(min=0, help="beginnings of rows that both continue by 32 tokens, to compare"),
+    ] = 0,
     json_file: Annotated[
         Optional[Path], typer.Option("--json", help="where to write the report")
     ] = None,
@@ -233,7 +240,15 @@ def evaluate(
         )
     tokenizer = load_tokenizer(teacher)
     ids = read_token_ids(tokenizer, [text], sequence_length, max_tokens)
-    report = evaluate_student(converted, stock, ids, tokenizer=tokenizer, progress=True)
+    report = evaluate_student(
+        converted,
+        stock,
+        ids,
+        tokenizer=tokenizer,
+        batch_tokens=batch_tokens,
+        prompts=prompts,
+        progress=True,
+    )
     report = {
         "student_path": student,
         "teacher_path": teacher,

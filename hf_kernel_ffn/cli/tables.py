@@ -17,6 +17,8 @@ def print_report(report: dict) -> None:
         "loss_recovered",
     ]
     names += ["pooled_cosine", "pooled_cosine_centred"] if "pooled_cosine" in report else []
+    if "generation" in report:
+        names += ["generation.tokens_until_difference", "generation.equal_continuations"]
     rows = []
     for name in names:
         value = report
@@ -25,19 +27,25 @@ def print_report(report: dict) -> None:
         rows.append([name, f"{value:.4f}"])
     print_table(["figure", f"over {report['tokens']:,} predicted tokens"], rows)
     columns = {
-        "fvu": "FVU", "fvu_student_inputs": "FVU own inputs", "active_prototypes": "active", "effective_prototypes": "effective",
-        "coherence": "coherence", "opposed_share": "opposed", "write_mass_ratio": "write mass",
-    }  # fmt: skip
+        "fvu": ("FVU", ".4f"),
+        "spike_tokens": ("spikes", "d"),
+        "fvu_spikes": ("their FVU", ".4f"),
+        "fvu_student_inputs": ("FVU own inputs", ".4f"),
+        "active_prototypes": ("active", ".1f"),
+        "effective_prototypes": ("effective", ".1f"),
+        "coherence": ("coherence", ".4f"),
+        "opposed_share": ("opposed", ".4f"),
+        "write_mass_ratio": ("write mass", ".4f"),
+    }
     rows = []
     for layer in report["layers"]:
         for who, figures in ((layer["path"], layer), ("  teacher", layer["teacher"])):
-            rows.append(
-                [
-                    who,
-                    *(f"{figures[name]:.{1 if 'prototypes' in name else 4}f}" for name in columns),
-                ]
-            )
-    print_table(["layer", *columns.values()], rows)
+            cells = [
+                "–" if figures.get(name) is None else format(figures[name], digits)
+                for name, (_, digits) in columns.items()
+            ]
+            rows.append([who, *cells])
+    print_table(["layer", *(title for title, _ in columns.values())], rows)
 
 
 def print_reading(found: dict) -> None:

@@ -1,1 +1,1 @@
-"""How near a student is to its teacher, how readable it is, and the baselines it is held against."""
+"""How near a student is to its teacher, how readable it is, and what it is held against."""

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import datasets
 import evaluate
 import torch
 from torch import Tensor
 
-from ..text.inputs import Inputs, make_forward_arguments
-
 
 class Fidelity(evaluate.Metric):
     """How close a student's predictions are to its teacher's. One entry per predicted token."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         number = datasets.Value("float64")
         return evaluate.MetricInfo(
-            description=self.__doc__,
+            description=str(self.__doc__),
             citation="",
-            inputs_description="Negative log-likelihoods (nats), KL(teacher ‖ student) (nats), and whether the most likely tokens agree.",
+            inputs_description=(
+                "Negative log-likelihoods (nats), KL(teacher ‖ student) (nats), and whether the "
+                "most likely tokens agree."
+            ),
             features=datasets.Features(
                 teacher_nll=number,
                 student_nll=number,
@@ -30,48 +31,55 @@ class Fidelity(evaluate.Metric):
             ),
         )
 
-    def _compute(self, teacher_nll, student_nll, ablated_nll, kl, agrees):
-        teacher, student, ablated = (_mean(x) for x in (teacher_nll, student_nll, ablated_nll))
+    def _compute(
+        self,
+        *,
+        teacher_nll: Sequence[float],
+        student_nll: Sequence[float],
+        ablated_nll: Sequence[float],
+        kl: Sequence[float],
+        agrees: Sequence[bool],
+    ) -> dict:
+        """Return the means, and ``loss_recovered``: how much of what the teacher loses when every
+        converted FFN writes its mean output the student has back."""
+        teacher = mean(teacher_nll)
+        student = mean(student_nll)
+        ablated = mean(ablated_nll)
         return {
             "tokens": len(kl),
             "teacher": {"cross_entropy": teacher},
             "student": {"cross_entropy": student},
             "ablated": {"cross_entropy": ablated},
             "delta_cross_entropy": student - teacher,
-            "kl": _mean(kl),
-            "top1_agreement": _mean(agrees),
+            "kl": mean(kl),
+            "top1_agreement": mean(agrees),
             "loss_recovered": 1 - (student - teacher) / (ablated - teacher),
         }
 
 
-def _logits(model: Any, ids: Inputs) -> Tensor:
-    return model(**make_forward_arguments(model, ids)).logits.float()
+def compare_predictions(teacher: Tensor, student: Tensor, answers: Tensor) -> dict[str, Tensor]:
+    """Compare two models' log-probabilities (tokens, vocabulary) of the same tokens.
 
+    Args:
+        answers: (tokens,) the ids of the tokens that are there.
 
-def _pooled(model: Any, ids: Tensor) -> Tensor:
-    base = model.base_model
-    return base(**make_forward_arguments(base, ids)).last_hidden_state.double().mean(1).cpu()
-
-
-def _predictions(
-    teacher_logits: Tensor, student_logits: Tensor, targets: Tensor
-) -> dict[str, Tensor]:
-    teacher, student = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
+    Returns:
+        (tokens,) each: ``teacher_nll`` and ``student_nll`` of the answers, ``kl`` of the student
+        from the teacher, all in nats, and whether the likeliest token ``agrees``.
+    """
     return {
-        "teacher_nll": _pick(teacher, targets),
-        "student_nll": _pick(student, targets),
-        "kl": (teacher.exp() * (teacher - student)).sum(-1).flatten(),
-        "agrees": (teacher.argmax(-1) == student.argmax(-1)).flatten(),
+        "teacher_nll": negative_at(answers, teacher),
+        "student_nll": negative_at(answers, student),
+        "kl": teacher.exp().mul_(teacher - student).sum(-1),
+        "agrees": teacher.argmax(-1) == student.argmax(-1),
     }
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    return _pick(logits.log_softmax(-1), targets)
+def negative_at(answers: Tensor, log_probabilities: Tensor) -> Tensor:
+    """(tokens,) nats: minus the ``log_probabilities`` (tokens, vocabulary) of the ``answers``."""
+    return -log_probabilities.gather(-1, answers[:, None])[:, 0]
 
 
-def _pick(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    return -log_probabilities.gather(-1, targets[..., None]).flatten()
-
-
-def _mean(values) -> float:
+def mean(values: Tensor | Sequence[float]) -> float:
+    """The mean in float64."""
     return float(torch.as_tensor(values, dtype=torch.float64).mean())

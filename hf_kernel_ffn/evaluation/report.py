@@ -1,181 +1,261 @@
 """Fidelity and readability of a converted model, as `evaluate` metrics and as one report.
 
-The definitions are built so that a reparametrisation which leaves the function alone cannot improve them: contributions
-are taken after the layer's mean write has been removed from them in proportion to their share. Fidelity figures
-are in nats or shares per predicted token, readability figures are means over tokens.
+The definitions are built so that a reparametrisation which leaves the function alone cannot improve
+them: contributions are taken after the layer's mean write has been removed from them in proportion
+to their share. Fidelity figures are in nats or shares per predicted token, readability figures are
+means over tokens.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.modeling import KernelModelMixin
 from ..families.hooks import (
+    capture_all_inputs_and_outputs,
     capture_ffn_inputs_and_outputs,
-    capture_inputs_and_outputs,
     replace_ffn_outputs,
 )
 from ..families.lookup import find_stock_ffn
 from ..families.student import check_pair
 from ..families.weights import read_stock_weights
-from ..text.inputs import make_forward_arguments, select_rows
-from ..text.prediction import logits_with_answers, make_inputs_for_prediction, predicts_masked
-from .fidelity import Fidelity, _logits, _mean, _nll, _pooled, _predictions
-from .readability import _readable, _records, readability
+from ..text.inputs import Inputs, make_forward_arguments, select_rows
+from ..text.prediction import make_inputs_for_prediction, predicts_masked
+from .accumulators import FFNAccumulator
+from .fidelity import Fidelity, compare_predictions, mean, negative_at
+from .generation import NEW_TOKENS, compare_continuations, select_prompts
+from .token_logits import TokenLogits
+
+BATCH_TOKENS = 2048
+"""Tokens that the models read at once unless told otherwise."""
+
+Item = TypeVar("Item")
+Columns = dict[str, list[Tensor]]
+"""By name, the figures of every batch, one entry per predicted token."""
 
 
 @torch.no_grad()
 def evaluate_student(
-    student: Any,
-    teacher: Any,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
     ids: Tensor,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
+    prompts: int = 0,
     progress: bool = False,
 ) -> dict:
-    """The report on ``student`` against ``teacher`` over ``ids`` (rows, length), token ids of text trained on by neither.
+    """Compare ``student`` with ``teacher`` over a text, and measure how readable its FFNs are.
 
-    Masked language models, which need a ``tokenizer`` with a mask token, read the text with masks (of seed 0, the same for
-    both), and are compared at the masked tokens.
+    Masked language models, which need a ``tokenizer`` with a mask token, read the text with masks
+    (of seed 0, the same for both), and are compared at the masked tokens.
 
-    Keys: those of :class:`Fidelity`; of masked language models ``pooled_cosine``, the mean over rows, without masks, of the
-    cosine between the teacher's and the student's mean over the row of the last hidden states, ``pooled_cosine_centred``, the same less
-    the teacher's mean over all rows, and under ``teacher`` ``pooled_cosine_of_neighbours``, what it comes to between a row and the one
-    before; and ``layers``, one entry per converted FFN: ``path``, ``fvu`` (on the teacher's inputs), ``fvu_student_inputs``, the means of
-    :func:`readability` (on the teacher's inputs), ``write_mass_ratio``,
-    ``active_prototypes_student_inputs`` (what a token reads when the student runs),
-    ``dead_prototypes`` (how many fire on no token of ``ids``), and under ``teacher`` the same for the teacher's own FFN.
+    Args:
+        ids: (rows, length) token ids of text that neither model was trained on.
+        batch_tokens: how many tokens are read at once.
+        prompts: how many rows' beginnings both continue.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The figures of :class:`Fidelity`; of masked language models also those of
+        :func:`compare_pooled_states`; with ``prompts`` under ``generation`` those of
+        :func:`~hf_kernel_ffn.evaluation.generation.compare_continuations`; and ``layers``, one
+        entry per converted FFN:
+
+        * ``path``;
+        * ``fvu``: the fraction of variance unexplained on the teacher's inputs, over ordinary
+          tokens. Up to version 0.1 it was over all tokens, and where an FFN has spikes said
+          nothing of any other token;
+        * ``fvu_spikes``: the same over spikes alone, tokens whose output is more than
+          :data:`~hf_kernel_ffn.evaluation.accumulators.SPIKE_RATIO` times as long as the median;
+          None if there is none;
+        * ``spike_tokens``: how many there are, and ``spike_positions``: at which positions of their
+          rows, as pairs of a position and a count, the most first, at most eight; None for a
+          mixture's expert, to which rows do not come whole;
+        * the same four with ``_student_inputs``: on what the FFN reads when the student runs;
+        * the means of :func:`~hf_kernel_ffn.evaluation.readability.readability` and
+          ``write_mass_ratio``, on the teacher's inputs;
+        * ``active_prototypes_student_inputs``: how many a token reads when the student runs;
+        * ``dead_prototypes``: how many fire on no token of ``ids``;
+        * ``teacher``: the same of the teacher's own FFN, but for spikes.
+
+        An FFN that several layers share is measured at the tokens of all of them.
 
     Raises:
-        InputError: ``student`` is not converted, the two have different vocabularies or layers, or a mask token is missing.
+        InputError: ``student`` is not converted, the two have different vocabularies or layers, a
+            mask token is missing, the teacher predicts no tokens, or cannot continue ``prompts``.
     """
     check_pair(student, teacher)
-    student.eval(), teacher.eval()
-    kernels = student.kernel_ffns()
-    stock = {path: find_stock_ffn(teacher, path) for path in kernels}
-    weights = {path: read_stock_weights(teacher, ffn) for path, ffn in stock.items()}
-    asked, size = (
-        make_inputs_for_prediction(teacher, tokenizer, ids),
-        max(1, batch_tokens // ids.shape[1]),
+    student.eval()
+    teacher.eval()
+    texts = select_prompts(teacher, ids, prompts) if prompts else None
+    rows = max(1, batch_tokens // ids.shape[1])
+    inputs = make_inputs_for_prediction(teacher, tokenizer, ids)
+    batches = [select_rows(inputs, slice(i, i + rows)) for i in range(0, len(ids), rows)]
+    accumulators = _make_accumulators(student, teacher)
+    of_teacher = TokenLogits(teacher, batches[0])
+    of_student = TokenLogits(student, batches[0])
+
+    columns = _read_both_models(
+        of_student, of_teacher, _track(batches, "fidelity", progress), accumulators
     )
-    batches = [select_rows(asked, slice(first, first + size)) for first in range(0, len(ids), size)]
-    sums: dict[str, dict[str, Tensor]] = {
-        path: defaultdict(lambda: torch.zeros((), dtype=torch.float64)) for path in kernels
-    }
-
-    fidelity: dict[str, list[Tensor]] = defaultdict(list)
-    for batch in _progress(batches, "fidelity", progress):
-        with capture_ffn_inputs_and_outputs(teacher.base_model, stock) as seen:
-            teacher_logits, answers = logits_with_answers(_logits(teacher, batch), batch)
-        with capture_inputs_and_outputs(kernels) as seen_by_student:
-            student_logits, _ = logits_with_answers(_logits(student, batch), batch)
-        for name, values in _predictions(teacher_logits, student_logits, answers).items():
-            fidelity[name].append(values.cpu())
-        for path, ffn in kernels.items():
-            if path in seen:  # a mixture's expert may have been given nothing
-                _add_errors(sums[path], "", ffn(seen[path][0]), seen[path][1])
-            if path in seen_by_student:
-                x, y = seen_by_student[path]
-                _add_errors(sums[path], "student_inputs_", y, stock[path](x))
-                sums[path]["active"] = (
-                    sums[path]["active"] + (ffn.readout(x).coefficients != 0).sum()
-                )
-            for who, record in (
-                _records(ffn, weights[path], seen[path][0]).items() if path in seen else ()
-            ):
-                sums[path][f"{who} c"] = sums[path][f"{who} c"] + record.coefficients.double().sum(
-                    0
-                )
-                sums[path][f"{who} fires"] = sums[path][f"{who} fires"] + (
-                    record.coefficients != 0
-                ).sum(0)
-    empty = [
-        path
-        for path in kernels
-        if not sums[path]["count"] or not sums[path]["student_inputs_count"]
-    ]
-    if empty:
-        raise InputError(
-            f"found no token of the text that comes to {empty[0]}, expected some: give more text"
-        )
-    mean_output = {path: sums[path]["y"] / sums[path]["count"] for path in kernels}
-
-    figures: dict[tuple[str, str], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    for batch in _progress(batches, "readability", progress):
-        with capture_ffn_inputs_and_outputs(teacher.base_model, stock) as seen:
-            teacher.base_model(**make_forward_arguments(teacher.base_model, batch))
-        with replace_ffn_outputs(teacher.base_model, stock, mean_output):
-            fidelity["ablated_nll"].append(
-                _nll(*logits_with_answers(_logits(teacher, batch), batch)).cpu()
-            )
-        for path, ffn in kernels.items():
-            for who, record in (
-                _records(ffn, weights[path], seen[path][0]).items() if path in seen else ()
-            ):
-                mean_write = (
-                    sums[path][f"{who} c"] / sums[path]["count"] @ record.dictionary.double()
-                )
-                for name, values in readability(record, mean_write).items():
-                    figures[path, who][name].append(values.cpu())
+    _require_tokens(accumulators)
+    columns["ablated_nll"] = _read_readability(
+        of_teacher, _track(batches, "readability", progress), accumulators
+    )
+    if any(one.errors_at_student_inputs.spike_tokens() for one in accumulators.values()):
+        _read_student_spikes(student, _track(batches, "spikes", progress), accumulators)
 
     metric = Fidelity(keep_in_memory=True)
-    report = metric.compute(**{name: torch.cat(parts).tolist() for name, parts in fidelity.items()})
+    report = metric.compute(**{name: torch.cat(parts).tolist() for name, parts in columns.items()})
     if predicts_masked(teacher):
-        means = [
-            torch.cat([_pooled(model, rows) for rows in ids.split(size)])
-            for model in (teacher, student)
-        ]
-        report["pooled_cosine"] = _mean(nn.functional.cosine_similarity(means[0], means[1]))
-        centre = means[0].mean(0)
-        report["pooled_cosine_centred"] = _mean(
-            nn.functional.cosine_similarity(means[0] - centre, means[1] - centre)
-        )
-        report["teacher"]["pooled_cosine_of_neighbours"] = _mean(
-            nn.functional.cosine_similarity(means[0], means[0].roll(1, 0))
-        )
-    report["layers"] = []
-    for path in kernels:
-        entry: dict = {
-            "path": path,
-            "fvu": _fvu(sums[path], ""),
-            "fvu_student_inputs": _fvu(sums[path], "student_inputs_"),
-        }
-        entry.update(_readable(figures[path, "student"], figures[path, "teacher"]))
-        entry["active_prototypes_student_inputs"] = (
-            sums[path]["active"] / sums[path]["student_inputs_count"]
-        ).item()
-        entry["dead_prototypes"] = int((sums[path]["student fires"] == 0).sum())
-        entry["teacher"] = {
-            "fvu": 0.0,
-            "fvu_student_inputs": 0.0,
-            **_readable(figures[path, "teacher"], figures[path, "teacher"]),
-            "dead_prototypes": int((sums[path]["teacher fires"] == 0).sum()),
-        }
-        report["layers"].append(entry)
+        cosines = compare_pooled_states(student, teacher, ids.split(rows))
+        report["teacher"]["pooled_cosine_of_neighbours"] = cosines.pop("of_neighbours")
+        report.update(cosines)
+    if texts is not None:
+        size = max(1, batch_tokens // (texts.shape[1] + NEW_TOKENS))
+        report["generation"] = compare_continuations(student, teacher, texts, size)
+    length = ids.shape[1]
+    report["layers"] = [accumulator.summarise(length) for accumulator in accumulators.values()]
     return report
 
 
-def _add_errors(sums: dict[str, Tensor], prefix: str, estimate: Tensor, truth: Tensor) -> None:
-    estimate, truth = estimate.double().flatten(0, -2), truth.double().flatten(0, -2)
-    sums[f"{prefix}error"] = sums[f"{prefix}error"] + (estimate - truth).square().sum()
-    sums[f"{prefix}square"] = sums[f"{prefix}square"] + truth.square().sum()
-    sums[f"{prefix}y"] = sums[f"{prefix}y"] + truth.sum(0)
-    sums[f"{prefix}count"] = sums[f"{prefix}count"] + len(truth)
+def compare_pooled_states(
+    student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor]
+) -> dict[str, float]:
+    """Compare the mean over each row of the last hidden states, without masks, by cosines.
+
+    Args:
+        batches: (rows, length) token ids each.
+
+    Returns:
+        Means over rows: ``pooled_cosine`` of student and teacher; ``pooled_cosine_centred``, the
+        same less the teacher's mean over all rows; and ``of_neighbours``, what it comes to between
+        a row of the teacher and the one before.
+    """
+    of_teacher = torch.cat([_pool(teacher, rows) for rows in batches])
+    of_student = torch.cat([_pool(student, rows) for rows in batches])
+    centre = of_teacher.mean(0)
+
+    cosine = nn.functional.cosine_similarity
+    return {
+        "pooled_cosine": mean(cosine(of_teacher, of_student)),
+        "pooled_cosine_centred": mean(cosine(of_teacher - centre, of_student - centre)),
+        "of_neighbours": mean(cosine(of_teacher, of_teacher.roll(1, 0))),
+    }
 
 
-def _fvu(sums: dict[str, Tensor], prefix: str) -> float:
-    count = sums[f"{prefix}count"]
-    variance = sums[f"{prefix}square"] - sums[f"{prefix}y"].square().sum() / count
-    return (sums[f"{prefix}error"] / variance).item()
+def _make_accumulators(
+    student: PreTrainedModel, teacher: PreTrainedModel
+) -> dict[str, FFNAccumulator]:
+    """One per converted FFN, by its path."""
+    accumulators = {}
+    for path, ffn in cast(KernelModelMixin, student).kernel_ffns().items():
+        stock = find_stock_ffn(teacher, path)
+        weights = read_stock_weights(teacher, stock)
+        accumulators[path] = FFNAccumulator(path, ffn, stock, weights)
+    return accumulators
 
 
-def _progress(items, label, show):
+def _read_both_models(
+    student: TokenLogits,
+    teacher: TokenLogits,
+    batches: Iterable[Inputs],
+    accumulators: Mapping[str, FFNAccumulator],
+) -> Columns:
+    """Run both models: the figures of :func:`compare_predictions`, and errors and coefficients
+    into the ``accumulators``. A mixture's expert may be given nothing, and then has no entry."""
+    columns: Columns = defaultdict(list)
+    stock = {path: accumulator.teacher for path, accumulator in accumulators.items()}
+    kernels = {path: accumulator.student for path, accumulator in accumulators.items()}
+
+    for batch in batches:
+        with capture_ffn_inputs_and_outputs(teacher.model.base_model, stock) as of_teacher:
+            right = teacher.predict(batch)
+        with capture_all_inputs_and_outputs(kernels) as of_student:
+            guess = student.predict(batch)
+
+        for tokens in teacher.split(right):
+            figures = compare_predictions(
+                right.log_probabilities(tokens),
+                guess.log_probabilities(tokens),
+                right.answers[tokens],
+            )
+            for name, values in figures.items():
+                columns[name].append(values.cpu())
+        for path, (inputs, outputs) in of_teacher.items():
+            accumulators[path].add_teacher_inputs(inputs, outputs)
+        for path, (inputs, outputs) in of_student.items():
+            accumulators[path].add_student_inputs(inputs, outputs)
+    return columns
+
+
+def _read_readability(
+    teacher: TokenLogits,
+    batches: Iterable[Inputs],
+    accumulators: Mapping[str, FFNAccumulator],
+) -> list[Tensor]:
+    """Run the teacher as it is, readability into the ``accumulators``, and with every converted FFN
+    replaced by its mean output: the negative log-likelihoods of that."""
+    ablated_nll = []
+    base = teacher.model.base_model
+    stock = {path: accumulator.teacher for path, accumulator in accumulators.items()}
+    means = {path: accumulator.errors.mean_output() for path, accumulator in accumulators.items()}
+
+    for batch in batches:
+        with capture_ffn_inputs_and_outputs(base, stock) as seen:
+            base(**make_forward_arguments(base, batch))
+        with replace_ffn_outputs(base, stock, means):
+            ablated = teacher.predict(batch)
+
+        for tokens in teacher.split(ablated):
+            nll = negative_at(ablated.answers[tokens], ablated.log_probabilities(tokens))
+            ablated_nll.append(nll.cpu())
+        for path, (inputs, outputs) in seen.items():
+            accumulators[path].add_readability(inputs, outputs)
+    return ablated_nll
+
+
+def _read_student_spikes(
+    student: PreTrainedModel,
+    batches: Iterable[Inputs],
+    accumulators: Mapping[str, FFNAccumulator],
+) -> None:
+    """Run the student again for the spikes among its own inputs, into the ``accumulators``."""
+    base = student.base_model
+    kernels = {path: accumulator.student for path, accumulator in accumulators.items()}
+
+    for batch in batches:
+        with capture_all_inputs_and_outputs(kernels) as seen:
+            base(**make_forward_arguments(base, batch))
+        for path, (inputs, _) in seen.items():
+            accumulators[path].add_student_spikes(inputs)
+
+
+def _require_tokens(accumulators: Mapping[str, FFNAccumulator]) -> None:
+    for path, accumulator in accumulators.items():
+        if accumulator.is_empty():
+            raise InputError(
+                f"found no token of the text that comes to {path}, expected some: give more text"
+            )
+
+
+def _pool(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """(rows, hidden_size) float64: the mean over each row of the last hidden states."""
+    base = model.base_model
+    states = base(**make_forward_arguments(base, ids)).last_hidden_state
+    return states.double().mean(1).cpu()
+
+
+def _track(items: Sequence[Item], label: str, show: bool) -> Iterable[Item]:
+    """The ``items``, with a progress bar if ``show``."""
     if not show:
         return items
     from rich.progress import track

@@ -1,10 +1,13 @@
-"""The Triton kernels of fused.py, where the formulas stand: tiles of x·w with all that follows in their epilogue, and a gather.
+"""The Triton kernels: tiles of x·w with all that follows in their epilogue, and a gather.
 
-Matrices are read at any strides; offsets are 64 bits wide up to a tile and 32 bits within; everything is summed in float32; what
-lies outside a matrix is zero. With TRITON_INTERPRET=1 they run on a CPU, for tests.
+The formulas stand in dense_mixture.py and sparse_mixture.py. Matrices are read at any strides;
+offsets are 64 bits wide up to a tile and 32 bits within; everything is summed in float32; what lies
+outside a matrix is zero. With TRITON_INTERPRET=1 they run on a CPU, for tests.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 try:
     import triton
@@ -13,32 +16,56 @@ except ImportError:  # readouts then compute the same without it
     triton = tl = None  # type: ignore[assignment]
 
 SHAPES = ((64, 8, 3), (64, 8, 4), (64, 4, 3), (32, 4, 4), (32, 8, 3), (16, 8, 3))
-"""Features read at once, warps and pipeline stages that are tried once per size of a layer and of its tiles."""
+"""Features read at once, warps and pipeline stages that are tried once per size of a layer and of
+its tiles."""
 
-_jit = triton.jit if triton else lambda function: function
+SMALL_TILE = 32
+"""Tokens of a tile that four warps have registers for."""
+
+
+def _jit(function: Any) -> Any:
+    return triton.jit(function) if triton else function
 
 
 @_jit
 def _place(tokens, prototypes, BLOCK_TOKENS: tl.constexpr, BLOCK_PROTOTYPES: tl.constexpr):
-    """Which tile of tokens and which of prototypes this program has; those that run together share what they read."""
-    down, across = tl.cdiv(tokens, BLOCK_TOKENS), tl.cdiv(prototypes, BLOCK_PROTOTYPES)
-    group, within = tl.program_id(0) // (8 * across), tl.program_id(0) % (8 * across)
+    """Which tile of tokens and which of prototypes this program has; programs that run together
+    have tiles of the same few, and share what they read."""
+    down = tl.cdiv(tokens, BLOCK_TOKENS)
+    across = tl.cdiv(prototypes, BLOCK_PROTOTYPES)
+    group = tl.program_id(0) // (8 * across)
+    within = tl.program_id(0) % (8 * across)
     height = tl.minimum(down - 8 * group, 8)
     return 8 * group + within % height, within // height
 
 
 @_jit
 def _products(
-    x, rows, up, down, across, tokens, prototypes, x_token, x_feature, row, row_feature, up_row, up_feature,
-    SIZE: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_PROTOTYPES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
-):  # fmt: skip
-    """x·w and, if values are gated, x·u of one tile (BLOCK_TOKENS, BLOCK_PROTOTYPES), float32; zero outside the matrix."""
-    first, column, feature = (
-        tl.arange(0, BLOCK_TOKENS),
-        tl.arange(0, BLOCK_PROTOTYPES),
-        tl.arange(0, BLOCK_FEATURES),
-    )
+    x,
+    rows,
+    up,
+    down,
+    across,
+    tokens,
+    prototypes,
+    x_token,
+    x_feature,
+    row,
+    row_feature,
+    up_row,
+    up_feature,
+    SIZE: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_PROTOTYPES: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):
+    """x·w and, if values are gated, x·u of one tile (BLOCK_TOKENS, BLOCK_PROTOTYPES), float32;
+    zero outside the matrix."""
+    first = tl.arange(0, BLOCK_TOKENS)
+    column = tl.arange(0, BLOCK_PROTOTYPES)
+    feature = tl.arange(0, BLOCK_FEATURES)
     x += down.to(tl.int64) * BLOCK_TOKENS * x_token
     rows += across.to(tl.int64) * BLOCK_PROTOTYPES * row
     up += across.to(tl.int64) * BLOCK_PROTOTYPES * up_row
@@ -92,25 +119,74 @@ def _log2(score, denominator, temperature):
 
 @_jit
 def forward_kernel(
-    x, rows, up, bias, up_bias, square_x, square_rows, epsilon, factor, coefficients, tops, masses,
-    tokens, prototypes, tiles, width, x_token, x_feature, row, row_feature, up_row, up_feature,
-    SIZE: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ONE_SIDED: tl.constexpr, CONVEX: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_PROTOTYPES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
-):  # fmt: skip
-    """One tile of ``coefficients`` (tokens, width); if convex also, per token and tile of prototypes, the power of two that it
-    is relative to (its logarithm) and its mass."""
+    x,
+    rows,
+    up,
+    bias,
+    up_bias,
+    square_x,
+    square_rows,
+    epsilon,
+    factor,
+    coefficients,
+    tops,
+    masses,
+    tokens,
+    prototypes,
+    tiles,
+    width,
+    x_token,
+    x_feature,
+    row,
+    row_feature,
+    up_row,
+    up_feature,
+    SIZE: tl.constexpr,
+    GATED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ONE_SIDED: tl.constexpr,
+    CONVEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_PROTOTYPES: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):
+    """One tile of ``coefficients`` (tokens, width); if convex also, per token and tile of
+    prototypes, the power of two that it is relative to (its logarithm) and its mass."""
     down, across = _place(tokens, prototypes, BLOCK_TOKENS, BLOCK_PROTOTYPES)
     token = down.to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     prototype = across.to(tl.int64) * BLOCK_PROTOTYPES + tl.arange(0, BLOCK_PROTOTYPES)
-    here, there = token < tokens, prototype < prototypes
+    here = token < tokens
+    there = prototype < prototypes
     dot, ups = _products(
-        x, rows, up, down, across, tokens, prototypes, x_token, x_feature, row, row_feature, up_row, up_feature,
-        SIZE, GATED, PRECISION, BLOCK_TOKENS, BLOCK_PROTOTYPES, BLOCK_FEATURES,
-    )  # fmt: skip
+        x,
+        rows,
+        up,
+        down,
+        across,
+        tokens,
+        prototypes,
+        x_token,
+        x_feature,
+        row,
+        row_feature,
+        up_row,
+        up_feature,
+        SIZE,
+        GATED,
+        PRECISION,
+        BLOCK_TOKENS,
+        BLOCK_PROTOTYPES,
+        BLOCK_FEATURES,
+    )
     score, _, denominator = _terms(
-        dot, tl.load(bias + prototype, mask=there, other=0.0), tl.load(square_x + token, mask=here, other=0.0),
-        tl.load(square_rows + prototype, mask=there, other=0.0), tl.load(epsilon), ONE_SIDED,
-    )  # fmt: skip
+        dot,
+        tl.load(bias + prototype, mask=there, other=0.0),
+        tl.load(square_x + token, mask=here, other=0.0),
+        tl.load(square_rows + prototype, mask=there, other=0.0),
+        tl.load(epsilon),
+        ONE_SIDED,
+    )
     if CONVEX:
         logarithm = _log2(score, denominator, tl.load(factor))
         top = tl.ceil(tl.max(logarithm, 1))
@@ -134,37 +210,95 @@ def forward_kernel(
 
 @_jit
 def backward_kernel(
-    x, rows, up, bias, up_bias, square_x, square_rows, epsilon, factor, shift, mean, unit_x, unit_rows, unit_up,
-    gradient, coefficients, d_scores, d_ups, per_token, per_row, sum_scores, sum_ups, sum_epsilon, sum_factor,
-    tokens, prototypes, tiles, x_token, x_feature, row, row_feature, up_row, up_feature,
-    SIZE: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ONE_SIDED: tl.constexpr, CONVEX: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_PROTOTYPES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
-):  # fmt: skip
-    """One tile of ``coefficients`` and, times the units, of the gradients of x·w and x·u, from that of the coefficients; and the tile's
-    sums over prototypes (per_token), over tokens (per_row, sum_scores, sum_ups) and over both."""
+    x,
+    rows,
+    up,
+    bias,
+    up_bias,
+    square_x,
+    square_rows,
+    epsilon,
+    factor,
+    shift,
+    mean,
+    unit_x,
+    unit_rows,
+    unit_up,
+    gradient,
+    coefficients,
+    d_scores,
+    d_ups,
+    per_token,
+    per_row,
+    sum_scores,
+    sum_ups,
+    sum_epsilon,
+    sum_factor,
+    tokens,
+    prototypes,
+    tiles,
+    x_token,
+    x_feature,
+    row,
+    row_feature,
+    up_row,
+    up_feature,
+    SIZE: tl.constexpr,
+    GATED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ONE_SIDED: tl.constexpr,
+    CONVEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_PROTOTYPES: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):
+    """One tile of ``coefficients`` and, times the units, of the gradients of x·w and x·u, from
+    that of the coefficients; and the tile's sums over prototypes (per_token), over tokens (per_row,
+    sum_scores, sum_ups) and over both."""
     down, across = _place(tokens, prototypes, BLOCK_TOKENS, BLOCK_PROTOTYPES)
     token = down.to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     prototype = across.to(tl.int64) * BLOCK_PROTOTYPES + tl.arange(0, BLOCK_PROTOTYPES)
-    here, there = token < tokens, prototype < prototypes
+    here = token < tokens
+    there = prototype < prototypes
     both = here[:, None] & there[None, :]
     place = (
         tl.arange(0, BLOCK_TOKENS)[:, None] * prototypes + tl.arange(0, BLOCK_PROTOTYPES)[None, :]
     )
     base = down.to(tl.int64) * BLOCK_TOKENS * prototypes + across * BLOCK_PROTOTYPES
-    gradient, coefficients, d_scores, d_ups = (
-        gradient + base,
-        coefficients + base,
-        d_scores + base,
-        d_ups + base,
-    )
+    gradient += base
+    coefficients += base
+    d_scores += base
+    d_ups += base
     dot, ups = _products(
-        x, rows, up, down, across, tokens, prototypes, x_token, x_feature, row, row_feature, up_row, up_feature,
-        SIZE, GATED, PRECISION, BLOCK_TOKENS, BLOCK_PROTOTYPES, BLOCK_FEATURES,
-    )  # fmt: skip
+        x,
+        rows,
+        up,
+        down,
+        across,
+        tokens,
+        prototypes,
+        x_token,
+        x_feature,
+        row,
+        row_feature,
+        up_row,
+        up_feature,
+        SIZE,
+        GATED,
+        PRECISION,
+        BLOCK_TOKENS,
+        BLOCK_PROTOTYPES,
+        BLOCK_FEATURES,
+    )
     score, distance, denominator = _terms(
-        dot, tl.load(bias + prototype, mask=there, other=0.0), tl.load(square_x + token, mask=here, other=0.0),
-        tl.load(square_rows + prototype, mask=there, other=0.0), tl.load(epsilon), ONE_SIDED,
-    )  # fmt: skip
+        dot,
+        tl.load(bias + prototype, mask=there, other=0.0),
+        tl.load(square_x + token, mask=here, other=0.0),
+        tl.load(square_rows + prototype, mask=there, other=0.0),
+        tl.load(epsilon),
+        ONE_SIDED,
+    )
     score = tl.where(both, score, 0.0)  # nothing fires outside the matrix
     change = tl.load(gradient + place, mask=both, other=0.0).to(tl.float32)
     scale = tl.load(unit_x + token, mask=here, other=0.0)[:, None]
@@ -211,14 +345,25 @@ def backward_kernel(
 
 @_jit
 def gather_kernel(
-    coefficients, indices, counts, dictionary, written, slots, prototypes, size, by_feature, by_prototype,
-    BLOCK_SLOTS: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
-):  # fmt: skip
+    coefficients,
+    indices,
+    counts,
+    dictionary,
+    written,
+    slots,
+    prototypes,
+    size,
+    by_feature,
+    by_prototype,
+    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):
     """BLOCK_FEATURES features of one token's Σ c_j v_{i_j}, summed in float32."""
     token = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     total = tl.zeros((BLOCK_FEATURES,), tl.float32)
-    count, start = tl.load(counts + token), 0
+    count = tl.load(counts + token)
+    start = 0
     while start < count:
         slot = start + tl.arange(0, BLOCK_SLOTS)
         inside = slot < count
@@ -242,21 +387,27 @@ INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFu
 """Triton was told (TRITON_INTERPRET=1) to run kernels on the CPU: for tests."""
 
 
-def _few_warps_for_small_tiles(shapes, arguments, **more):
-    """Four warps have registers enough for a small tile only."""
-    small = {**arguments, **more}["BLOCK_TOKENS"] <= 32
-    return [shape for shape in shapes if small or shape.num_warps == 8]
+def _prune_shapes(shapes: list[Any], arguments: dict[str, Any], **more: Any) -> list[Any]:
+    """Leave few warps to small tiles, the only ones that four warps have registers for."""
+    is_small = {**arguments, **more}["BLOCK_TOKENS"] <= SMALL_TILE
+    return [shape for shape in shapes if is_small or shape.num_warps == 8]
 
 
-def _tuned(kernel):
+def _tune(kernel: Any) -> Any:
+    """``kernel`` with the quickest of SHAPES for each size; None without Triton."""
     if triton is None:
         return None
-    shapes = [triton.Config({"BLOCK_FEATURES": f}, num_warps=w, num_stages=s) for f, w, s in SHAPES]
-    key = ["prototypes", "SIZE", "GATED", "CONVEX", "PRECISION", "BLOCK_TOKENS"]
-    prune = {"early_config_prune": _few_warps_for_small_tiles}
-    return triton.autotune(shapes[:1] if INTERPRETED else shapes, key=key, prune_configs_by=prune)(
-        kernel
+    shapes = [
+        triton.Config({"BLOCK_FEATURES": features}, num_warps=warps, num_stages=stages)
+        for features, warps, stages in SHAPES
+    ]
+    tuned = triton.autotune(
+        shapes[:1] if INTERPRETED else shapes,
+        key=["prototypes", "SIZE", "GATED", "CONVEX", "PRECISION", "BLOCK_TOKENS"],
+        prune_configs_by={"early_config_prune": _prune_shapes},
     )
+    return tuned(kernel)
 
 
-forward_tuned, backward_tuned = _tuned(forward_kernel), _tuned(backward_kernel)
+forward_tuned = _tune(forward_kernel)
+backward_tuned = _tune(backward_kernel)

@@ -408,6 +408,19 @@ def test_evaluate_prints_and_writes_the_report(
         assert f"{value:.4f}" in printed
 
 
+def test_evaluate_continues_prompts_in_batches_of_any_size(
+    cli, refused, student_folder, teacher_folder, text_file, tmp_path
+):
+    out = tmp_path / "report.json"
+    pair = (student_folder, teacher_folder("llama"), text_file, out)
+    code, printed, _ = cli(*evaluate(*pair, "--prompts", 5, "--batch-tokens", 64))
+    found = json.loads(out.read_text())["generation"]
+    assert code == 0
+    assert found["prompts"] == 5 and 0 <= found["equal_continuations"] <= 1
+    assert f"{found['tokens_until_difference']:.4f}" in printed
+    assert "found 8 rows of text for 9 prompts" in refused(*evaluate(*pair, "--prompts", 9))
+
+
 def test_evaluate_refuses_what_does_not_belong_together(
     refused, student_folder, teacher_folder, text_file, tmp_path
 ):

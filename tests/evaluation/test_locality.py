@@ -13,17 +13,15 @@ from teachers import tiny_teacher
 from hf_kernel_ffn import InputError, Kernel, KernelFFN, KernelFFNConfig, convert, register_kernel
 from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
 from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
-from hf_kernel_ffn.evaluation import locality
+from hf_kernel_ffn.evaluation import locality, purity
 from hf_kernel_ffn.evaluation.locality import (
     auc,
-    context_purity,
     denominator_variation,
     locality_report,
-    score_purity,
     score_support_by_distance,
     support_auc,
-    top_tokens,
 )
+from hf_kernel_ffn.evaluation.purity import context_purity, score_purity, top_tokens
 from hf_kernel_ffn.families.registry import get_architecture_of_model
 from hf_kernel_ffn.families.weights import read_ffn_weights, read_teacher_readout
 
@@ -185,7 +183,7 @@ def test_nothing_that_fires():
 
 @pytest.mark.parametrize("chunk", [3, 4, 1000])
 def test_running_top_is_the_sorted_top(monkeypatch, chunk):
-    monkeypatch.setattr(locality, "CHUNK", chunk)
+    monkeypatch.setattr(purity, "CHUNK", chunk)
     weight, x = noise(6, 5), noise(50, 5, seed=1)
     values, places = top_tokens(lambda some: some @ weight.T, x, 7)
     everything = (x @ weight.T).abs().T
@@ -229,7 +227,7 @@ def test_the_sign_of_a_coefficient_is_no_part_of_its_context():
 
 
 def test_pairwise_cosine_is_its_definition(monkeypatch):
-    monkeypatch.setattr(locality, "CHUNK", 9)  # two sets at once
+    monkeypatch.setattr(purity, "CHUNK", 9)  # two sets at once
     x, places = (
         noise(30, 6) + 3,
         torch.stack(
@@ -379,7 +377,7 @@ def test_shuffled_rows_keep_their_tokens_and_random_ids_do_not(pair, llama, ids,
     read = []
     monkeypatch.setattr(
         locality,
-        "ffn_inputs",
+        "read_ffn_inputs",
         lambda model, path, some: read.append(some) or read_ffn_inputs(model, path, some),
     )
     locality_report(student, llama, ids, top=5)
@@ -409,7 +407,8 @@ def test_how_it_is_computed_is_no_part_of_the_report(pair, llama, ids, monkeypat
     student, report = pair
     assert locality_report(student, llama, ids, top=5) == report
     assert locality_report(student, llama, ids, seed=1, top=5)["support"] != report["support"]
-    monkeypatch.setattr(locality, "CHUNK", 50)
+    for module in (locality, purity):
+        monkeypatch.setattr(module, "CHUNK", 50)
     again = locality_report(student, llama, ids, top=5)
     for one, other in zip(again["layers"], report["layers"]):
         assert numbers(one) == pytest.approx(numbers(other), rel=1e-4)

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import reference
 import torch
 from teachers import RECIPES, tiny_teacher
+from tiny_families import tiny
 from transformers import AutoModelForCausalLM
 
 from hf_kernel_ffn import (
@@ -23,11 +25,14 @@ from hf_kernel_ffn import (
     register_kernel,
     restore,
 )
+from hf_kernel_ffn.evaluation.accumulators import OutputErrors
 from hf_kernel_ffn.evaluation.fidelity import Fidelity
 from hf_kernel_ffn.evaluation.readability import Readability, readability
+from hf_kernel_ffn.families.lookup import find_stock_ffn
 from hf_kernel_ffn.families.registry import get_architecture_of_model
 from hf_kernel_ffn.families.weights import read_ffn_weights, read_teacher_readout
 from hf_kernel_ffn.text.packing import read_token_ids
+from hf_kernel_ffn.text.prediction import make_inputs_for_prediction
 
 FIDELITY = {
     "tokens",
@@ -38,6 +43,11 @@ FIDELITY = {
     "kl",
     "top1_agreement",
     "loss_recovered",
+}
+SPIKES = {
+    f"{name}{inputs}"
+    for name in ("fvu_spikes", "spike_tokens", "spike_positions")
+    for inputs in ("", "_student_inputs")
 }
 LAYER = {
     "fvu",
@@ -125,8 +135,12 @@ def test_the_report_has_every_key(case):
     assert set(report["teacher"]) == set(report["student"]) == {"cross_entropy"}
     assert [layer["path"] for layer in report["layers"]] == list(student.kernel_ffns())
     for layer in report["layers"]:
-        assert set(layer) == LAYER | {"path", "teacher", "active_prototypes_student_inputs"}
+        own = {"path", "teacher", "active_prototypes_student_inputs"}
+        assert set(layer) == LAYER | SPIKES | own
         assert set(layer["teacher"]) == LAYER
+        assert layer["fvu_spikes"] is layer["fvu_spikes_student_inputs"] is None
+        assert layer["spike_tokens"] == layer["spike_tokens_student_inputs"] == 0
+        assert layer["spike_positions"] == layer["spike_positions_student_inputs"] == []
         settings = student.kernel_ffns()[layer["path"]].config.settings
         if settings.top_k:
             assert layer["active_prototypes_student_inputs"] == settings.top_k
@@ -239,6 +253,39 @@ def test_nothing_is_left_behind(case, ids):
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_an_ffn_that_layers_share_is_measured_in_all_of_them():
+    teacher = tiny("albert", "AutoModelForMaskedLM", num_hidden_layers=3)
+    ids = torch.randint(5, 300, (4, 16), generator=torch.Generator().manual_seed(0))
+    tokenizer = SimpleNamespace(mask_token_id=4)
+    asked = make_inputs_for_prediction(teacher, tokenizer, ids)
+    settings = KernelFFNConfig(simplex="threshold", top_k=7)
+    student, _ = convert(teacher, settings, calibration_ids=asked, calibration_tokens=64, copy=True)
+    [(path, ffn)] = student.kernel_ffns().items()
+    read, written = [], []
+
+    def see(module, args, output):
+        read.append(args[0].flatten(0, 1))
+        written.append(output.flatten(0, 1))
+
+    with torch.no_grad(), hooked([ffn], see):
+        student(input_ids=asked["input_ids"])
+    assert len(read) == 3
+    with torch.no_grad():
+        truth = find_stock_ffn(teacher, path)(torch.cat(read))
+        active = (ffn.readout(torch.cat(read)).coefficients != 0).sum(-1).double().mean().item()
+    for batch_tokens in (2048, 16):
+        report = evaluate_student(
+            student, teacher, ids, tokenizer=tokenizer, batch_tokens=batch_tokens
+        )
+        [layer] = report["layers"]
+        assert layer["fvu_student_inputs"] == pytest.approx(
+            fvu(torch.cat(written), truth), rel=1e-4
+        )
+        assert layer["active_prototypes_student_inputs"] == pytest.approx(active)
+    last = fvu(written[-1], truth[-len(written[-1]) :])
+    assert layer["fvu_student_inputs"] != pytest.approx(last, rel=1e-3)
+
+
 def test_only_converted_layers_are_reported(llama, ids):
     student, _ = convert(
         llama, KernelFFNConfig(), layers="0,2", calibration_ids=ids, calibration_tokens=256
@@ -272,6 +319,110 @@ def test_the_pair_has_to_belong_together(llama, gpt2, student_of, ids):
             evaluate_student(one, other, ids)
     with pytest.raises(InputError, match="not converted"):
         evaluate_student(restore(student, llama), llama, ids)
+
+
+# spikes
+
+
+@pytest.fixture(scope="module")
+def spiked(ids):
+    """A GPT-2 whose second FFN writes a hundred times as much at the first token of every row, one
+    and the same, and where token 7 follows it; ids of which the second two rows have that."""
+    ids = ids.clone()
+    ids[:, 0] = 1
+    ids[2:, 1] = ids[2:, 1].clamp_min(8)
+    ids[:2, 1] = 7
+    teacher = tiny_teacher("gpt2")
+    path = "h.1.mlp"
+    ffn = teacher.base_model.get_submodule(path)
+    x = inputs_of(teacher, {path: ffn}, ids)[path].unflatten(0, ids.shape)
+    for unit, direction in ((0, x[0, 0]), (1, x[0, 1])):
+        direction = direction / direction.norm()
+        others = x.flatten(0, 1) @ direction
+        high = others.max()
+        low = others[others < high - 1e-3].max()
+        with torch.no_grad():  # a unit that is silent below the middle between high and low
+            ffn.c_fc.weight[:, unit] = 20 / (high - low) * direction
+            ffn.c_fc.bias[unit] = -20 / (high - low) * (high + low) / 2
+            ffn.c_proj.weight[unit] *= 200 / ffn.c_proj.weight[unit].norm()
+    return teacher, ids
+
+
+def fvu_of_spikes(estimate, truth, spikes):
+    """The error over the squared distance from the mean of the other tokens."""
+    estimate, truth = estimate.double(), truth.double()
+    error = (estimate - truth)[spikes].square().sum()
+    return (error / (truth[spikes] - truth[~spikes].mean(0)).square().sum()).item()
+
+
+@pytest.mark.parametrize("batch_tokens", [2048, 64])
+def test_spikes_are_reported_apart(spiked, batch_tokens):
+    teacher, ids = spiked
+    student, _ = convert(teacher, calibration_ids=ids, calibration_tokens=256, copy=True)
+    report = evaluate_student(student, teacher, ids, batch_tokens=batch_tokens)
+    stock, kernels = stock_ffns(teacher, student), student.kernel_ffns()
+    assert [layer["spike_tokens"] for layer in report["layers"]] == [0, 10, 0]
+    layer = report["layers"][1]
+    path = layer["path"]
+    assert layer["spike_positions"] == layer["spike_positions_student_inputs"] == [[0, 8], [1, 2]]
+    for suffix, model, ffns in (("", teacher, stock), ("_student_inputs", student, kernels)):
+        x = inputs_of(model, ffns, ids)[path]
+        with torch.no_grad():
+            estimate, truth = kernels[path](x), stock[path](x)
+        length = truth.norm(dim=-1)
+        spikes = length > 10 * length.median()
+        assert layer[f"spike_tokens{suffix}"] == spikes.sum() == 10
+        ordinary = fvu(estimate[~spikes], truth[~spikes])
+        assert layer[f"fvu{suffix}"] == pytest.approx(ordinary, rel=1e-4)
+        expected = fvu_of_spikes(estimate, truth, spikes)
+        assert layer[f"fvu_spikes{suffix}"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_spike_does_not_hide_an_error_elsewhere(spiked):
+    """A student that is right at spikes alone, and one that is right but for spikes."""
+    teacher, ids = spiked
+    student, _ = convert(
+        teacher, layers="1", calibration_ids=ids, calibration_tokens=256, copy=True
+    )
+    [(path, ffn)] = student.kernel_ffns().items()
+    own = teacher.base_model.get_submodule(path)
+    x = inputs_of(teacher, {path: own}, ids)[path]
+    with torch.no_grad():
+        mean = own(x).median(0).values
+
+    def right_at(spikes):
+        def forward(x):
+            written = own(x)
+            loud = written.norm(dim=-1, keepdim=True) > 50
+            return torch.where(loud == spikes, written, mean.expand_as(written))
+
+        return forward
+
+    ffn.forward = right_at(spikes=True)
+    [layer] = evaluate_student(student, teacher, ids)["layers"]
+    assert fvu(ffn(x), own(x)) < 0.01  # over all tokens there seems to be no error
+    assert layer["fvu"] > 0.9 and layer["fvu_spikes"] == 0
+    ffn.forward = right_at(spikes=False)
+    [layer] = evaluate_student(student, teacher, ids)["layers"]
+    assert layer["fvu"] == 0 and layer["fvu_spikes"] == pytest.approx(1, abs=0.1)
+
+
+def test_positions_are_the_commonest_and_none_for_experts(ids):
+    errors = OutputErrors()
+    truth = torch.ones(20 * 20, 3)
+    truth.view(20, 20, 3)[:, 4] = 100.0
+    for position in range(5, 15):
+        truth.view(20, 20, 3)[: position - 4, position] = 100.0
+    for chunk in truth.split(140):
+        errors.add(chunk, chunk)
+    assert errors.spike_tokens() == 20 + sum(range(1, 11))
+    expected = [[4, 20]] + [[position, position - 4] for position in range(14, 7, -1)]
+    assert errors.spike_positions(20) == expected
+
+    teacher = tiny("mixtral", "AutoModelForCausalLM")
+    student, _ = convert(teacher, calibration_ids=ids, calibration_tokens=256, copy=True)
+    for layer in evaluate_student(student, teacher, ids)["layers"]:
+        assert layer["spike_positions"] is None and layer["spike_tokens"] >= 0
 
 
 # students whose figures are known beforehand

@@ -3,7 +3,8 @@
 import json
 import sys
 
-import ffn_speed as benchmark
+import ffn_speed
+import ffn_variants
 import pytest
 import torch
 import typer
@@ -20,14 +21,14 @@ from hf_kernel_ffn.gpu import measuring
 )
 def test_the_ffns_of_any_checkpoint_are_found(family, auto, kinds, ids):
     model = tiny(family, auto)
-    shape, own = benchmark.checkpoint_ffns(model, "it")
-    assert shape == benchmark.Shape(32, 48, family != "bert") and len(own) == kinds
+    shape, own = ffn_variants.find_checkpoint_ffns(model, "it")
+    assert shape == ffn_variants.Shape(32, 48, family != "bert") and len(own) == kinds
     x = torch.randn(1, 5, 32)
     student, _ = convert(
         model, KernelFFNConfig(), layers="0", calibration_ids=ids[:, :8], calibration_tokens=64
     )
-    shape, of_student = benchmark.checkpoint_ffns(student, "it")
-    assert shape == benchmark.Shape(32, 48, family != "bert") and len(of_student) == kinds + 1
+    shape, of_student = ffn_variants.find_checkpoint_ffns(student, "it")
+    assert shape == ffn_variants.Shape(32, 48, family != "bert") and len(of_student) == kinds + 1
     for ffn in (*own.values(), *of_student.values()):
         assert ffn(x).shape == x.shape and ffn.state_dict()
 
@@ -51,12 +52,12 @@ def test_the_command_writes_ratios(teacher_folder, tmp_path, monkeypatch, capsys
     threads = torch.get_num_threads()
     try:
         with pytest.raises(SystemExit) as end:
-            run_app(lambda: typer.run(benchmark.main))
+            run_app(lambda: typer.run(ffn_speed.main))
     finally:
         torch.set_num_threads(threads)
     assert not end.value.code
     found = json.loads(file.read_text())
-    assert {row["phase"] for row in found["rows"]} == set(benchmark.PHASES)
+    assert {row["phase"] for row in found["rows"]} == set(ffn_variants.PHASES)
     names = {row["variant"] for row in found["rows"]}
     assert {
         "stock",
@@ -76,7 +77,7 @@ def test_the_command_writes_ratios(teacher_folder, tmp_path, monkeypatch, capsys
 def test_unknown_names_are_refused(option, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ffn_speed.py", option])
     with pytest.raises(SystemExit) as end:
-        run_app(lambda: typer.run(benchmark.main))
+        run_app(lambda: typer.run(ffn_speed.main))
     assert end.value.code == 2
 
 

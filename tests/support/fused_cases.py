@@ -7,7 +7,7 @@ distances are summed in float32, and coefficients and gradients of scores are ro
 import math
 from types import SimpleNamespace
 
-import ffn_speed as benchmark
+import ffn_timing as benchmark
 import pytest
 import torch
 import triton
@@ -21,16 +21,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_kernel_ffn import InputError
 from hf_kernel_ffn.checkpoint_code import operators
 from hf_kernel_ffn.checkpoint_code.plan import Form, choose_form
-from hf_kernel_ffn.gpu import fused, trial
-from hf_kernel_ffn.gpu.fused import FEW, Fused, active, fuse, fused_mixture, gather
+from hf_kernel_ffn.gpu import dense_backward, dense_mixture, fused, trial, triton_kernels
+from hf_kernel_ffn.gpu.dense_mixture import fused_mixture
+from hf_kernel_ffn.gpu.fused import FEW, Fused, fuse
+from hf_kernel_ffn.gpu.sparse_mixture import active, gather
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 if CUDA:  # one shape, not six, is compiled for every size that a property draws
-    for kernel in (fused.forward_tuned, fused.backward_tuned):
+    for kernel in (dense_mixture.forward_tuned, dense_backward.backward_tuned):
         kernel.configs = kernel.configs[-1:]
 else:
-    assert fused.INTERPRETED
+    assert triton_kernels.INTERPRETED
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     multiply = InterpreterBuilder.create_dot
@@ -258,8 +260,8 @@ def compare(tensors, one_sided, convex, mix, limit=WHOLE):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(fused, "TOKENS", 32)
-    monkeypatch.setattr(fused, "PROTOTYPES", 16)
+    monkeypatch.setattr(dense_mixture, "TOKENS", 32)
+    monkeypatch.setattr(dense_mixture, "PROTOTYPES", 16)
 
 
 @settings(max_examples=40, phases=[Phase.generate])
@@ -285,11 +287,11 @@ def test_any_shape_layout_dtype_and_norm(
     tiles,
     limit,
 ):
-    before = fused.TOKENS, fused.PROTOTYPES
+    before = dense_mixture.TOKENS, dense_mixture.PROTOTYPES
     if limit == 1:
         tokens = min(tokens, 5)  # one at a time
     try:
-        fused.TOKENS, fused.PROTOTYPES = tiles
+        dense_mixture.TOKENS, dense_mixture.PROTOTYPES = tiles
         tensors = case(
             tokens,
             size,
@@ -305,7 +307,7 @@ def test_any_shape_layout_dtype_and_norm(
         )
         assert compare(tensors, one_sided, convex, dtype, limit) >= 1
     finally:
-        fused.TOKENS, fused.PROTOTYPES = before
+        dense_mixture.TOKENS, dense_mixture.PROTOTYPES = before
 
 
 @variants
@@ -424,7 +426,8 @@ def test_no_matrix_of_scores_is_held_in_float32(convex, gated, monkeypatch):
     def product(left, right):  # as CUDA has it
         return torch.ones(left.shape[0], right.shape[1], device=DEVICE)
 
-    monkeypatch.setattr(fused, "_product", product)
+    for module in (dense_mixture, dense_backward):
+        monkeypatch.setattr(module, "multiply_in_float32", product)
     tensors = case(128, 8, 256, convex, gated, torch.bfloat16)
     with Watch() as watch:
         fused_mixture(*tensors, True, torch.bfloat16, WHOLE, convex).sum().backward()
@@ -435,7 +438,7 @@ def test_no_matrix_of_scores_is_held_in_float32(convex, gated, monkeypatch):
 @gating
 def test_operators_are_registered_as_torch_expects(convex, gated):
     tensors = case(5, 6, 7, convex, gated)
-    library.opcheck(fused._mixture, (*tensors, True, torch.float32, WHOLE, convex))
+    library.opcheck(dense_mixture._mixture, (*tensors, True, torch.float32, WHOLE, convex))
 
 
 LAYERS = [
