@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import typer
 
@@ -127,3 +129,23 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def print_conversion(layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the figures of a conversion, by FFN path."""
+    names = {
+        "fvu": "FVU held out",
+        "spike_tokens": "spikes",
+        "spike_error": "worst spike",
+        "dictionary_growth": "dictionary growth",
+    }
+    shown = [name for name in names if any(name in figures for figures in layers.values())]
+    rows = []
+    for path, figures in layers.items():
+        row = [path, str(figures["prototypes"]), f"{figures['parameters']:,}"]
+        for name in shown:
+            value = figures.get(name)
+            text = "–" if value is None else str(value)
+            row.append(f"{value:.4f}" if isinstance(value, float) else text)
+        rows.append(row)
+    print_table(["layer", "prototypes", "parameters", *(names[name] for name in shown)], rows)

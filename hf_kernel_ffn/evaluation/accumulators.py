@@ -7,7 +7,6 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.record import Readout
 from ..families.lookup import StockFFN
 from ..families.weights import FFNWeights, read_teacher_readout
@@ -149,7 +148,7 @@ class FFNAccumulator:
     first reading has found, for the same batches.
     """
 
-    def __init__(self, path: str, student: KernelFFN, teacher: StockFFN, weights: FFNWeights):
+    def __init__(self, path: str, student: nn.Module, teacher: StockFFN, weights: FFNWeights):
         self.path = path
         self.student = student
         self.teacher = teacher

@@ -175,7 +175,7 @@ def teacher_as_student(
     student = _replace_ffns(teacher, lambda path, weights: TeacherFFN(weights, simplex, top_k))
     if simplex == "threshold":
         for path, ffn in cast(KernelModelMixin, student).kernel_ffns().items():
-            ffn.fit_threshold(read_fit_sample(teacher, path, ids))
+            cast(TeacherFFN, ffn).fit_threshold(read_fit_sample(teacher, path, ids))
     return student
 
 

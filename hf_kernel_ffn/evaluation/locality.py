@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.modeling import KernelModelMixin
+from ..checkpoint_code.tied import TiedKernelFFN
 from ..conversion.ridge import CHUNK
 from ..conversion.sampling import read_ffn_inputs
 from ..families.lookup import find_stock_ffn
@@ -222,6 +223,10 @@ def locality_report(
 
     layers = []
     for path, ffn in cast(KernelModelMixin, student).kernel_ffns().items():
+        if isinstance(ffn, TiedKernelFFN):
+            raise InputError(
+                f"found tied rows at {path}, expected prototypes of their own: convert with rows 'free'"
+            )
         # One at a time: the inputs of one layer at the three texts are in memory together.
         inputs = {name: _read_inputs(teacher, path, rows) for name, rows in texts.items()}
         x = inputs.pop("text")

@@ -76,7 +76,8 @@ def fuse(model: Any, required: bool = False) -> None:
     """Let every kernel readout of ``model`` run by the Triton kernels of this file where they can serve a call; ``required``: raise
     InputError in a call that they cannot. ``ffn.fused = None`` forbids it again. Nothing of it is saved."""
     for ffn in model.kernel_ffns().values():
-        ffn.fused = Fused(required)
+        if isinstance(ffn, KernelFFN):
+            ffn.fused = Fused(required)
 
 
 def fused_readout(ffn: KernelFFN, hidden_states: Tensor) -> Tensor:

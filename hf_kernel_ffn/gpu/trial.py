@@ -177,4 +177,6 @@ def _worst_error(tensors: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def _kernel_ffns(model: PreTrainedModel) -> dict[str, KernelFFN]:
-    return cast(KernelModelMixin, model).kernel_ffns()
+    """The readouts that Triton kernels may serve: those with rows of their own."""
+    ffns = cast(KernelModelMixin, model).kernel_ffns()
+    return {path: ffn for path, ffn in ffns.items() if isinstance(ffn, KernelFFN)}

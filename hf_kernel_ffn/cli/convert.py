@@ -1,0 +1,183 @@
+"""hf-kernel-ffn convert."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from .options import Device, Dtype, quieten
+from .tables import print_conversion
+
+if TYPE_CHECKING:
+    from ..checkpoint_code.settings import KernelFFNConfig
+
+LEAST_CALIBRATION_TOKENS = 256
+"""Fewer say too little of what a unit reads."""
+ROW_LENGTH = 256
+"""Tokens in a row of calibration text, unless the model has fewer positions."""
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="local folder or hub id of a stock model")],
+    out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
+    rows: Annotated[
+        Optional[str],
+        typer.Option(
+            help="tied: kernels in the plane of a unit's own rows; free: a row for every prototype  "
+            "[default: tied without any of these options, or with pieces; else free]"
+        ),
+    ] = None,
+    pieces: Annotated[
+        Optional[int], typer.Option(help="kernels per unit of tied rows  [default: 8]")
+    ] = None,
+    kernel: Annotated[
+        Optional[str],
+        typer.Option(
+            help="registered kernel, or FILE.py:NAME for one of your own  "
+            "[default: root-half-yat tied, half-yat free]"
+        ),
+    ] = None,
+    values: Annotated[
+        Optional[str],
+        typer.Option(
+            help="fixed, gated (free rows) or product (tied rows)  "
+            "[default: product with a gate and tied rows, else fixed]"
+        ),
+    ] = None,
+    simplex: Annotated[
+        Optional[str],
+        typer.Option(help="softmax, sparsemax, entmax-1.5, top-k or threshold  [default: softmax]"),
+    ] = None,
+    top_k: Annotated[
+        Optional[int], typer.Option(help="prototypes kept by top-k, by threshold on average")
+    ] = None,
+    intensity: Annotated[
+        Optional[str], typer.Option(help="none, mass or gate  [default: mass]")
+    ] = None,
+    init: Annotated[
+        Optional[str],
+        typer.Option(
+            help="of free rows: single, polarised, data-scale or firing-means  "
+            "[default: the family's]"
+        ),
+    ] = None,
+    expansion: Annotated[
+        Optional[float],
+        typer.Option(
+            help="free prototypes per hidden unit, 1 to 8  [default: 2 polarised, else 1]"
+        ),
+    ] = None,
+    temperature: Annotated[
+        Optional[float], typer.Option(help="[default: 1, or fitted where it is free]")
+    ] = None,
+    layers: Annotated[Optional[str], typer.Option(help="such as 0-5,7  [default: all]")] = None,
+    calibration_text: Annotated[
+        Optional[str], typer.Option(help=".txt, .jsonl, .parquet or a datasets name")
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(min=0, help="tokens to calibrate on; 0: no calibration")
+    ] = 16_384,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="a block at a time, for a model that does not fit in memory; needs text, or 0 tokens",
+        ),
+    ] = False,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="of masks in the text, or of the tokens the model makes itself without any"
+        ),
+    ] = 0,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Replace the FFNs of MODEL by kernel readouts and save the student in OUT_DIR.
+
+    It is saved in the dtype that MODEL is stored in.
+    """
+    from ..checkpoint_code.errors import InputError
+    from ..conversion import convert as conversion
+    from ..conversion.streaming import convert_streamed
+    from ..families.registry import get_architecture_of_model
+    from ..storage.checkpoint import save_converted
+    from ..storage.files import new_folder, require_empty
+    from ..storage.kernel_files import import_kernel
+    from ..storage.loading import load_stock_on_meta, load_teacher, load_tokenizer
+    from ..text.packing import read_token_ids
+    from ..text.prediction import make_inputs_for_prediction
+
+    quieten()
+    # Large tensors in huge pages: fresh ones take a third of the time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    require_empty(out_dir)
+    if 0 < calibration_tokens < LEAST_CALIBRATION_TOKENS:
+        raise InputError(
+            f"found {calibration_tokens} calibration tokens, expected 0, or "
+            f"{LEAST_CALIBRATION_TOKENS} and more: give more"
+        )
+    if stream and device != "cpu":
+        raise InputError(f"found --stream with device {device!r}, expected cpu: it computes there")
+    fields = {
+        "rows": rows,
+        "pieces": pieces,
+        "kernel": None if kernel is None else import_kernel(kernel),
+        "values": values,
+        "simplex": simplex,
+        "top_k": top_k,
+        "intensity": intensity,
+        "init": init,
+        "expansion": expansion,
+        "temperature": temperature,
+    }
+    given = {name: value for name, value in fields.items() if value is not None}
+    choose_settings(given, gated=True)  # refuses before the model is loaded
+
+    teacher = load_stock_on_meta(model) if stream else load_teacher(model, dtype, device)
+    settings = choose_settings(given, gated=get_architecture_of_model(teacher).gated)
+    ids = None
+    if calibration_text is not None:
+        positions = getattr(teacher.config, "max_position_embeddings", None) or ROW_LENGTH
+        length = min(ROW_LENGTH, positions)
+        tokenizer = load_tokenizer(model)
+        text = read_token_ids(
+            tokenizer, [calibration_text], length, calibration_tokens, spread=True
+        )
+        ids = make_inputs_for_prediction(teacher, tokenizer, text, seed)
+    options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)
+    if stream:
+        report = convert_streamed(model, out_dir, settings, layers, dtype=dtype, **options)
+    else:
+        student, report = conversion.convert(teacher, settings, layers, seed=seed, **options)
+        with new_folder(out_dir) as folder:
+            save_converted(student, model, folder, conversion=report.to_dict())
+    print_conversion(report.layers)
+    typer.echo(
+        f"calibrated on {report.calibration_tokens:,} tokens ({report.calibration}); "
+        f"saved in {out_dir}"
+    )
+
+
+def choose_settings(given: Mapping[str, Any], gated: bool) -> KernelFFNConfig | None:
+    """The settings of a conversion for which these fields are ``given``; None: the defaults.
+
+    Rows are free where nothing says otherwise, since most fields are of free rows. With tied rows
+    the values are a product unless they are given, or the FFNs have no gate.
+    """
+    from ..checkpoint_code.settings import KernelFFNConfig
+
+    if not given:
+        return None
+    fields = dict(given)
+    if "rows" not in fields:
+        is_tied = "pieces" in fields or fields.get("values") == "product"
+        fields["rows"] = "tied" if is_tied else "free"
+    if fields["rows"] == "tied":
+        fields.setdefault("kernel", "root-half-yat")
+        fields.setdefault("values", "product" if gated else "fixed")
+    return KernelFFNConfig(**fields)

@@ -1,0 +1,88 @@
+"""hf-kernel-ffn evaluate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .options import Device, Dtype, Trust, quieten
+from .tables import print_report
+
+
+def evaluate(
+    student: Annotated[str, typer.Argument(help="local folder or hub id of a converted model")],
+    teacher: Annotated[str, typer.Option(help="local folder or hub id of its stock model")],
+    text: Annotated[str, typer.Option(help="text that neither was trained on")],
+    max_tokens: Annotated[int, typer.Option(min=2, help="tokens of the text to read")] = 65_536,
+    sequence_length: Annotated[
+        Optional[int],
+        typer.Option(
+            min=2, help="tokens per sequence  [default: 256, or the teacher's most if that is less]"
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="tokens to read at once; fewer take less memory")
+    ] = 2048,
+    prompts: Annotated[
+        int,
+        typer.Option(min=0, help="beginnings of rows that both continue by 32 tokens, to compare"),
+    ] = 0,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", help="where to write the report")
+    ] = None,
+    trust_remote_code: Trust = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of every layer."""
+    from ..checkpoint_code.errors import InputError
+    from ..families.student import check_pair
+    from ..storage.files import require_place, write_text
+    from ..storage.loading import check_vocabularies, load_student, load_teacher, load_tokenizer
+    from ..text.packing import read_token_ids
+
+    try:
+        from ..evaluation.report import evaluate_student
+    except ImportError as error:
+        raise InputError(
+            "evaluate needs the evaluate package: pip install 'hf-kernel-ffn[evaluate]'"
+        ) from error
+    if json_file is not None:
+        require_place(json_file)
+    quieten()
+    converted, stock = (
+        load_student(student, dtype, device, trust_remote_code),
+        load_teacher(teacher, dtype, device),
+    )
+    check_pair(converted, stock)
+    check_vocabularies(student, teacher)
+    limit = getattr(stock.config, "max_position_embeddings", None)
+    sequence_length = sequence_length or min(256, limit or 256)
+    if limit is not None and sequence_length > limit:
+        raise InputError(
+            f"found sequence length {sequence_length}, expected at most the teacher's {limit}"
+        )
+    tokenizer = load_tokenizer(teacher)
+    ids = read_token_ids(tokenizer, [text], sequence_length, max_tokens)
+    report = evaluate_student(
+        converted,
+        stock,
+        ids,
+        tokenizer=tokenizer,
+        batch_tokens=batch_tokens,
+        prompts=prompts,
+        progress=True,
+    )
+    report = {
+        "student_path": student,
+        "teacher_path": teacher,
+        "text": text,
+        "sequence_length": sequence_length,
+        **report,
+    }
+    if json_file is not None:
+        write_text(json_file, json.dumps(report, indent=1) + "\n")
+    print_report(report)
