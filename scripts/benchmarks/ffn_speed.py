@@ -17,7 +17,8 @@ from ffn_timing import CLOCKS, MODES, benchmark
 from ffn_variants import PHASES, SHAPES, find_checkpoint_ffns
 
 from hf_kernel_ffn.checkpoint_code.settings import require_one_of
-from hf_kernel_ffn.cli.app import Device, Dtype, Trust, quieten, run_app
+from hf_kernel_ffn.cli.app import run_app
+from hf_kernel_ffn.cli.options import Device, Dtype, Trust, quieten
 from hf_kernel_ffn.cli.tables import print_table
 from hf_kernel_ffn.storage.files import require_place, write_text
 from hf_kernel_ffn.storage.loading import get_torch_dtype, load_model
