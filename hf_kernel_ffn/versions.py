@@ -8,7 +8,8 @@ from packaging.requirements import Requirement
 
 
 def unsupported() -> str | None:
-    """What is wrong with the installed torch or transformers, in one sentence that names the supported range; None if nothing is."""
+    """What is wrong with the installed torch or transformers, in one sentence that names the
+    supported range; None if nothing is."""
     try:
         wanted = [Requirement(line) for line in requires("hf-kernel-ffn") or []]
     except PackageNotFoundError:  # run from a folder
@@ -20,5 +21,8 @@ def unsupported() -> str | None:
             except PackageNotFoundError:
                 found = "none"
             if found == "none" or not requirement.specifier.contains(found, prereleases=True):
-                return f"found {requirement.name} {found}, expected {requirement.specifier}: install a supported version"
+                return (
+                    f"found {requirement.name} {found}, expected {requirement.specifier}: "
+                    "install a supported version"
+                )
     return None

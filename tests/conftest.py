@@ -89,7 +89,8 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory, tokenizer):
-    """Saves a tiny random teacher with the shipped tokenizer; the same arguments give the same folder."""
+    """Saves a tiny random teacher with the shipped tokenizer; the same arguments give the same
+    folder."""
     made = {}
 
     def save(family, **changes):

@@ -1,4 +1,5 @@
-"""Converted models where the rest of the ecosystem takes them: adapters, quantisers, evaluation, pipelines, trainers, hubs."""
+"""Converted models where the rest of the ecosystem takes them: adapters, quantisers, evaluation,
+pipelines, trainers, hubs."""
 
 import base64
 import json
@@ -173,10 +174,16 @@ def test_lm_evaluation_harness(folder, tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
-        "task": "local", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}",
-        "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
+        "task": "local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    }
     (tmp_path / "local.yaml").write_text(yaml.safe_dump(task))
     model = HFLM(
         pretrained=str(folder),
@@ -419,7 +426,8 @@ def test_a_damaged_export_is_refused(student, llama, teacher_folder, tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload needs; keeps the files of every repository in ``server.files``."""
+    """As much of the hub as an upload needs; keeps the files of every repository in
+    ``server.files``."""
 
     def log_message(self, *arguments):
         pass

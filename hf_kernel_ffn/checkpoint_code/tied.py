@@ -1,18 +1,18 @@
 """Kernel readouts whose rows are tied to a unit's own: any number of kernels at the stock products.
 
-Unit i of the teacher has a row g_i (its gate row, or its only one), in a gated FFN a second row u_i,
-and an output v_i. Its P pieces are kernels at points of the plane of g_i and u_i:
+Unit i of the teacher has a row g_i (its gate row, or its only one), in a gated FFN a second row
+u_i, and an output v_i. Its P pieces are kernels at points of the plane of g_i and u_i:
 
     w_ip = α_ip g_i + β_ip u_i,    s_ip = w_ip·x + b_ip,    κ_ip = κ(s_ip, ‖x − w_ip‖²) ≥ 0
     y = Σ_i c_i v_i + b_out,       c_i = Σ_p a_ip κ_ip             (fixed values)
                                    c_i = Σ_p a_ip κ_ip (u_i·x)     (product)
 
-Every score and distance follows from g_i·x, u_i·x, ‖x‖², ‖g_i‖², ‖u_i‖² and g_i·u_i. So there are as
-many matrix products as in the stock FFN, whatever P is.
+Every score and distance follows from g_i·x, u_i·x, ‖x‖², ‖g_i‖², ‖u_i‖² and g_i·u_i. So there are
+as many matrix products as in the stock FFN, whatever P is.
 
-The signs of the amounts a_ip and of u_i·x say whether a piece writes v_i or −v_i. Over the dictionary
-of all v_i and all −v_i the coefficients are sums of kernels, or of products of kernels with
-relu(±u_i·x), and nonnegative: the readout is conic.
+The signs of the amounts a_ip and of u_i·x say whether a piece writes v_i or −v_i. Over the
+dictionary of all v_i and all −v_i the coefficients are sums of kernels, or of products of kernels
+with relu(±u_i·x), and nonnegative: the readout is conic.
 
 This file travels inside converted checkpoints: it imports nothing but torch.
 """
@@ -34,7 +34,8 @@ from .record import Readout
 from .settings import PIECES, LayerConfig
 
 CACHED_NUMBERS = 2**16
-"""Scores that are worked on at once on a CPU: this many float32 numbers, several times over, fit its cache."""
+"""Scores that are worked on at once on a CPU: this many float32 numbers, several times over, fit
+its cache."""
 TENSORS_PER_PIECE = 8
 """Tensors of the size of the scores that the backward pass of one piece keeps."""
 
@@ -61,13 +62,14 @@ class Scores(NamedTuple):
 
 
 class TiedKernelFFN(ConstrainedParameters):
-    """A readout with ``config.settings.pieces`` kernels per unit of the teacher, rows tied to the unit's own.
+    """A readout with ``config.settings.pieces`` kernels per unit of the teacher, rows tied to the
+    unit's own.
 
     Weights: ``input_prototypes`` (units, hidden_size) holds g with the teacher's bias;
-    ``value_proj`` (units, hidden_size) u, in gated FFNs; ``output_prototypes`` (hidden_size, units) v,
-    with b_out as its bias. ``pieces`` holds ``alpha``, ``shift`` and ``amount``, and ``beta`` where
-    values are fixed in a gated FFN, (pieces, units) each. ``log_ratio`` holds learned log-ratios to
-    the layer's reference values.
+    ``value_proj`` (units, hidden_size) u, in gated FFNs; ``output_prototypes`` (hidden_size, units)
+    v, with b_out as its bias. ``pieces`` holds ``alpha``, ``shift`` and ``amount``, and ``beta``
+    where values are fixed in a gated FFN, (pieces, units) each. ``log_ratio`` holds learned
+    log-ratios to the layer's reference values.
     """
 
     def __init__(self, config: LayerConfig):
@@ -136,7 +138,8 @@ class TiedKernelFFN(ConstrainedParameters):
         return self.dropout(self.output_prototypes(coefficients))
 
     def coefficients(self, hidden_states: Tensor) -> Tensor:
-        """c (..., units), float32 at least, of either sign: what multiplies ``output_prototypes``."""
+        """c (..., units), float32 at least, of either sign: what multiplies
+        ``output_prototypes``."""
         scores = self._scores(hidden_states)
         total = self._sum_pieces(scores, self.pieces["amount"])
         return total * scores.second if self._is_product and scores.second is not None else total
@@ -214,7 +217,8 @@ class TiedKernelFFN(ConstrainedParameters):
         return max(1, self.activation_bytes // (TENSORS_PER_PIECE * units * first.itemsize))
 
     def _piece_numbers(self, like: Tensor, amount: Tensor) -> dict[str, Tensor]:
-        """Of every piece (pieces, units): α, β, b, the amount; with a distance the bias of s and ‖w‖²."""
+        """Of every piece (pieces, units): α, β, b, the amount; with a distance the bias of s and
+        ‖w‖²."""
         numbers = {
             name: self.pieces[name].to(like.dtype) for name in self.pieces if name != "amount"
         }

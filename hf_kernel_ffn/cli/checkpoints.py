@@ -14,7 +14,8 @@ from .tables import print_table
 def verify(
     folder: Annotated[Path, typer.Argument(help="local folder of a converted model")],
 ) -> None:
-    """Check that FOLDER is whole and carries no code but this package's: config, weights, checksums, code. Runs none of it."""
+    """Check that FOLDER is whole and carries no code but this package's: config, weights,
+    checksums, code. Runs none of it."""
     from ..checkpoint_code.errors import InputError
     from ..storage.verification import verify_folder
 
@@ -24,7 +25,8 @@ def verify(
     bad = [f.what for f in found if not f.good]
     if bad:
         raise InputError(
-            f"found {folder} not as it was saved ({', '.join(bad)}): see the table, and copy or convert it again"
+            f"found {folder} not as it was saved ({', '.join(bad)}): see the table, and copy or "
+            "convert it again"
         )
 
 
@@ -32,7 +34,8 @@ def export(
     student: Annotated[str, typer.Argument(help="local folder or hub id of a converted model")],
     file: Annotated[Path, typer.Argument(help="FILE.safetensors to write")],
 ) -> None:
-    """Write the converted FFNs of STUDENT alone to FILE, which `apply` puts into the original model."""
+    """Write the converted FFNs of STUDENT alone to FILE, which `apply` puts into the original
+    model."""
     from ..storage.exporting import export_surgery
     from ..storage.files import require_place
     from ..storage.loading import load_student
@@ -50,7 +53,8 @@ def apply(
     ],
     out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
 ) -> None:
-    """Make the student of TEACHER that FILE was exported from; refused if TEACHER is another model."""
+    """Make the student of TEACHER that FILE was exported from; refused if TEACHER is another
+    model."""
     from ..storage.checkpoint import save_converted
     from ..storage.exporting import apply_surgery
     from ..storage.files import new_folder, require_empty
@@ -77,7 +81,8 @@ def push(
         bool, typer.Option("--private", help="if the repository has to be made")
     ] = False,
 ) -> None:
-    """Upload FOLDER to the hub with a model card: base model, settings, evaluation, how to load it."""
+    """Upload FOLDER to the hub with a model card: base model, settings, evaluation, how to load
+    it."""
     from ..storage.publishing import push_to_hub
 
     typer.echo(f"pushed to {push_to_hub(folder, repo, base_model, report=report, private=private)}")

@@ -27,7 +27,7 @@ def convert(
     rows: Annotated[
         Optional[str],
         typer.Option(
-            help="tied: kernels in the plane of a unit's own rows; free: a row for every prototype  "
+            help="tied: kernels in the plane of a unit's own rows; free: a row per prototype  "
             "[default: tied without any of these options, or with pieces; else free]"
         ),
     ] = None,
@@ -85,7 +85,8 @@ def convert(
         bool,
         typer.Option(
             "--stream",
-            help="a block at a time, for a model that does not fit in memory; needs text, or 0 tokens",
+            help="a block at a time, for a model that does not fit in memory; needs text, "
+            "or 0 tokens",
         ),
     ] = False,
     seed: Annotated[

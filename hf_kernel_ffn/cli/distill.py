@@ -24,7 +24,8 @@ def record(
     ] = 64,
     processes: Annotated[int, typer.Option(min=1, help="that the distillation will run on")] = 1,
 ) -> None:
-    """Run the teacher of RECIPE over what its logits stages will read, and write its likeliest tokens to OUT_DIR."""
+    """Run the teacher of RECIPE over what its logits stages will read, and write its likeliest
+    tokens to OUT_DIR."""
     from ..distillation import load_recipe
     from ..distillation.recording import record
 
@@ -43,7 +44,8 @@ def distill(
         bool, typer.Option("--resume", help="go on from the state an interrupted run left")
     ] = False,
 ) -> None:
-    """Distil a converted model back to its teacher by RECIPE. Also: accelerate launch scripts/distill.py RECIPE …"""
+    """Distil a converted model back to its teacher by RECIPE. Also: accelerate launch
+    scripts/distill.py RECIPE …"""
     from ..distillation import Terminated, distill, load_recipe
 
     quieten()

@@ -37,7 +37,8 @@ def evaluate(
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> None:
-    """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of every layer."""
+    """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of
+    every layer."""
     from ..checkpoint_code.errors import InputError
     from ..families.student import check_pair
     from ..storage.files import require_place, write_text

@@ -20,7 +20,8 @@ Trust = Annotated[
 
 
 def quieten() -> None:
-    """Keep transformers off a stderr that is a file or a pipe: it is for the one line that says what is wrong."""
+    """Keep transformers off a stderr that is a file or a pipe: it is for the one line that says
+    what is wrong."""
     if not sys.stderr.isatty():
         from transformers.utils import logging
 

@@ -40,14 +40,16 @@ def read(
         int,
         typer.Option(
             min=0,
-            help="other mixtures of the last token's outputs in the report; seconds each, minutes if wide",
+            help="other mixtures of the last token's outputs in the report; seconds each, "
+            "minutes if wide",
         ),
     ] = 3,
     trust_remote_code: Trust = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> None:
-    """Read MODEL at one token: what every FFN chose and how loudly, what it wrote, and who wrote the next token's logit."""
+    """Read MODEL at one token: what every FFN chose and how loudly, what it wrote, and who wrote
+    the next token's logit."""
     from ..families.lookup import parse_layers
     from ..reading import trace
     from ..reading.summary import summary

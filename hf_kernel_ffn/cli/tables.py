@@ -70,11 +70,20 @@ def print_reading(found: dict) -> None:
     rows = []
     for layer in found["layers"]:
         support = layer.get("support")
-        rows.append([
-            str(layer["layer"]), layer["regime"], f"{layer['intensity']:.2f}", f"{layer['entropy']:.2f}", str(layer["active"]),
-            f"{layer['effective']:.1f}", f"{layer['coherence']:.3f}", f"{layer['negative_mass_share']:.1%}",
-            "–" if support is None else f"{support['nearest']:.0f}%", layer["diagnosis"],
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(layer["layer"]),
+                layer["regime"],
+                f"{layer['intensity']:.2f}",
+                f"{layer['entropy']:.2f}",
+                str(layer["active"]),
+                f"{layer['effective']:.1f}",
+                f"{layer['coherence']:.3f}",
+                f"{layer['negative_mass_share']:.1%}",
+                "–" if support is None else f"{support['nearest']:.0f}%",
+                layer["diagnosis"],
+            ]
+        )
     print_table(head, rows)
     for layer in found["layers"]:
         shares = layer["contributions"] and layer["contributions"][0]["share"] is not None

@@ -18,7 +18,8 @@ PIECES_TOKENS = 4096
 """Tokens of its own that a model writes where all that is fitted are pieces of units: these need no
 more, and a large model writes them in a minute."""
 PIECES_ROW_LENGTH = 64
-"""Length of the rows that it then writes: many rows have many first tokens, which are what spikes."""
+"""Length of the rows that it then writes: many rows have many first tokens, which are what
+spikes."""
 FIT_TOKENS = 2048
 """Tokens on which the input prototypes of single units are fitted."""
 FIT_ROWS = 32

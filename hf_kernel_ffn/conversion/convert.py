@@ -134,7 +134,8 @@ def convert(
 def _write_calibration_text(
     teacher: PreTrainedModel, tokens: int, seed: int, *, only_tied: bool, progress: bool
 ) -> Inputs:
-    """Token ids (rows, length) of the teacher's own making; few, in short rows, for pieces alone."""
+    """Token ids (rows, length) of the teacher's own making; few, in short rows, for pieces
+    alone."""
     if not only_tied:
         return write_own_text(teacher, tokens, seed, progress=progress)
     return write_own_text(

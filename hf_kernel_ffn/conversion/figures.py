@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 SPIKE = 10.0
-"""A token whose FFN output is longer than so many medians is a spike. On SmolLM2 the first token of a
-row writes hundreds of times as much as the others in two layers; a figure over both says nothing of
-either."""
+"""A token whose FFN output is longer than so many medians is a spike. On SmolLM2 the first token of
+a row writes hundreds of times as much as the others in two layers; a figure over both says nothing
+of either."""
 
 
 @torch.no_grad()

@@ -225,7 +225,8 @@ def locality_report(
     for path, ffn in cast(KernelModelMixin, student).kernel_ffns().items():
         if isinstance(ffn, TiedKernelFFN):
             raise InputError(
-                f"found tied rows at {path}, expected prototypes of their own: convert with rows 'free'"
+                f"found tied rows at {path}, expected prototypes of their own: "
+                "convert with rows 'free'"
             )
         # One at a time: the inputs of one layer at the three texts are in memory together.
         inputs = {name: _read_inputs(teacher, path, rows) for name, rows in texts.items()}

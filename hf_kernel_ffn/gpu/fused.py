@@ -37,13 +37,15 @@ class Fused:
     """What a KernelFFN asks first when it is in ``ffn.fused``."""
 
     required: bool = False
-    """Whether a call that the Triton kernels cannot serve is an error; otherwise the layer goes on without them."""
+    """Whether a call that the Triton kernels cannot serve is an error; otherwise the layer goes on
+    without them."""
 
     def reason_against_readout(self, ffn: KernelFFN, hidden_states: Tensor) -> str | None:
         """Why they do not compute the output of ``ffn`` at ``hidden_states``; None if they do.
 
         Raises:
-            InputError: ``required``, and neither this nor, for a sparse layer, the gather can serve the call.
+            InputError: ``required``, and neither this nor, for a sparse layer, the gather can serve
+            the call.
         """
         if not (self.required or hidden_states.is_cuda):
             return "a tensor off the GPU, expected one on it"
@@ -55,7 +57,8 @@ class Fused:
         return reason
 
     def reason_against_sum(self, ffn: KernelFFN, hidden_states: Tensor) -> str | None:
-        """Why they do not sum the output prototypes of ``ffn``; None if they do, of few tokens the active ones alone."""
+        """Why they do not sum the output prototypes of ``ffn``; None if they do, of few tokens the
+        active ones alone."""
         if not (self.required or hidden_states.is_cuda):
             return "a tensor off the GPU, expected one on it"
         return reason_against_fused_gather(ffn, hidden_states)
@@ -65,7 +68,8 @@ class Fused:
         return fused_readout(ffn, hidden_states)
 
     def mixture(self, ffn: KernelFFN, coefficients: Tensor) -> Tensor:
-        """Σ c_i v_i + b_out (..., d) of few tokens by the active output prototypes alone, where nothing is against it."""
+        """Σ c_i v_i + b_out (..., d) of few tokens by the active output prototypes alone, where
+        nothing is against it."""
         linear = ffn.output_prototypes
         if not (torch.compiler.is_compiling() or linear.weight.T.is_contiguous() or ffn.training):
             lay_out_by_prototypes(linear)
@@ -73,8 +77,9 @@ class Fused:
 
 
 def fuse(model: Any, required: bool = False) -> None:
-    """Let every kernel readout of ``model`` run by the Triton kernels of this file where they can serve a call; ``required``: raise
-    InputError in a call that they cannot. ``ffn.fused = None`` forbids it again. Nothing of it is saved."""
+    """Let every kernel readout of ``model`` run by the Triton kernels of this file where they can
+    serve a call; ``required``: raise InputError in a call that they cannot. ``ffn.fused = None``
+    forbids it again. Nothing of it is saved."""
     for ffn in model.kernel_ffns().values():
         if isinstance(ffn, KernelFFN):
             ffn.fused = Fused(required)
@@ -99,7 +104,10 @@ def reason_against_fused_readout(ffn: KernelFFN, x: Tensor) -> str | None:
     """Why ``ffn`` cannot be fused at ``x``: what was found and what is expected; None if it can."""
     simplex = ffn.config.settings.simplex
     if simplex != "softmax":
-        return f"simplex {simplex!r} with {_tokens(x)} tokens, expected 'softmax', or up to {FEW} tokens without gradients"
+        return (
+            f"simplex {simplex!r} with {_tokens(x)} tokens, expected 'softmax', or up to {FEW} "
+            "tokens without gradients"
+        )
     reason = reason_against_dense_yat(ffn)
     if reason is not None:
         return f"{reason} for the fused readout"
@@ -107,7 +115,8 @@ def reason_against_fused_readout(ffn: KernelFFN, x: Tensor) -> str | None:
 
 
 def reason_against_fused_gather(ffn: KernelFFN, x: Tensor) -> str | None:
-    """Why few tokens of ``ffn`` cannot be summed from the active output prototypes alone; None if they can."""
+    """Why few tokens of ``ffn`` cannot be summed from the active output prototypes alone; None if
+    they can."""
     if (
         ffn.config.settings.simplex == "softmax"
         or torch.is_grad_enabled()
@@ -126,13 +135,19 @@ def _against(x, linears) -> str | None:
     if triton is None:
         return "no Triton, expected triton 3.6 or newer (pip install triton) for the fused readout"
     if not _runs(x.device.type, x.device.index):
-        return f"device {x.device}, expected a CUDA GPU of compute capability 8.0 or newer for the fused readout"
+        return (
+            f"device {x.device}, expected a CUDA GPU of compute capability 8.0 or newer for the "
+            "fused readout"
+        )
     dtypes = {x.dtype, *(linear.weight.dtype for linear in linears)}
     if not dtypes <= set(DTYPES) or (
         len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type)
     ):
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        return f"{names}, expected one of float32, bfloat16 and float16, for input and weights alike, for the fused readout"
+        return (
+            f"{names}, expected one of float32, bfloat16 and float16, for input and weights alike, "
+            "for the fused readout"
+        )
     return None
 
 

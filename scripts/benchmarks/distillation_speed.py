@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Tokens per second of the layer-wise stage against its floor: the teacher's forward pass, and one forward and backward pass
-of each FFN on inputs that are at hand.
+"""Tokens per second of the layer-wise stage against its floor: the teacher's forward pass, and one
+forward and backward pass of each FFN on inputs that are at hand.
 
-    python scripts/benchmarks/distillation_speed.py recipes/teachers/llama --json recipes/results/speed/distillation.json
+    python scripts/benchmarks/distillation_speed.py recipes/teachers/llama --json
+    recipes/results/speed/distillation.json
 """
 
 import json
@@ -26,7 +27,8 @@ def main(
         Optional[Path], typer.Option("--json", help="where to write the figures")
     ] = None,
 ):
-    """Time one step of the layer-wise stage on random token ids, the student converted without calibration."""
+    """Time one step of the layer-wise stage on random token ids, the student converted without
+    calibration."""
     import torch
 
     from hf_kernel_ffn import convert
@@ -78,10 +80,16 @@ def main(
 
     times = interleaved({"layer-wise": step, "floor": floor}, repeats, torch.device(device), clock)
     found = {
-        "teacher": teacher, "tokens_per_step": ids.numel(), "optimizer": optimizer, "clock": clock, "torch": torch.__version__,
-        "tokens_per_second": {name: ids.numel() / seconds["median"] for name, seconds in times.items()},
+        "teacher": teacher,
+        "tokens_per_step": ids.numel(),
+        "optimizer": optimizer,
+        "clock": clock,
+        "torch": torch.__version__,
+        "tokens_per_second": {
+            name: ids.numel() / seconds["median"] for name, seconds in times.items()
+        },
         "throughput_over_floor": ratio(times, "floor", "layer-wise"),
-    }  # fmt: skip
+    }
     typer.echo(json.dumps(found, indent=1))
     if json_file is not None:
         write_text(json_file, json.dumps(found, indent=1) + "\n")

@@ -24,9 +24,20 @@ from hf_kernel_ffn.storage.files import require_place, write_text
 from hf_kernel_ffn.storage.loading import get_torch_dtype, load_model
 
 COLUMNS = (
-    "shape", "mode", "phase", "what", "ms", "against", "time ratio", "aimed at",
-    "MiB held", "ratio", "aimed at", "MiB moved", "ms to copy weights",
-)  # fmt: skip
+    "shape",
+    "mode",
+    "phase",
+    "what",
+    "ms",
+    "against",
+    "time ratio",
+    "aimed at",
+    "MiB held",
+    "ratio",
+    "aimed at",
+    "MiB moved",
+    "ms to copy weights",
+)
 """Of the table that is printed."""
 
 

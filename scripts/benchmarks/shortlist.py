@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Sub-linear selection, an experiment: can a coarse quantiser find the prototypes that a sparse readout keeps, without scoring all of them?
+"""Sub-linear selection, an experiment: can a coarse quantiser find the prototypes that a sparse
+readout keeps, without scoring all of them?
 
-Input prototypes are put into cells by k-means of their directions; a token scores the cells, and exactly only the prototypes in its best
-ones. Recall of the exact top-k, and one token's time against scoring everything, for random rows at the shape of a large model, and recall
-alone for the prototypes of a converted teacher at its own inputs on text.
+Input prototypes are put into cells by k-means of their directions; a token scores the cells, and
+exactly only the prototypes in its best ones. Recall of the exact top-k, and one token's time
+against scoring everything, for random rows at the shape of a large model, and recall alone for the
+prototypes of a converted teacher at its own inputs on text.
 
-    python scripts/benchmarks/shortlist.py recipes/teachers/llama --out recipes/results/speed/shortlist.json
+    python scripts/benchmarks/shortlist.py recipes/teachers/llama --out
+    recipes/results/speed/shortlist.json
 """
 
 import json
@@ -24,7 +27,8 @@ ROUNDS = 8
 
 
 def cells(rows: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(count, d) directions and, for each, the numbers of its rows of ``rows`` (m, d), by spherical k-means."""
+    """(count, d) directions and, for each, the numbers of its rows of ``rows`` (m, d), by spherical
+    k-means."""
     unit = torch.nn.functional.normalize(rows, dim=-1)
     centres = unit[torch.randperm(len(unit), generator=torch.Generator().manual_seed(seed))[:count]]
     for _ in range(ROUNDS):
@@ -36,7 +40,8 @@ def cells(rows: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, list
 
 
 def recall(rows, bias, x, kept: int, seed: int) -> list[dict]:
-    """For tokens ``x`` (tokens, d), how many of the ``kept`` largest relu(x·w + b) lie in the cells opened, by share of cells."""
+    """For tokens ``x`` (tokens, d), how many of the ``kept`` largest relu(x·w + b) lie in the cells
+    opened, by share of cells."""
     count = round(len(rows) ** 0.5)
     centres, members = cells(rows, count, seed)
     place = torch.empty(len(rows), dtype=torch.long)
@@ -67,7 +72,8 @@ def recall(rows, bias, x, kept: int, seed: int) -> list[dict]:
 
 
 def times(rows, x, repeats: int, seed: int) -> list[float]:
-    """One token's time by share of cells, over the time of scoring every row; medians of interleaved repeats."""
+    """One token's time by share of cells, over the time of scoring every row; medians of
+    interleaved repeats."""
     count = round(len(rows) ** 0.5)
     centres, members = cells(rows, count, seed)
     blocks = [rows[numbers].contiguous() for numbers in members]

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""What a recorded teacher costs and is worth in the logits stage: bytes, tokens per second, and KL on other text after the same steps.
+"""What a recorded teacher costs and is worth in the logits stage: bytes, tokens per second, and KL
+on other text after the same steps.
 
-python scripts/benchmarks/stored_logits.py recipes/llama-faithful.yaml recipes/llama-readable.yaml --json recipes/results/speed/stored_logits.json
+python scripts/benchmarks/stored_logits.py recipes/llama-faithful.yaml recipes/llama-readable.yaml
+--json recipes/results/speed/stored_logits.json
 """
 
 import copy
@@ -31,8 +33,8 @@ def main(
         Optional[Path], typer.Option("--json", help="where to write the figures")
     ] = None,
 ):
-    """Convert each recipe's teacher, record it, and run the logits stage with the teacher running and with each record. Steps are timed
-    without the price of write mass."""
+    """Convert each recipe's teacher, record it, and run the logits stage with the teacher running
+    and with each record. Steps are timed without the price of write mass."""
     import torch
 
     from hf_kernel_ffn.distillation import load_recipe
@@ -92,8 +94,9 @@ def main(
                 out = Path(scratch, str(k))
                 record(recipe, out, k, say=typer.echo)
                 found["records"][f"top {k}"] = {
-                    "bytes_per_token": token_bytes(k), "bytes": sum(part.stat().st_size for part in out.iterdir()),
-                }  # fmt: skip
+                    "bytes_per_token": token_bytes(k),
+                    "bytes": sum(part.stat().st_size for part in out.iterdir()),
+                }
                 stages[f"top {k}"] = stage.model_copy(update={"stored_logits": str(out)})
                 work[f"top {k}"] = step(RecordedTeacher(teacher, Record(out)))
             times = interleaved(work, repeats, torch.device("cpu"), clock)

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""What a streamed conversion costs: a random Llama of at least 3 GiB, its peak memory and its time against copying the files.
+"""What a streamed conversion costs: a random Llama of at least 3 GiB, its peak memory and its time
+against copying the files.
 
-python scripts/benchmarks/streaming_speed.py runs/streaming --json recipes/results/speed/streaming.json
+python scripts/benchmarks/streaming_speed.py runs/streaming --json
+recipes/results/speed/streaming.json
 """
 
 import json
@@ -26,7 +28,8 @@ def main(
     ] = None,
     convert: Annotated[bool, typer.Option("--convert", hidden=True)] = False,
 ):
-    """Make a random bfloat16 Llama in FOLDER, copy it, convert it block by block without calibration, and compare."""
+    """Make a random bfloat16 Llama in FOLDER, copy it, convert it block by block without
+    calibration, and compare."""
     from hf_kernel_ffn import KernelFFNConfig
     from hf_kernel_ffn.conversion.streaming import convert_streamed
     from hf_kernel_ffn.storage.files import write_text
@@ -80,7 +83,8 @@ def main(
 
 
 def peak_memory() -> int:
-    """Bytes that this process has had resident at most; of getrusage, a child's begins at its parent's."""
+    """Bytes that this process has had resident at most; of getrusage, a child's begins at its
+    parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
@@ -92,9 +96,15 @@ def make_teacher(folder: Path, gib: float) -> int:
 
     per_layer = 2 * (4 * 2048**2 + 3 * 2048 * 8192)
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=2048, intermediate_size=8192, num_hidden_layers=round(gib * 2**30 / per_layer) + 1,
-        num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=True, dtype=torch.bfloat16,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=round(gib * 2**30 / per_layer) + 1,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        tie_word_embeddings=True,
+        dtype=torch.bfloat16,
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""The frontier of fidelity and readability: named configurations and their controls at one budget of tokens, in one table.
+"""The frontier of fidelity and readability: named configurations and their controls at one budget
+of tokens, in one table.
 
-    python scripts/experiments/frontier.py run  recipes/teachers/llama --out recipes/results/llama     # what is there already is kept
-    python scripts/experiments/frontier.py show recipes/results/llama                                  # table.csv, table.md, frontier.png
+    python scripts/experiments/frontier.py run  recipes/teachers/llama --out recipes/results/llama
+    # what is there already is kept python scripts/experiments/frontier.py show
+    recipes/results/llama                                  # table.csv, table.md, frontier.png
 
 Any causal language model of a supported family serves, with text of your own:
-    python scripts/experiments/frontier.py run gpt2 --out runs/gpt2 --train my.txt --test other.txt --tokens 5000000 --device cuda
+    python scripts/experiments/frontier.py run gpt2 --out runs/gpt2 --train my.txt --test other.txt
+    --tokens 5000000 --device cuda
 """
 
 import json
@@ -25,7 +28,8 @@ class Row:
     """One line of the table."""
 
     kind: str
-    """kernel; teacher (its own FFNs, truncated or not); transcoder; recipe (a file, with its own budget)."""
+    """kernel; teacher (its own FFNs, truncated or not); transcoder; recipe (a file, with its own
+    budget)."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of KernelFFNConfig, TeacherFFN or Transcoder; for a recipe, its file."""
     stages: dict[str, Any] = field(default_factory=dict)
@@ -34,7 +38,8 @@ class Row:
 
 
 def rows(units: int, gated: bool, family: str) -> dict[str, Row]:
-    """The configurations for a teacher with ``units`` hidden units per FFN: k = units/16 and units/32 active per token."""
+    """The configurations for a teacher with ``units`` hidden units per FFN: k = units/16 and
+    units/32 active per token."""
     k, few = units // 16, units // 32
     single, pieces = ("polarised ", 2) if gated else ("single ", 1)
 
@@ -103,12 +108,13 @@ MASS = 0.03
 SPARSE = {"layer-wise": {"learning_rate": 0.008}, "logits": {"learning_rate": 0.003}}
 DENSE = {"layer-wise": {"learning_rate": 0.004}, "logits": {"learning_rate": 0.0005}}
 FRESH = {"layer-wise": {"learning_rate": 0.2}, "logits": {"learning_rate": 0.003}}
-"""Learning rates of the stages: of dense rows, which start close to the teacher, of sparse ones, which do not, and of transcoders,
-which start from nothing."""
+"""Learning rates of the stages: of dense rows, which start close to the teacher, of sparse ones,
+which do not, and of transcoders, which start from nothing."""
 
 
 def make_recipe(teacher: str, row: Row, train: str, tokens: int, seed: int):
-    """Half of the budget layer-wise by Muon, half on the logits by AdamW; the same for every row that has no file."""
+    """Half of the budget layer-wise by Muon, half on the logits by AdamW; the same for every row
+    that has no file."""
     from hf_kernel_ffn.distillation import Recipe, load_recipe
 
     if row.kind == "recipe":
@@ -158,9 +164,13 @@ def make_student(row: Row, recipe, teacher, tokenizer):
     if row.kind == "transcoder":
         return transcoder_student(teacher, ids, **row.settings, seed=recipe.seed)
     return convert(
-        teacher, recipe.kernel_settings(), recipe.kernel_ffn.get("layers"),
-        calibration_ids=ids, calibration_tokens=recipe.calibration_tokens, seed=recipe.seed,
-    )[0]  # fmt: skip
+        teacher,
+        recipe.kernel_settings(),
+        recipe.kernel_ffn.get("layers"),
+        calibration_ids=ids,
+        calibration_tokens=recipe.calibration_tokens,
+        seed=recipe.seed,
+    )[0]
 
 
 def measure(
@@ -310,11 +320,27 @@ def run(
 
 
 COLUMNS = (
-    "row", "regime", "tokens", "parameters_per_layer", "prototypes", "active_prototypes",
-    "active_prototypes_student_inputs", "dead_prototypes",
-    "delta_cross_entropy", "kl", "top1_agreement", "loss_recovered", "cloze", "fvu", "coherence", "orthogonal_coherence",
-    "effective_prototypes", "opposed_share", "write_mass_ratio", "seed",
-)  # fmt: skip
+    "row",
+    "regime",
+    "tokens",
+    "parameters_per_layer",
+    "prototypes",
+    "active_prototypes",
+    "active_prototypes_student_inputs",
+    "dead_prototypes",
+    "delta_cross_entropy",
+    "kl",
+    "top1_agreement",
+    "loss_recovered",
+    "cloze",
+    "fvu",
+    "coherence",
+    "orthogonal_coherence",
+    "effective_prototypes",
+    "opposed_share",
+    "write_mass_ratio",
+    "seed",
+)
 GROUPS = ("operating points", "dense", "sparse", "controls")
 
 
@@ -353,8 +379,9 @@ def show(out: Annotated[Path, typer.Argument(help="folder of reports that run ha
 
 
 def markdown(found: list[dict]) -> str:
-    """The table; ``read`` is how many rows of the dictionary a token reads, of how many, at the teacher's inputs (as all figures of
-    readability are), ``own`` the same when the student itself runs."""
+    """The table; ``read`` is how many rows of the dictionary a token reads, of how many, at the
+    teacher's inputs (as all figures of readability are), ``own`` the same when the student itself
+    runs."""
     first = found[0]
     lines = [
         "| # | | regime | parameters | tokens | ΔCE | KL | top-1 | cloze | read | own | dead | coherence | 1/√n_eff | opposed | mass |",
@@ -388,7 +415,8 @@ MARKS = {"kernel": "o", "recipe": "*", "teacher": "s", "transcoder": "^"}
 
 
 def plot(found: list[dict], file: Path) -> None:
-    """ΔCE against active prototypes per token, coloured by coherence, and against coherence; points by their number in the table."""
+    """ΔCE against active prototypes per token, coloured by coherence, and against coherence; points
+    by their number in the table."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -400,10 +428,17 @@ def plot(found: list[dict], file: Path) -> None:
         for kind, mark in MARKS.items():
             here = [row for row in found if row["kind"] == kind]
             points = axes.scatter(
-                [row[across] for row in here], [max(row["delta_cross_entropy"], 1e-4) for row in here],
-                c=[row["coherence"] for row in here], norm=scale, cmap="viridis", marker=mark, s=160 if mark == "*" else 70,
-                edgecolors="black", linewidths=0.6, label=kind,
-            )  # fmt: skip
+                [row[across] for row in here],
+                [max(row["delta_cross_entropy"], 1e-4) for row in here],
+                c=[row["coherence"] for row in here],
+                norm=scale,
+                cmap="viridis",
+                marker=mark,
+                s=160 if mark == "*" else 70,
+                edgecolors="black",
+                linewidths=0.6,
+                label=kind,
+            )
         for number, row in enumerate(found, 1):
             place = (row[across], max(row["delta_cross_entropy"], 1e-4))
             axes.annotate(str(number), place, xytext=(5, 3), textcoords="offset points", fontsize=8)

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Does distance matter? Converts a teacher by several kernels and initialisers and reads off, on text, how much the distance term of the
-kernel varies and what it buys: purity of contexts, support scores. No training.
+"""Does distance matter? Converts a teacher by several kernels and initialisers and reads off, on
+text, how much the distance term of the kernel varies and what it buys: purity of contexts, support
+scores. No training.
 
-"clusters": input prototypes at the k-means centroids of the calibration text's inputs, output prototypes solved for them.
-"standardised": the same teacher, written so that every dimension of an FFN's input has the same spread (and no mean, where the norm has a bias).
+"clusters": input prototypes at the k-means centroids of the calibration text's inputs, output
+prototypes solved for them. "standardised": the same teacher, written so that every dimension of an
+FFN's input has the same spread (and no mean, where the norm has a bias).
 
-    python scripts/experiments/locality.py recipes/teachers/llama --out recipes/results/llama/locality
+    python scripts/experiments/locality.py recipes/teachers/llama --out
+    recipes/results/llama/locality
 """
 
 import json
@@ -76,8 +79,9 @@ def main(
 
 
 def standardised(teacher, ids):
-    """A copy of ``teacher``, the same function, whose FFN inputs have unit variance in every dimension over ``ids``, and zero mean where
-    the norm before the FFN has a bias: norm and W_in are written anew."""
+    """A copy of ``teacher``, the same function, whose FFN inputs have unit variance in every
+    dimension over ``ids``, and zero mean where the norm before the FFN has a bias: norm and W_in
+    are written anew."""
     import copy
 
     import torch
@@ -129,8 +133,9 @@ def standardised(teacher, ids):
 
 
 def at_clusters(student, teacher, ids, seed: int) -> list[float]:
-    """Move the prototypes of ``student`` to the centroids of its inputs at ``ids`` (k-means from random tokens), solve its output
-    prototypes for them, and return the variance left unexplained, by layer."""
+    """Move the prototypes of ``student`` to the centroids of its inputs at ``ids`` (k-means from
+    random tokens), solve its output prototypes for them, and return the variance left unexplained,
+    by layer."""
     import torch
     from scipy.cluster.vq import kmeans2
 

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Make multiple-choice questions from plain text: which name comes next, asked of who has read the text.
+"""Make multiple-choice questions from plain text: which name comes next, asked of who has read the
+text.
 
     python scripts/experiments/make_cloze.py books.txt.xz cloze.jsonl --exclude distil.txt
 
-One question a line, {"context": …, "choices": [4 names], "answer": index}, for hf_kernel_ffn.evaluation.probes. The answer is
-the name that follows the context in the text, and is often found together with another name of the context. The
-other three follow the same word elsewhere about as often, and are about as frequent in all, but are never found with
-the names that give the answer away: neither grammar nor frequency helps, only knowledge of who belongs to whom.
+One question a line, {"context": …, "choices": [4 names], "answer": index}, for
+hf_kernel_ffn.evaluation.probes. The answer is the name that follows the context in the text, and is
+often found together with another name of the context. The other three follow the same word
+elsewhere about as often, and are about as frequent in all, but are never found with the names that
+give the answer away: neither grammar nor frequency helps, only knowledge of who belongs to whom.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def paragraphs_of(path: Path) -> list[str]:
 
 
 def names_of(paragraphs: list[str], least: int) -> dict[str, int]:
-    """How often each name occurs that does so ``least`` times: words that are hardly ever found without a capital."""
+    """How often each name occurs that does so ``least`` times: words that are hardly ever found
+    without a capital."""
     count = Counter(word for paragraph in paragraphs for word in WORD.findall(paragraph))
     return {
         w: n
@@ -137,14 +140,14 @@ def main(
     )
     if len(made) < questions:
         raise typer.BadParameter(
-            f"found {len(made)} questions in {text}, expected {questions}: give more text, or lower --least and --together"
+            f"found {len(made)} questions in {text}, expected {questions}: give more text, "
+            "or lower --least and --together"
         )
     out.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8"
     )
-    typer.echo(
-        f"{len(made)} questions with {len({row['choices'][row['answer']] for row in made})} different answers in {out}"
-    )
+    answers = {row["choices"][row["answer"]] for row in made}
+    typer.echo(f"{len(made)} questions with {len(answers)} different answers in {out}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""What reading a converted model is worth: a distilled student against its own untouched teacher and against the truncated teacher.
+"""What reading a converted model is worth: a distilled student against its own untouched teacher
+and against the truncated teacher.
 
-hf-kernel-ffn distill recipes/llama-readable.yaml
-python scripts/experiments/readings.py recipes/teachers/llama runs/llama-readable --out recipes/results/llama/reading
+hf-kernel-ffn distill recipes/llama-readable.yaml python scripts/experiments/readings.py
+recipes/teachers/llama runs/llama-readable --out recipes/results/llama/reading
 """
 
 import json
@@ -13,13 +14,25 @@ from typing import Annotated
 import typer
 
 MOST_USED, SPLITS, EDITS, LIKELY = 100, 200, 50, 0.5
-"""Prototypes whose contexts are looked at per layer; logit gaps that are split; edits; the probability that an edit is to reach."""
+"""Prototypes whose contexts are looked at per layer; logit gaps that are split; edits; the
+probability that an edit is to reach."""
 ROWS = {
-    "effective prototypes": ".1f", "coherence": ".3f", "purity of the 100 most used": ".3f", "gap carried by 10, median": ".2f",
-    "|contributions| in 10": ".1%", "AUC nearest, scrambled": ".2f", "AUC nearest, code": ".2f", "AUC mass, scrambled": ".2f",
-    "AUC mass, code": ".2f", "edits that reach 50%": ".0%", "collateral KL, median": ".5f", "collateral KL, mean": ".5f",
-    "new prototypes that reach 50%": ".0%", "their collateral KL, median": ".5f", "their collateral KL, mean": ".5f",
-}  # fmt: skip
+    "effective prototypes": ".1f",
+    "coherence": ".3f",
+    "purity of the 100 most used": ".3f",
+    "gap carried by 10, median": ".2f",
+    "|contributions| in 10": ".1%",
+    "AUC nearest, scrambled": ".2f",
+    "AUC nearest, code": ".2f",
+    "AUC mass, scrambled": ".2f",
+    "AUC mass, code": ".2f",
+    "edits that reach 50%": ".0%",
+    "collateral KL, median": ".5f",
+    "collateral KL, mean": ".5f",
+    "new prototypes that reach 50%": ".0%",
+    "their collateral KL, median": ".5f",
+    "their collateral KL, mean": ".5f",
+}
 
 
 def main(
@@ -94,7 +107,8 @@ def main(
 
 
 def gaps(model, tokenizer, ids, seed: int) -> dict:
-    """How much of the gap between the two likeliest tokens the 10 largest contributions carry, of whatever kind."""
+    """How much of the gap between the two likeliest tokens the 10 largest contributions carry, of
+    whatever kind."""
     import torch
 
     from hf_kernel_ffn.reading import trace
@@ -113,7 +127,8 @@ def gaps(model, tokenizer, ids, seed: int) -> dict:
 
 
 def targets(teacher, tokenizer, ids, seed: int) -> list:
-    """Contexts of 20 to 60 tokens, and for each a token that the teacher ranks between 10th and 1000th after it."""
+    """Contexts of 20 to 60 tokens, and for each a token that the teacher ranks between 10th and
+    1000th after it."""
     import torch
 
     from hf_kernel_ffn.reading import trace
@@ -130,7 +145,8 @@ def targets(teacher, tokenizer, ids, seed: int) -> list:
 
 
 def edits(model, tokenizer, goals, used, ordinary, others, additions: bool) -> dict:
-    """Success and collateral of one rewritten prototype, or neuron, per goal, and of one new prototype."""
+    """Success and collateral of one rewritten prototype, or neuron, per goal, and of one new
+    prototype."""
     from hf_kernel_ffn.reading import trace
     from hf_kernel_ffn.reading.steering import raise_token, raise_token_by_addition
 

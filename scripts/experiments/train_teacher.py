@@ -40,35 +40,75 @@ SEQUENCE_LENGTH = 256
 END = "<|endoftext|>"
 MASK = "<|mask|>"
 MASKED_SHARE = 0.4
-"""Of an encoder's tokens in training; more than the usual 15% gives it more to learn from (Wettig et al. 2023, arXiv:2202.08005)."""
+"""Of an encoder's tokens in training; more than the usual 15% gives it more to learn from (Wettig
+et al. 2023, arXiv:2202.08005)."""
 
 # Small, and unlike each other: grouped and single key-value heads, a sliding window, tied or not.
 SHAPES: dict[str, Any] = {
     "llama": lambda: LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
     ),
     "gpt2": lambda: GPT2Config(
-        vocab_size=VOCAB_SIZE, n_embd=192, n_layer=4, n_head=6, n_positions=SEQUENCE_LENGTH,
-        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        vocab_size=VOCAB_SIZE,
+        n_embd=192,
+        n_layer=4,
+        n_head=6,
+        n_positions=SEQUENCE_LENGTH,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
     ),
     "mistral": lambda: MistralConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=160, intermediate_size=448, num_hidden_layers=5,
-        num_attention_heads=5, num_key_value_heads=1, head_dim=32, sliding_window=64,
-        max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=160,
+        intermediate_size=448,
+        num_hidden_layers=5,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=32,
+        sliding_window=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
     ),
     "qwen3": lambda: Qwen3Config(
-        vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=48, max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=48,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
     ),
     "bert": lambda: BertConfig(
-        vocab_size=VOCAB_SIZE + 1, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=64, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, initializer_range=0.05, pad_token_id=0,
+        vocab_size=VOCAB_SIZE + 1,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.05,
+        pad_token_id=0,
     ),
-}  # fmt: skip
+}
 
 
 def read_text(path: Path) -> str:
@@ -95,8 +135,11 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     """Muon on the blocks' matrices, AdamW on embeddings, head and vectors."""
-    embeddings = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings())
-                  for p in m.parameters()}  # fmt: skip
+    embeddings = {
+        id(p)
+        for m in (model.get_input_embeddings(), model.get_output_embeddings())
+        for p in m.parameters()
+    }
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
     rest = [p for p in model.parameters() if p.ndim != 2 or id(p) in embeddings]
     return [
@@ -113,15 +156,20 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
         return tokenizer.decode(model(input_ids=prompt.input_ids).logits[0].argmax(-1))
     prompt = tokenizer("The old man looked at", return_tensors="pt")
     output = model.generate(
-        **prompt, max_new_tokens=60, do_sample=True, top_p=0.9, temperature=0.8,
+        **prompt,
+        max_new_tokens=60,
+        do_sample=True,
+        top_p=0.9,
+        temperature=0.8,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     return tokenizer.decode(output[0])
 
 
 CAUSAL_SHARE = 0.4
-"""Share of the steps in which an encoder first predicts next tokens, under a causal mask: a masked token says nothing by itself, and
-attention that has to be found from masks alone took more than a million tokens to begin."""
+"""Share of the steps in which an encoder first predicts next tokens, under a causal mask: a masked
+token says nothing by itself, and attention that has to be found from masks alone took more than a
+million tokens to begin."""
 
 
 def look_back_only(model: PreTrainedModel, on: bool) -> None:

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Trained models of other families, by their recipes: how close they are converted with calibration, and how close distilled.
+"""Trained models of other families, by their recipes: how close they are converted with
+calibration, and how close distilled.
 
-    python scripts/experiments/trained_families.py recipes/qwen3-faithful.yaml         # reports that are there already are kept
-    python scripts/experiments/trained_families.py MY_RECIPE.yaml … --out runs/results
+    python scripts/experiments/trained_families.py recipes/qwen3-faithful.yaml         # reports
+    that are there already are kept python scripts/experiments/trained_families.py MY_RECIPE.yaml …
+    --out runs/results
 
-Writes OUT/<teacher>/converted.json and distilled.json, what `hf-kernel-ffn evaluate --json` writes, and prints the table.
+Writes OUT/<teacher>/converted.json and distilled.json, what `hf-kernel-ffn evaluate --json` writes,
+and prints the table.
 """
 
 import json

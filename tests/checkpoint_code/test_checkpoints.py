@@ -120,7 +120,8 @@ def rewrite_config(folder, change):
 
 @pytest.fixture(scope="module")
 def elsewhere(students, folders, make_teacher, ids, run_elsewhere, tmp_path_factory):
-    """What one interpreter without the package computes from many checkpoints, and what it should have."""
+    """What one interpreter without the package computes from many checkpoints, and what it should
+    have."""
     scratch, jobs, expected = tmp_path_factory.mktemp("elsewhere"), [], {}
 
     def add(name, auto, folder, out, **more):

@@ -1,7 +1,9 @@
-"""Checkpoints that version 0.1 wrote, one of each kind: they load by this package, and by their own code without it.
+"""Checkpoints that version 0.1 wrote, one of each kind: they load by this package, and by their own
+code without it.
 
-Every checkpoint under tests/fixtures/checkpoints_0_1 has its family's file beside its weights; the rest of the code that
-version 0.1 saved is the same for all of them and lies in ``code``, byte for byte as it was written.
+Every checkpoint under tests/fixtures/checkpoints_0_1 has its family's file beside its weights; the
+rest of the code that version 0.1 saved is the same for all of them and lies in ``code``, byte for
+byte as it was written.
 """
 
 import shutil
@@ -24,7 +26,8 @@ ELSEWHERE = {"llama-polarised": "AutoModelForCausalLM", CUSTOM_KERNEL: "AutoMode
 
 
 def copy_with_code(kind, parent):
-    """The whole checkpoint as version 0.1 saved it: ``code`` without what the checkpoint has itself."""
+    """The whole checkpoint as version 0.1 saved it: ``code`` without what the checkpoint has
+    itself."""
     folder = parent / kind
     shutil.copytree(FIXTURES / "code", folder)
     shutil.copytree(FIXTURES / kind, folder, dirs_exist_ok=True)

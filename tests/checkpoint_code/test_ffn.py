@@ -1,4 +1,5 @@
-"""KernelFFN: its forward, its gradients, its record, the laws of its regime, and its numerical edges."""
+"""KernelFFN: its forward, its gradients, its record, the laws of its regime, and its numerical
+edges."""
 
 import itertools
 import math
@@ -195,7 +196,8 @@ def test_zero_input_and_zero_rows(kernel, simplex, intensity):
     "simplex, intensity", [("softmax", "mass"), ("softmax", "none"), ("entmax-1.5", "gate")]
 )
 def test_every_norm_on_prototypes_and_between_them(kernel, norm, simplex, intensity):
-    """ε is relative to ‖x‖², as a conversion sets it; float32 then keeps three digits of the float64 answer."""
+    """ε is relative to ‖x‖², as a conversion sets it; float32 then keeps three digits of the
+    float64 answer."""
     ffn = make_layer(
         torch.float32, kernel=kernel, simplex=simplex, intensity=intensity, epsilon=0.02 * norm**2
     )
@@ -236,7 +238,8 @@ def test_half_precision_is_finite_and_keeps_its_dtype(dtype, settings):
     "dtype, autocast", [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)]
 )
 def test_half_precision_distances_do_not_cancel(dtype, autocast):
-    """Inputs near a prototype of norm 12: the distance is small against ‖x‖², and what a rounded x·w leaves of it is noise."""
+    """Inputs near a prototype of norm 12: the distance is small against ‖x‖², and what a rounded
+    x·w leaves of it is noise."""
     ffn = make_layer(dtype, kernel="gaussian", simplex="softmax", intensity="none", size=64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         weight = ffn.input_prototypes.weight
@@ -253,7 +256,8 @@ def test_half_precision_distances_do_not_cancel(dtype, autocast):
     "kernel", ["exponential", "gaussian", "imq", "yat", "exponential-yat", "half-yat"]
 )
 def test_convex_readouts_are_finite_at_every_norm(kernel, dtype, norm):
-    """A mixture of the dictionary is representable whatever the kernel is, x·w beyond float16 included."""
+    """A mixture of the dictionary is representable whatever the kernel is, x·w beyond float16
+    included."""
     ffn = make_layer(
         dtype, kernel=kernel, simplex="softmax", intensity="none", epsilon=0.02 * norm**2
     )

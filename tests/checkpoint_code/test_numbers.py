@@ -1,4 +1,5 @@
-"""Bad numbers: wherever the answer in float64 can be represented, the working dtype is finite and close to it, forward and backward."""
+"""Bad numbers: wherever the answer in float64 can be represented, the working dtype is finite and
+close to it, forward and backward."""
 
 import math
 
@@ -14,11 +15,13 @@ from hf_kernel_ffn.checkpoint_code.simplex import SIMPLEX_MAPS
 KERNELS = ("half-yat", "yat", "exponential-yat", "exponential", "gaussian", "imq")
 INPUTS = ("random", "zero", "at a prototype", "nothing fires", "one token", "no token", "no row")
 BACKWARD_ROOM = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""How far a gradient may be from float64's, as a share of the largest entry: roundings of several products."""
+"""How far a gradient may be from float64's, as a share of the largest entry: roundings of several
+products."""
 
 
 def compare(ffn, exact, x):
-    """Whether there was something to compare: the float64 answer, forward and backward, can be represented."""
+    """Whether there was something to compare: the float64 answer, forward and backward, can be
+    represented."""
     dtype, double = x.dtype, x.double().requires_grad_(True)
     x = x.clone().requires_grad_(True)
     expected = exact(double)
@@ -36,7 +39,8 @@ def compare(ffn, exact, x):
         score, distance2 = exact.scores(x.detach().double())
         log_kernel = exact.kernel.log(score, distance2, **exact.kernel_parameters())
         log_size = torch.where(log_kernel.isfinite(), log_kernel.abs(), 0.0)
-    # Distances are sums that cancel near a prototype: of ‖x − w‖² + ε, at least a hundredth of what is added up, this share is noise.
+    # Distances are sums that cancel near a prototype: of ‖x − w‖² + ε, at least a hundredth of what
+    # is added up, this share is noise.
     unsure = (
         8 * torch.finfo(torch.float32).eps / 0.01 if x.numel() and distance2 is not None else 0.0
     )
@@ -169,7 +173,8 @@ def test_most_cases_could_be_compared():
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_silence_is_zero_with_zero_gradients(kernel, dtype):
-    """A zero input with no bias fires nothing in the kernels of a product, and the output is the output bias."""
+    """A zero input with no bias fires nothing in the kernels of a product, and the output is the
+    output bias."""
     for simplex in SIMPLEX_MAPS:
         for intensity in INTENSITIES:
             ffn, _, _ = module(kernel, simplex, intensity, "fixed", "zero", 1.0, 1.0, 0, dtype)

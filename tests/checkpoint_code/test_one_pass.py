@@ -112,7 +112,8 @@ def test_gradients_of_the_one_pass_and_of_its_gradients(settings):
 
 @dense
 def test_one_pass_where_inputs_are_prototypes(settings):
-    """Distances that rounding makes negative are cut off; of them ε alone has a gradient, and once."""
+    """Distances that rounding makes negative are cut off; of them ε alone has a gradient, and
+    once."""
     ffn = make_layer(torch.float32, **settings, epsilon=100.0)
     x = ffn.input_prototypes.weight.detach().clone() * 50
     with torch.no_grad():
@@ -333,7 +334,8 @@ def test_compiled_in_one_graph_without_recompiling_for_new_lengths(settings, lla
 
 @dense
 def test_compiled_gradients_run_in_one_pass_too(settings):
-    """Scores are bounded by the setting under a compiler as well, which sees one operator, and is called once for all lengths."""
+    """Scores are bounded by the setting under a compiler as well, which sees one operator, and is
+    called once for all lengths."""
     ffn = make_layer(torch.float32, **settings)
     ffn.activation_bytes = 64 * P * 4
     torch._dynamo.reset()

@@ -1,4 +1,5 @@
-"""No code but ours: what travels imports nothing but torch and transformers and writes nothing; nothing anywhere reads a pickle."""
+"""No code but ours: what travels imports nothing but torch and transformers and writes nothing;
+nothing anywhere reads a pickle."""
 
 import ast
 import json
@@ -15,9 +16,24 @@ from hf_kernel_ffn import KernelFFNConfig, convert, versions
 PACKAGE = Path(hf_kernel_ffn.__file__).parent
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FORBIDDEN_CALLS = {
-    "eval", "exec", "compile", "__import__", "torch.load", "torch.save", "yaml.load", "yaml.load_all", "yaml.unsafe_load",
-    "yaml.full_load", "os.system", "os.popen", "pickle.load", "pickle.loads", "numpy.load", "np.load", "runpy.run_path",
-}  # fmt: skip
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "torch.load",
+    "torch.save",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "os.system",
+    "os.popen",
+    "pickle.load",
+    "pickle.loads",
+    "numpy.load",
+    "np.load",
+    "runpy.run_path",
+}
 WATCH = """
 import json, os, sys
 folder, package, out = sys.argv[1:]
@@ -105,7 +121,8 @@ def test_what_travels_imports_nothing_but_torch_and_transformers(folder):
 
 
 def test_what_travels_writes_nothing_when_it_is_loaded(folder, tmp_path):
-    """Bytecode aside; and transformers copies the code to its own cache, where alone something may appear."""
+    """Bytecode aside; and transformers copies the code to its own cache, where alone something may
+    appear."""
     carried, cache = tmp_path / "package" / "carried", tmp_path / "modules"
     carried.mkdir(parents=True)
     for file in folder.glob("*.py"):

@@ -22,7 +22,8 @@ def run(name, log_kernel, temperature=1.0, top_k=K):
     return compute_shares(name, log_kernel, temperature, top_k if name == "top-k" else None).numpy()
 
 
-# Multiples of 1/8: differences are exact and no two scores are nearly equal. None: a unit that does not fire.
+# Multiples of 1/8: differences are exact and no two scores are nearly equal. None: a unit that does
+# not fire.
 scores = st.lists(st.integers(-80, 80), min_size=1, max_size=12, unique=True).map(
     lambda s: [v / 8 for v in s]
 )

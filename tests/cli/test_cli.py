@@ -1,4 +1,5 @@
-"""The command line: what it makes, and that bad input is one line, exit code 2 and nothing half-written."""
+"""The command line: what it makes, and that bad input is one line, exit code 2 and nothing
+half-written."""
 
 import json
 import os
@@ -444,7 +445,8 @@ def test_evaluate_refuses_what_does_not_belong_together(
 
 
 def other_tokens(folder, target):
-    """A copy of a model's folder in which two tokens have changed places: as many, but not the same."""
+    """A copy of a model's folder in which two tokens have changed places: as many, but not the
+    same."""
     shutil.copytree(folder, target)
     file = target / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -678,7 +680,8 @@ for command in json.loads(sys.argv[1]):
 def test_the_one_line_is_all_that_a_process_prints(
     model, recipe, student_folder, text_file, tmp_path
 ):
-    """Loggers and progress bars of other libraries included: they write past what this process can catch."""
+    """Loggers and progress bars of other libraries included: they write past what this process can
+    catch."""
     parquet, damaged, out = tmp_path / "text.parquet", tmp_path / "damaged", tmp_path / "out"
     parquet.write_bytes(b"this is no parquet file")
     shutil.copytree(student_folder, damaged)

@@ -58,7 +58,8 @@ def layer(kernel, rows, **reference):
 
 @pytest.fixture(scope="module", params=list(SOFTENING))
 def converted(request, llama, ids):
-    """Kernel name, a converted layer with learned parameters off their reference, and its inputs (tokens, 32)."""
+    """Kernel name, a converted layer with learned parameters off their reference, and its inputs
+    (tokens, 32)."""
     student, _ = convert(
         llama, DATA_SCALE[request.param], "1", calibration_ids=ids, calibration_tokens=256
     )
@@ -71,7 +72,8 @@ def converted(request, llama, ids):
 
 @pytest.fixture(scope="module")
 def pair(llama, ids):
-    """A student with different kernels, one of them without distance, in its layers, and its report."""
+    """A student with different kernels, one of them without distance, in its layers, and its
+    report."""
     settings = {
         0: DATA_SCALE["half-yat"],
         1: KernelFFNConfig(kernel="exponential"),
@@ -149,7 +151,8 @@ def test_equal_distances_tell_no_unit_from_another(name):
 
 
 def test_far_inputs_know_no_distance_and_near_ones_do():
-    """The warning that this module answers: rows of length one are all alike for inputs of length 100."""
+    """The warning that this module answers: rows of length one are all alike for inputs of length
+    100."""
     rows = torch.nn.functional.normalize(noise(30, 8), dim=-1)
     ffn = layer("half-yat", rows, epsilon=0.01)
     near, far = (
@@ -393,7 +396,8 @@ def test_shuffled_rows_keep_their_tokens_and_random_ids_do_not(pair, llama, ids,
 
 
 def test_text_of_one_token_is_told_from_random_ids(llama, ids):
-    """Rows of a single id: shuffling changes nothing, its contexts are pure, and its inputs are nearest to their own mean."""
+    """Rows of a single id: shuffling changes nothing, its contexts are pure, and its inputs are
+    nearest to their own mean."""
     student, _ = convert(
         llama, DATA_SCALE["half-yat"], "0", calibration_ids=ids, calibration_tokens=256
     )

@@ -1,4 +1,5 @@
-"""Multiple choice: what is chosen, what cannot be read, and the questions that the project ships and makes."""
+"""Multiple choice: what is chosen, what cannot be read, and the questions that the project ships
+and makes."""
 
 import json
 import os
@@ -56,7 +57,8 @@ def test_the_likeliest_choice_is_chosen_wherever_it_stands(tokenizer, bonus, cho
 
 
 def test_a_long_choice_is_as_likely_as_all_its_tokens(tokenizer):
-    """Where every token is as likely as any other, the fewest tokens win; a mean over them would find a tie."""
+    """Where every token is as likely as any other, the fewest tokens win; a mean over them would
+    find a tie."""
     question = {
         "context": "Then came",
         "choices": ["unquestionably", "he", "Nebuchadnezzar"],
@@ -75,7 +77,8 @@ def test_a_choice_may_begin_with_another_choice(tokenizer):
 
 @pytest.fixture(scope="module")
 def models(teacher_folder):
-    """Random ones whose answers hang on the whole context; GPT-2 has only 64 positions. And a converted one."""
+    """Random ones whose answers hang on the whole context; GPT-2 has only 64 positions. And a
+    converted one."""
     made = {
         family: AutoModelForCausalLM.from_pretrained(teacher_folder(family)) for family in FAMILIES
     }
@@ -170,7 +173,8 @@ def test_a_file_without_questions_is_refused(tmp_path):
 
 
 def check_questions(questions):
-    """Four choices, none of them given away by the context, and each place right as often as the others."""
+    """Four choices, none of them given away by the context, and each place right as often as the
+    others."""
     for question in questions:
         assert 40 <= len(question["context"].split()) <= 80
         assert len(set(question["choices"])) == 4

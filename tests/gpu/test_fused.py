@@ -1,4 +1,5 @@
-"""The fused readout: its cases (fused_cases.py) in an interpreter of their own, its kernels through Triton's compiler, and its absence."""
+"""The fused readout: its cases (fused_cases.py) in an interpreter of their own, its kernels through
+Triton's compiler, and its absence."""
 
 import os
 import subprocess
@@ -25,7 +26,8 @@ def python(*arguments, **environment):
 
 
 def test_cases():
-    """On a GPU where there is one; elsewhere by Triton's interpreter, which must be asked for before Triton is imported."""
+    """On a GPU where there is one; elsewhere by Triton's interpreter, which must be asked for
+    before Triton is imported."""
     pytest.importorskip("triton")
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     print(

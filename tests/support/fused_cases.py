@@ -1,7 +1,9 @@
-"""The fused readout against float64, run by test_fused.py: on a GPU where there is one, otherwise by Triton's interpreter.
+"""The fused readout against float64, run by test_fused.py: on a GPU where there is one, otherwise
+by Triton's interpreter.
 
-Every tolerance is a first-order bound on what rounding does, worked out in float64 for the case at hand (``Bound``): scores and
-distances are summed in float32, and coefficients and gradients of scores are rounded once to the working dtype.
+Every tolerance is a first-order bound on what rounding does, worked out in float64 for the case at
+hand (``Bound``): scores and distances are summed in float32, and coefficients and gradients of
+scores are rounded once to the working dtype.
 """
 
 import math
@@ -38,7 +40,8 @@ else:
     multiply = InterpreterBuilder.create_dot
 
     def widened(self, a, b, *rest):
-        """The interpreter keeps bfloat16 as bits, and would multiply those as integers (triton 3.6)."""
+        """The interpreter keeps bfloat16 as bits, and would multiply those as integers (triton
+        3.6)."""
         a, b = (
             TensorHandle((t.data.astype("uint32") << 16).view("float32"), triton.language.float32)
             if t.dtype.scalar == triton.language.bfloat16 and t.data.dtype == "uint16"
@@ -80,8 +83,8 @@ def case(
     seed=0,
     layout="",
 ):
-    """The eight tensors of a mixture, on the device, loud enough to matter: rows of length ``norm`` and ``row``, ε a hundredth of the
-    mean squared distance, as a conversion sets it."""
+    """The eight tensors of a mixture, on the device, loud enough to matter: rows of length ``norm``
+    and ``row``, ε a hundredth of the mean squared distance, as a conversion sets it."""
     generator = torch.Generator().manual_seed(seed)
 
     def unit(*shape):
@@ -120,8 +123,14 @@ class Reference:
             log = (
                 self.score.where(fires, torch.ones_like(self.score)).square() / self.distance
             ).log()
-            power = (log / factor - (log / factor).detach().where(fires, -torch.inf * log.detach().abs().clamp_min(1)).amax(
-                1, keepdim=True).nan_to_num(neginf=0)).exp() * fires  # fmt: skip
+            power = (
+                log / factor
+                - (log / factor)
+                .detach()
+                .where(fires, -torch.inf * log.detach().abs().clamp_min(1))
+                .amax(1, keepdim=True)
+                .nan_to_num(neginf=0)
+            ).exp() * fires
             mass = power.sum(1, keepdim=True)
             self.value, self.log = (
                 power / mass.where(mass > 0, torch.ones_like(mass)),
@@ -139,10 +148,12 @@ class Reference:
 
 
 class Bound:
-    """How far rounding moves the output and every gradient, as standard deviations: each number that is rounded errs by about
-    its unit roundoff, independently of the others, so errors of a sum add up as squares (Higham and Mary 2019, doi:10.1137/18M1226312).
-    Scores and distances are summed in float32 (``u``); coefficients, their gradients and those of scores are rounded to the working
-    dtype (``m``, and ``least`` at its lower end). What is common to a row is added up as it is."""
+    """How far rounding moves the output and every gradient, as standard deviations: each number
+    that is rounded errs by about its unit roundoff, independently of the others, so errors of a sum
+    add up as squares (Higham and Mary 2019, doi:10.1137/18M1226312). Scores and distances are
+    summed in float32 (``u``); coefficients, their gradients and those of scores are rounded to the
+    working dtype (``m``, and ``least`` at its lower end). What is common to a row is added up as it
+    is."""
 
     def __init__(self, reference, direction, mix):
         x, w, b, v, _, factor, up, up_bias = (
@@ -205,14 +216,21 @@ class Bound:
         )
         self.deviations = {
             "y": sums(e_c, v.T) + m * y,
-            "x": sums(e_ds, w) + common_ds @ w + 2 * x * (norm(e_far, 1)[:, None] + common_far.sum(1, keepdim=True)),
-            "rows": sums(e_ds.T, x) + norm(common_ds[:, :, None] * x[:, None], 0)
+            "x": sums(e_ds, w)
+            + common_ds @ w
+            + 2 * x * (norm(e_far, 1)[:, None] + common_far.sum(1, keepdim=True)),
+            "rows": sums(e_ds.T, x)
+            + norm(common_ds[:, :, None] * x[:, None], 0)
             + 2 * w * (norm(e_far, 0) + norm(common_far, 0))[:, None],
             "bias": 2 * (norm(e_direct, 0) + norm(common_direct, 0)),
             "dictionary": sums(dy.T, e_c),
-            "epsilon": norm(e_far, (0, 1)).reshape(1) + norm(common_far.sum(1), 0) + u * norm(far, (0, 1)),
-            "factor": norm(e_each, (0, 1)).reshape(1) + norm(common_each.sum(1), 0) + u * norm(each, (0, 1)),
-        }  # fmt: skip
+            "epsilon": norm(e_far, (0, 1)).reshape(1)
+            + norm(common_far.sum(1), 0)
+            + u * norm(far, (0, 1)),
+            "factor": norm(e_each, (0, 1)).reshape(1)
+            + norm(common_each.sum(1), 0)
+            + u * norm(each, (0, 1)),
+        }
         if gated:
             e_du = e_du + least / (lengths * up.norm(dim=1).clamp_min(1e-30) if half else 1)
             self.deviations["x"] += sums(e_du, up)
@@ -229,7 +247,8 @@ def norm(errors, dims):
 
 
 def compare(tensors, one_sided, convex, mix, limit=WHOLE):
-    """Output and gradients within their bounds, wherever float64's are finite in the working dtype; how many of them were."""
+    """Output and gradients within their bounds, wherever float64's are finite in the working dtype;
+    how many of them were."""
     written = fused_mixture(*tensors, one_sided, mix, limit, convex)
     direction = torch.randn(written.shape, generator=torch.Generator().manual_seed(1)).to(
         DEVICE, mix
@@ -266,11 +285,21 @@ def small_tiles(monkeypatch):
 
 @settings(max_examples=40, phases=[Phase.generate])
 @given(
-    tokens=st.integers(1, 70), size=st.integers(3, 100), prototypes=st.integers(1, 130), one_sided=st.booleans(),
-    convex=st.booleans(), gated=st.booleans(), dtype=st.sampled_from(DTYPES), layout=st.sampled_from(["", "transposed", "sliced"]),
-    log_norm=st.floats(-4, 4), log_row=st.floats(-2, 1), tau=st.floats(0.05, 1.5), seed=st.integers(0, 2**31),
-    tiles=st.sampled_from([(128, 128), (32, 16)]), limit=st.sampled_from([WHOLE, 20_000, 1]),
-)  # fmt: skip
+    tokens=st.integers(1, 70),
+    size=st.integers(3, 100),
+    prototypes=st.integers(1, 130),
+    one_sided=st.booleans(),
+    convex=st.booleans(),
+    gated=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["", "transposed", "sliced"]),
+    log_norm=st.floats(-4, 4),
+    log_row=st.floats(-2, 1),
+    tau=st.floats(0.05, 1.5),
+    seed=st.integers(0, 2**31),
+    tiles=st.sampled_from([(128, 128), (32, 16)]),
+    limit=st.sampled_from([WHOLE, 20_000, 1]),
+)
 def test_any_shape_layout_dtype_and_norm(
     tokens,
     size,
@@ -353,8 +382,9 @@ def test_nothing_fires_nothing_is_given_and_nothing_is_asked(convex, gated):
 
 @variants
 def test_inputs_that_are_prototypes(convex):
-    """There ‖x − w‖² is what rounding leaves of large numbers, so that only what ε outweighs is certain: ε is 1e-2 of ‖x‖² here, the
-    noise 2e-6 of it, and quotients err by some 1e-4 of the largest."""
+    """There ‖x − w‖² is what rounding leaves of large numbers, so that only what ε outweighs is
+    certain: ε is 1e-2 of ‖x‖² here, the noise 2e-6 of it, and quotients err by some 1e-4 of the
+    largest."""
     tensors = case(8, 30, 40, convex, False, norm=100.0, row=100.0)
     with torch.no_grad():
         tensors[1][:8] = tensors[0]
@@ -381,7 +411,8 @@ def test_a_bad_number_is_not_hidden(convex):
 
 
 def test_no_temperature_over_or_underflows():
-    """κ^(1/τ) spans 10^±4000 here; shares are as exact as log κ / τ is: 500 times float32's 1e-7."""
+    """κ^(1/τ) spans 10^±4000 here; shares are as exact as log κ / τ is: 500 times float32's
+    1e-7."""
     for norm, dtype in ((1e-4, torch.float32), (1e4, torch.float32), (1.0, torch.float16)):
         tensors = case(6, 10, 200, True, False, dtype, norm=norm, tau=0.002)
         written = fused_mixture(*tensors, False, dtype, WHOLE, True)
@@ -461,8 +492,8 @@ def gradients(ffn, x):
 
 @layers
 def test_a_layer_is_what_it_is_in_float64(settings):
-    """float32, at sizes of which a few sums lose at most 100 of its roundings: of the largest entry, or, where all tokens and
-    features are added up in one number, of what is added up."""
+    """float32, at sizes of which a few sums lose at most 100 of its roundings: of the largest
+    entry, or, where all tokens and features are added up in one number, of what is added up."""
     ffn, x = (
         make_layer(torch.float32, 12, 20, **settings).to(DEVICE),
         inputs(24, 12).reshape(2, 12, 12).to(DEVICE),
@@ -480,8 +511,8 @@ def test_a_layer_is_what_it_is_in_float64(settings):
 
 @layers
 def test_half_precision_and_autocast_keep_to_the_plain_form(settings):
-    """The same dtypes and, to a tenth of the largest entry as for the plain form itself, the same gradients. Those of a log-ratio are
-    differences of sums, of which bfloat16 may leave nothing."""
+    """The same dtypes and, to a tenth of the largest entry as for the plain form itself, the same
+    gradients. Those of a log-ratio are differences of sums, of which bfloat16 may leave nothing."""
     for own, autocast in ((torch.bfloat16, False), (torch.float32, True)):
         ffn, x = make_layer(own, 12, 20, **settings).to(DEVICE), inputs(30, 12).to(DEVICE, own)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
@@ -660,7 +691,8 @@ def small_model(dtype=torch.float32, **settings):
 
 
 def quick(monkeypatch, plain=1.0, fused=0.5):
-    """A clock by which the kernels take ``fused`` seconds: how long the interpreter takes says nothing."""
+    """A clock by which the kernels take ``fused`` seconds: how long the interpreter takes says
+    nothing."""
     times = {"plain": {"median": plain}, "fused": {"median": fused}}
     monkeypatch.setattr(
         trial,

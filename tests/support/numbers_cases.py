@@ -16,7 +16,8 @@ SIZE, PROTOTYPES, KEPT = 16, 24, 4
 
 
 def inputs(kind, norm, generator, weight, dtype):
-    """Tokens (..., SIZE) of length ``norm``, in ``dtype``; ``weight`` (PROTOTYPES, SIZE) may be changed in place to suit."""
+    """Tokens (..., SIZE) of length ``norm``, in ``dtype``; ``weight`` (PROTOTYPES, SIZE) may be
+    changed in place to suit."""
     shape = {"one token": (1, 1), "no token": (2, 0), "no row": (0, 5)}.get(kind, (2, 3))
     x = torch.randn(*shape, SIZE, generator=generator)
     x = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12) * norm
@@ -78,7 +79,8 @@ def module(kernel, simplex, intensity, values, kind, norm, row_norm, seed, dtype
 
 
 def undecided(exact, x):
-    """Whether a sparse map's choice, which jumps, hangs on the last digits; the kink of ReLU is none, since it is squared."""
+    """Whether a sparse map's choice, which jumps, hangs on the last digits; the kink of ReLU is
+    none, since it is squared."""
     if not exact.config.settings.sparse:
         return False
     with torch.no_grad():

@@ -1,6 +1,8 @@
-"""Run by conftest.run_elsewhere in a separate interpreter: load checkpoints where hf_kernel_ffn does not exist.
+"""Run by conftest.run_elsewhere in a separate interpreter: load checkpoints where hf_kernel_ffn
+does not exist.
 
-Reads jobs from the JSON file argv[1]; writes tensors to argv[2] (safetensors) and, beside it, errors by job (JSON).
+Reads jobs from the JSON file argv[1]; writes tensors to argv[2] (safetensors) and, beside it,
+errors by job (JSON).
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Plain float64 loops for what the package computes: kernels, simplex maps, a whole kernel-readout layer, readability."""
+"""Plain float64 loops for what the package computes: kernels, simplex maps, a whole kernel-readout
+layer, readability."""
 
 import math
 
@@ -62,7 +63,8 @@ def _weights(linear):
 
 
 def layer(ffn, x):
-    """Coefficients and output of a KernelFFN at one input ``x`` (a float64 vector), by the formula."""
+    """Coefficients and output of a KernelFFN at one input ``x`` (a float64 vector), by the
+    formula."""
     settings = ffn.config.settings
     learned = {
         name: ffn.config.reference[name] * math.exp(ratio.item())
@@ -102,7 +104,8 @@ def layer(ffn, x):
 
 
 def readability(coefficients, dictionary, mean_write):
-    """The figures of one token, unit by unit, from float64 vectors: DESIGN's "Metrics that cannot be gamed"."""
+    """The figures of one token, unit by unit, from float64 vectors: DESIGN's "Metrics that cannot
+    be gamed"."""
     total = sum(abs(c) for c in coefficients)
     mass = [abs(c) * math.sqrt(v @ v) for c, v in zip(coefficients, dictionary)]
     if total == 0:

@@ -49,7 +49,8 @@ _SETTINGS = {
 
 
 def tiny_teacher(family, head="causal", seed=0, **changes):
-    """A random teacher whose FFNs matter to its logits: weights wider than the stock initialisation, biases not zero."""
+    """A random teacher whose FFNs matter to its logits: weights wider than the stock
+    initialisation, biases not zero."""
     config_name, heads = _CLASSES[family]
     common = {
         "vocab_size": 300,

@@ -24,9 +24,11 @@ from .pursuit import (
 from .refinement import Problem, refine_pieces, thin_problem
 
 NUMBERS_AT_ONCE = 2**21
-"""Kernel values of candidates that are worked on at once: 8 MiB of float32, about what a cache holds."""
+"""Kernel values of candidates that are worked on at once: 8 MiB of float32, about what a cache
+holds."""
 TOKENS_OF_PURSUIT = 1536
-"""Tokens that choose among the candidates in a plane, of which there are many; all tokens refine them."""
+"""Tokens that choose among the candidates in a plane, of which there are many; all tokens refine
+them."""
 
 
 class FittedPieces(NamedTuple):
@@ -92,8 +94,8 @@ def _start_parameters(kernel: Kernel, inputs: Tensor) -> tuple[dict[str, float],
     """The kernel's parameters, and what makes it of order one at ``inputs``."""
     if not kernel.uses_bias:
         raise InputError(
-            f"found kernel {kernel.name!r} with tied rows, expected one that reads the score x·w + b: "
-            "choose half-yat, root-half-yat or yat, or rows 'free'"
+            f"found kernel {kernel.name!r} with tied rows, expected one that reads the score "
+            "x·w + b: choose half-yat, root-half-yat or yat, or rows 'free'"
         )
     square = inputs.square().sum(-1).mean().item()
     parameters = {}
@@ -122,7 +124,8 @@ def _make_problem(
     parameters: dict[str, Tensor],
     scale: float,
 ) -> Problem:
-    """What the units of ``planes`` want: their activation, times u·x unless that multiplies the kernels."""
+    """What the units of ``planes`` want: their activation, times u·x unless that multiplies the
+    kernels."""
     target = weights.activation(planes.first)
     token_scale = token_weights.sqrt().expand_as(target)
     if planes.second is not None and product:

@@ -1,4 +1,5 @@
-"""What the pieces of a unit see of a sample: its two products, and the distances that follow from them.
+"""What the pieces of a unit see of a sample: its two products, and the distances that follow from
+them.
 
 Sizes: n tokens, d hidden size, m units, P pieces, C candidates.
 """
@@ -17,7 +18,8 @@ EPSILON_SHARE = 100.0
 """ε starts at this multiple of the mean of ‖x‖².
 
 On SmolLM2 a smaller one costs fidelity: with 0.01 the unexplained variance is four times as large.
-Spike tokens have five times the others' ‖x‖²: with 30 their kernels are 6% off for that, with 100 2%.
+Spike tokens have five times the others' ‖x‖²: with 30 their kernels are 6% off for that, with 100
+2%.
 """
 CLIP = 25.0
 """A typical size leaves squares out beyond this multiple of their median."""
@@ -26,8 +28,8 @@ WEIGHT_FLOOR = 0.1
 WEIGHT_POWER = 0.75
 """A token's weight is one over its mean squared output, floor included, to this power.
 
-With 1, SmolLM2's layer 2 has spikes of which the worst is off by 30%, with 0.75 by 6%, and its other
-tokens are fitted better too. With 0.5 layer 11's ordinary tokens are lost.
+With 1, SmolLM2's layer 2 has spikes of which the worst is off by 30%, with 0.75 by 6%, and its
+other tokens are fitted better too. With 0.5 layer 11's ordinary tokens are lost.
 """
 
 

@@ -16,7 +16,8 @@ from .planes import Pieces, Planes, typical_size
 
 OUTWARD_KNOTS = (0.0, 0.2, 0.4, 0.7, 1.0, 1.4, 1.8, 2.3, 3.0, 4.0, 6.0, 9.0, 14.0, 25.0)
 """Where pieces along one row start, in typical sizes of its product. Both sides start at zero or
-beyond and grow outward: as near as pieces that start anywhere, with less cancellation between them."""
+beyond and grow outward: as near as pieces that start anywhere, with less cancellation between
+them."""
 SHIFTS = (-3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0)
 """Shifts of pieces anywhere in the plane, in the same unit."""
 ANGLES = 12
@@ -26,8 +27,9 @@ COLLINEAR = 1e-4
 JITTER = 1e-6
 """Added to the squared norms, one each, of the columns that are fitted together."""
 AMOUNT_PRICE = 3e-7
-"""Price of a squared amount, in energies of a piece with a typical score at every token. It silences
-pieces that fire barely and at a few tokens: without it they get amounts of ten thousand."""
+"""Price of a squared amount, in energies of a piece with a typical score at every token. It
+silences pieces that fire barely and at a few tokens: without it they get amounts of ten
+thousand."""
 
 
 def make_line_candidates(first: Tensor) -> Pieces:

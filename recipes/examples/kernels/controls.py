@@ -1,6 +1,8 @@
-"""The controls of the README's table, and an example of kernels of one's own: ReLU and ReLU² of the score.
+"""The controls of the README's table, and an example of kernels of one's own: ReLU and ReLU² of the
+score.
 
-They know no distance, so they are no similarities: if a kernel does not beat them, its denominator buys nothing.
+They know no distance, so they are no similarities: if a kernel does not beat them, its denominator
+buys nothing.
 
     hf-kernel-ffn convert MODEL OUT_DIR --kernel recipes/examples/kernels/controls.py:relu2
 """

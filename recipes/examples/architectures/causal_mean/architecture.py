@@ -1,5 +1,6 @@
-"""Where the FFNs of that model are: five lines. With ``register_architecture(CAUSAL_MEAN)`` the entry holds in your own script; your
-package may declare it instead, and then everybody's ``hf-kernel-ffn`` knows it:
+"""Where the FFNs of that model are: five lines. With ``register_architecture(CAUSAL_MEAN)`` the
+entry holds in your own script; your package may declare it instead, and then everybody's
+``hf-kernel-ffn`` knows it:
 
     [project.entry-points."hf_kernel_ffn.architectures"]
     causal_mean = "your_package.architecture:CAUSAL_MEAN"

@@ -1,4 +1,5 @@
-"""A small language model of one's own, with code of its own: every token sees the mean of those before it."""
+"""A small language model of one's own, with code of its own: every token sees the mean of those
+before it."""
 
 import torch
 from torch import nn
