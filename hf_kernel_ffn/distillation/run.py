@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..checkpoint_code.errors import InputError
+from ..compat import set_activation_checkpointing
 from ..conversion.convert import convert
 from ..families.student import check_pair, make_student_from_entry, share_equal_parameters
 from ..gpu.trial import choose_kernels
@@ -94,7 +95,7 @@ def _distill(recipe: Recipe, resume: bool, progress: bool, stop: Stop) -> Path:
     plain = choose_kernels(student, recipe.fused, autocast)
     trainee = _with_lora(student, recipe) if recipe.lora else student
     if recipe.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        set_activation_checkpointing(student, True)
         for (
             module
         ) in student.modules():  # blocks recompute only in training mode; their dropout stays off
@@ -221,7 +222,7 @@ def _finish(out: Path, trainee: Any, student: Any, recipe: Recipe, facts: dict) 
     if recipe.lora:
         student = trainee.merge_and_unload()
     if recipe.gradient_checkpointing:
-        student.gradient_checkpointing_disable()
+        set_activation_checkpointing(student, False)
     made = out / "finished.new"
     shutil.rmtree(made, ignore_errors=True)
     with explain_write_errors(f"the finished student in {out}"):
