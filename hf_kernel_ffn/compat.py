@@ -136,8 +136,8 @@ def initialize_module(model: PreTrainedModel, module: nn.Module) -> None:
 def set_activation_checkpointing(model: PreTrainedModel, enable: bool) -> None:
     """Choose whether ``model`` computes its activations again in the backward pass.
 
-    Otherwise it keeps them. ``gradient_checkpointing_…``, as the methods were called, is deprecated
-    and goes in transformers 6; 5.17 knows no other name.
+    Otherwise it keeps them. ``gradient_checkpointing_*``, as they were called, are deprecated
+    and go in transformers 6; 5.17 knows no other names.
     """
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if enable:
