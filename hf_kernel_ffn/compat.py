@@ -41,6 +41,7 @@ __all__ = [
     "make_model_from_config",
     "rename_source_key",
     "run_with_cache",
+    "set_activation_checkpointing",
     "set_attention_implementation",
 ]
 # Passed on as they are, for want of a public counterpart: get_model_conversion_mapping,
@@ -130,6 +131,19 @@ def make_model_from_config(
 def initialize_module(model: PreTrainedModel, module: nn.Module) -> None:
     """Fill the parameters and buffers of ``module`` in ``model`` as a new model has them."""
     model._init_weights(module)
+
+
+def set_activation_checkpointing(model: PreTrainedModel, enable: bool) -> None:
+    """Choose whether ``model`` computes its activations again in the backward pass.
+
+    Otherwise it keeps them. ``gradient_checkpointing_*``, as they were called, are deprecated
+    and go in transformers 6; 5.17 knows no other names.
+    """
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if enable:
+        getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{prefix}_checkpointing_disable")()
 
 
 def get_tied_parameter_names(model: PreTrainedModel) -> set[str]:

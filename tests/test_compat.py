@@ -117,6 +117,21 @@ def test_a_model_is_made_from_its_config(llama, model_class):
     assert model.dtype == torch.bfloat16
 
 
+def test_activations_are_computed_again(make_teacher, ids, refuse_deprecations):
+    model = make_teacher("llama").train()
+    projection = model.model.layers[0].mlp.up_proj
+    calls, gradients = [], []
+    projection.register_forward_hook(lambda *_: calls.append(1))
+    for enable in (False, True, False):
+        compat.set_activation_checkpointing(model, enable)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append((len(calls), projection.weight.grad.clone()))
+        calls.clear()
+    assert [count for count, _ in gradients] == [1, 2, 1]
+    assert torch.equal(gradients[0][1], gradients[1][1])
+
+
 def test_tied_parameters_are_named(llama, mistral):
     assert compat.get_tied_parameter_names(llama) == {"lm_head.weight"}
     assert compat.get_tied_parameter_names(mistral) == set()

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
+from ..compat import set_activation_checkpointing
 from ..conversion.convert import convert
 from ..families.student import check_pair, make_student_from_entry, share_equal_parameters
 from ..storage.checkpoint import save_converted
@@ -248,7 +249,7 @@ def _finish(models: Models, recipe: Recipe, report: Mapping[str, object]) -> Non
     if recipe.lora:
         student = cast(Any, models.trainee).merge_and_unload()
     if recipe.gradient_checkpointing:
-        student.gradient_checkpointing_disable()
+        set_activation_checkpointing(student, False)
 
     out = Path(recipe.output_dir)
     fresh = out / "finished.new"
