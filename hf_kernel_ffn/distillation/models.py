@@ -90,7 +90,7 @@ def add_adapters(student: PreTrainedModel, lora: Lora) -> nn.Module:
 
 def enable_gradient_checkpointing(student: PreTrainedModel) -> None:
     """Let the blocks of ``student`` recompute their activations in the backward pass."""
-    student.gradient_checkpointing_enable({"use_reentrant": False})
+    set_activation_checkpointing(student, True)
     for module in student.modules():
         # They recompute only in training mode; what is inside of them stays in evaluation mode, so
         # that their dropout stays off.

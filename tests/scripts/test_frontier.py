@@ -1,33 +1,27 @@
 """The frontier script: its rows, and that what it has measured once stays and becomes a table."""
 
 import csv
-import importlib.util
 import json
-import sys
 
+import frontier
 import pytest
+from frontier_rows import make_recipe, make_rows
 from teachers import RECIPES
 from typer.testing import CliRunner
 
-SCRIPT = RECIPES.parent / "scripts" / "experiments" / "frontier.py"
 TRUNCATED, SPARSE = "teacher truncated to 3", "half-yat, top-k 3"  # of 48 units
 
 
 @pytest.fixture(scope="module")
-def script():
-    """The script as a module."""
+def root():
+    """In the root of the project, where the script finds recipes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)  # which it removes
         patch.chdir(RECIPES.parent)
-        spec = importlib.util.spec_from_file_location("frontier", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "frontier", module)
-        spec.loader.exec_module(module)
-        yield module
+        yield
 
 
 @pytest.fixture(scope="module")
-def run(script, teacher_folder, text_file):
+def run(root, teacher_folder, text_file):
     """Run the rows whose name contains ``only`` for a tiny Llama; the names it says it ran."""
 
     def run(out, only, *more):
@@ -45,7 +39,7 @@ def run(script, teacher_folder, text_file):
             1024,
         ]
         done = CliRunner().invoke(
-            script.app, [*map(str, [*arguments, *text, *more])], catch_exceptions=False
+            frontier.app, [*map(str, [*arguments, *text, *more])], catch_exceptions=False
         )
         assert done.exit_code == 0, done.output
         return [
@@ -70,8 +64,8 @@ def read(out):
     return {report["row"]: report for report in found}
 
 
-def test_the_controls_are_among_the_rows(script):
-    rows = script.rows(512, True, "llama")
+def test_the_controls_are_among_the_rows(root):
+    rows = make_rows(512, True, "llama")
     assert {
         "polarised half-yat",
         "gated half-yat",
@@ -86,7 +80,7 @@ def test_the_controls_are_among_the_rows(script):
     assert {name for name in rows if name.startswith("recipe ")} == {
         f"recipe {file.stem}" for file in RECIPES.glob("llama-*.yaml")
     }
-    plain = script.rows(512, False, "gpt2")
+    plain = make_rows(512, False, "gpt2")
     assert "single half-yat" in plain and not [
         name for name in plain if "gated" in name or "polarised" in name
     ]
@@ -96,9 +90,9 @@ def test_the_controls_are_among_the_rows(script):
 
 
 @pytest.mark.parametrize("units, gated, family", [(512, True, "llama"), (512, False, "gpt2")])
-def test_every_row_is_a_recipe_of_the_same_budget(script, registry, units, gated, family):
-    for name, row in script.rows(units, gated, family).items():
-        recipe = script.make_recipe("", row, "text.txt", 1000, 3)
+def test_every_row_is_a_recipe_of_the_same_budget(root, registry, units, gated, family):
+    for name, row in make_rows(units, gated, family).items():
+        recipe = make_recipe("", row, "text.txt", 1000, 3)
         recipe.kernel_settings()  # which are not refused
         if row.kind == "recipe":
             continue
@@ -120,26 +114,26 @@ def test_a_report_per_row(reports):
     assert found[TRUNCATED]["kl"] != found["teacher, top-k 3, trained"]["kl"]
 
 
-def test_what_is_there_is_not_run_again(reports, run, script, monkeypatch):
+def test_what_is_there_is_not_run_again(reports, run, monkeypatch):
     before = {file: file.stat().st_mtime_ns for file in reports.iterdir()}
-    monkeypatch.setattr(script, "measure", lambda *arguments: pytest.fail("measured again"))
+    monkeypatch.setattr(frontier, "measure", lambda *arguments: pytest.fail("measured again"))
     for only in (TRUNCATED, SPARSE):
         assert run(reports, only) == []
     assert {file: file.stat().st_mtime_ns for file in reports.iterdir()} == before
 
 
-def test_parts_share_the_rows(run, script, monkeypatch, tmp_path):
+def test_parts_share_the_rows(run, monkeypatch, tmp_path):
     figures = dict.fromkeys(("delta_cross_entropy", "kl", "top1_agreement", "coherence"), 0.0)
-    monkeypatch.setattr(script, "measure", lambda name, *more: {"row": name, **figures})
+    monkeypatch.setattr(frontier, "measure", lambda name, *more: {"row": name, **figures})
     one, two = (run(tmp_path, "threshold", "--part", part) for part in ("1/2", "2/2"))
-    wanted = [name for name in script.rows(48, True, "llama") if "threshold" in name]
+    wanted = [name for name in make_rows(48, True, "llama") if "threshold" in name]
     assert sorted([*one, *two]) == sorted(wanted) == sorted(read(tmp_path))
     assert abs(len(one) - len(two)) <= 1
 
 
-def test_the_table_and_the_figure(reports, script):
+def test_the_table_and_the_figure(reports):
     pytest.importorskip("matplotlib")
-    done = CliRunner().invoke(script.app, ["show", str(reports)], catch_exceptions=False)
+    done = CliRunner().invoke(frontier.app, ["show", str(reports)], catch_exceptions=False)
     assert done.exit_code == 0
     found, markdown = read(reports), (reports / "table.md").read_text(encoding="utf-8")
     assert done.stdout == markdown
@@ -152,11 +146,11 @@ def test_the_table_and_the_figure(reports, script):
     assert (reports / "frontier.png").read_bytes().startswith(b"\x89PNG")
     again = markdown
     CliRunner().invoke(
-        script.app, ["show", str(reports)], catch_exceptions=False
+        frontier.app, ["show", str(reports)], catch_exceptions=False
     )  # what it wrote is no report
     assert (reports / "table.md").read_text(encoding="utf-8") == again
 
 
-def test_nothing_to_show(script, tmp_path):
-    done = CliRunner().invoke(script.app, ["show", str(tmp_path)])
+def test_nothing_to_show(tmp_path):
+    done = CliRunner().invoke(frontier.app, ["show", str(tmp_path)])
     assert done.exit_code != 0 and not list(tmp_path.iterdir())
