@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
+from ..compat import set_activation_checkpointing
 from .recipe import Lora
 from .teacher_signal import TeacherSignal
 
