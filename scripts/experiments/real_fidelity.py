@@ -2,7 +2,7 @@
 """Convert a real model, and compare student and teacher on rows that begin with its start token.
 
     python scripts/real_models.py smollm2 runs/smollm2
-    python scripts/experiments/real_models.py runs/smollm2 --text wikitext2-test.txt \
+    python scripts/experiments/real_fidelity.py runs/smollm2 --text wikitext2-test.txt \
         --out recipes/results/real/smollm2.json
 
 Without --calibration-text the conversion reads nothing but what the model writes itself. --kernel
