@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, NoReturn, Optional
 
 import typer
 
@@ -84,7 +85,8 @@ def convert(
     from ..conversion import convert as surgery
     from ..storage.checkpoint import save_converted
     from ..storage.files import new_folder, require_empty
-    from ..storage.loading import import_kernel, load_stock_on_meta, load_teacher, load_tokenizer
+    from ..storage.kernel_files import import_kernel
+    from ..storage.loading import load_stock_on_meta, load_teacher, load_tokenizer
     from ..text.packing import read_token_ids
     from ..text.prediction import make_inputs_for_prediction
 
@@ -399,7 +401,7 @@ def push(
     """Upload FOLDER to the hub with a model card: base model, settings, evaluation, how to load it."""
     from ..storage.publishing import push_to_hub
 
-    typer.echo(f"pushed to {push_to_hub(folder, repo, base_model, report, private)}")
+    typer.echo(f"pushed to {push_to_hub(folder, repo, base_model, report=report, private=private)}")
 
 
 @app.command()
@@ -456,19 +458,28 @@ def main() -> None:
 
 
 def run_app(command: Callable[[], object]) -> None:
-    """Call ``command``; bad input, and versions out of range, become one line on stderr and exit code 2."""
+    """Call ``command``; bad input, or versions out of range, end it with one line and exit code 2.
+
+    With the environment variable HF_KERNEL_FFN_DEBUG=1 the traceback stands before that line.
+    """
     from ..checkpoint_code.errors import InputError
 
     try:
         command()
     except (InputError, FloatingPointError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
+        _exit_with_message(str(error), error)
     except Exception as error:
         from ..versions import unsupported
 
         reason = unsupported()
         if reason is None:
             raise
-        sys.stderr.write(f"error: {reason} ({type(error).__name__})\n")
-        raise SystemExit(2) from error
+        _exit_with_message(f"{reason} ({type(error).__name__})", error)
+
+
+def _exit_with_message(message: str, error: Exception) -> NoReturn:
+    """End with exit code 2 and one line on stderr, before it the traceback if that is asked for."""
+    if os.environ.get("HF_KERNEL_FFN_DEBUG") == "1":
+        traceback.print_exception(error)
+    sys.stderr.write(f"error: {message}\n")
+    raise SystemExit(2) from error

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from ..families.lookup import (
 )
 from ..families.registry import get_architecture_of_model
 from ..families.student import make_config_entry, make_student_from_entry
-from ..families.weights import is_finite, read_stock_weights
+from ..families.weights import is_finite, read_stock_weights, refuse_quantised_weights
 from ..text.inputs import Inputs, count_rows, select_rows, tokens_per_row
 from .initialization import initial_gate_bias, initialise_prototypes
 from .ridge import calibrate_ffn
@@ -37,6 +37,9 @@ from .sampling import (
     split_fitted_and_held,
     write_own_text,
 )
+
+if TYPE_CHECKING:
+    from ..families.student import ConvertedModel
 
 CALIBRATION_TOKENS = 16_384
 """Tokens that a conversion reads, of the user's text or of the model's own making."""
@@ -69,7 +72,7 @@ def convert(
     copy: bool = False,
     seed: int = 0,
     progress: bool = False,
-) -> tuple[PreTrainedModel, ConversionReport]:
+) -> tuple[ConvertedModel, ConversionReport]:
     """A student: ``teacher`` with kernel-readout FFNs. The teacher stays as it is.
 
     Layers are converted in order, each calibrated to do at what the student feeds it what the teacher's FFN does there. Where
@@ -145,10 +148,10 @@ def choose_ffns(teacher, config, layers) -> tuple[dict[str, StockFFN], dict[str,
     if layers is None and not isinstance(config, Mapping):
         refuse_undescribed_ffns(teacher, ffns)
     chosen = {path: ffn for path, ffn in ffns.items() if ffn.number in per_layer}
+    for ffn in chosen.values():
+        refuse_quantised_weights(ffn)
     return chosen, {
-        path: resolve_defaults(
-            per_layer[ffn.number], read_stock_weights(teacher, ffn).gate is not None
-        )
+        path: resolve_defaults(per_layer[ffn.number], ffn.shape.gated)
         for path, ffn in chosen.items()
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import initialize_module
 from ..families.lookup import StockFFN
 from ..families.student import get_name_prefix
 from ..text.inputs import Inputs, make_forward_arguments
@@ -37,7 +38,7 @@ class Replay:
             for name in names:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
             if names:
-                model._init_weights(module)
+                initialize_module(model, module)
         self.prefix, self.embedding = get_name_prefix(model), model.get_input_embeddings()
         inside = {id(p) for p in (*self.blocks.parameters(), *self.embedding.parameters())}
         for name, parameter in list(self.base.named_parameters()):

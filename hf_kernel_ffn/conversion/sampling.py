@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checkpoint_code.errors import InputError
+from ..compat import run_with_cache
 from ..families.hooks import watch_ffn_input
 from ..families.lookup import get_family_name
 from ..families.registry import get_architecture
@@ -61,11 +62,10 @@ def write_own_text(model: Any, tokens: int, seed: int, length: int = 128) -> Inp
     with torch.no_grad():
         current, past = ids[:, :1].to(device), None
         for position in range(1, length):
-            output = model(input_ids=current, past_key_values=past, use_cache=True)
-            past = output.past_key_values
+            logits, past = run_with_cache(model, current, past)
             if past is None:  # an encoder with a language head on it
                 return ids
-            likely = output.logits[:, -1].float().softmax(-1).cpu()
+            likely = logits[:, -1].float().softmax(-1).cpu()
             ids[:, position : position + 1] = torch.multinomial(likely, 1, generator=generator)
             current = ids[:, position : position + 1].to(device)
     return ids

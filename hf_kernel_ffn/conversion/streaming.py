@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.integrity import record_checksums
 from ..checkpoint_code.kernels import get_kernel
 from ..checkpoint_code.settings import KernelFFNConfig
+from ..compat import get_tied_parameter_names
 from ..families.lookup import find_stacks
 from ..families.registry import get_architecture_of_model
 from ..families.student import get_name_prefix, make_config_entry, make_meta_student
 from ..families.weights import read_stock_weights
-from ..storage.checkpoint import save_companions
+from ..storage.checkpoint import save_around_weights
 from ..storage.files import new_folder
 from ..storage.loading import load_stock_on_meta, read_stored_dtype
 from .convert import (
@@ -77,11 +76,8 @@ def convert_streamed(
     stored, prefix = read_stored_dtype(source), get_name_prefix(teacher)
     found = {path: _expected(teacher, ffn, settings[path]) for path, ffn in chosen.items()}
     student = make_meta_student(teacher, make_config_entry(teacher, found)).to(stored)
-    described = {
-        name: t
-        for name, t in student.state_dict().items()
-        if name not in student.all_tied_weights_keys
-    }
+    tied = get_tied_parameter_names(student)
+    described = {name: t for name, t in student.state_dict().items() if name not in tied}
 
     with new_folder(out) as made:
         weights = made / "weights"
@@ -127,13 +123,7 @@ def convert_streamed(
         student = make_meta_student(teacher, make_config_entry(teacher, found)).to(stored)
         if teacher.can_generate():
             student.generation_config = teacher.generation_config
-        student.save_pretrained(made, state_dict={})  # all but the weights
-        (made / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
-        for file in weights.iterdir():
-            file.rename(made / file.name)
-        weights.rmdir()
-        record_checksums(made)
-        save_companions(source, made, conversion=report.to_dict())
+        save_around_weights(student, weights, source, made, conversion=report.to_dict())
     return report
 
 

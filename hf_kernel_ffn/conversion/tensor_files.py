@@ -16,18 +16,20 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.integrity import BYTES, read_header, weight_files
+from ..compat import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    find_cached_file,
+    get_model_conversion_mapping,
+    get_tied_parameter_names,
+    rename_source_key,
+)
 
 DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
@@ -79,7 +81,7 @@ class Reader:
                 named, pattern = key, None
             if named in expected:
                 self.parts.setdefault(named, []).append((key, pattern))
-        tied = set(self.model.all_tied_weights_keys)
+        tied = get_tied_parameter_names(self.model)
         missing = sorted(set(expected) - tied - set(self.parts))
         several = [
             named for named, parts in self.parts.items() if parts[0][1] and self._targets(named) > 1
@@ -153,13 +155,11 @@ def _files(name: str) -> list[Path]:
     if Path(name).is_dir():
         return weight_files(name)
     try:
-        index = cached_file(
-            name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False
-        )
+        index = find_cached_file(name, SAFE_WEIGHTS_INDEX_NAME)
         files = (
             [cached_file(name, SAFE_WEIGHTS_NAME)]
             if index is None
-            else get_checkpoint_shard_files(name, index)[0]
+            else get_checkpoint_shard_files(name, str(index))[0]
         )
     except OSError as error:
         raise InputError(

@@ -197,7 +197,7 @@ class Recipe(_Section):
         Raises:
             InputError: the combination is refused, or the kernel's file cannot be run.
         """
-        from ..storage.loading import import_kernel
+        from ..storage.kernel_files import import_kernel
 
         settings = {key: value for key, value in self.kernel_ffn.items() if key != "layers"}
         if isinstance(settings.get("kernel"), str):

@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
+from ..compat import set_activation_checkpointing
 from ..conversion.convert import convert
 from ..families.student import check_pair, make_student_from_entry, share_equal_parameters
 from ..storage.checkpoint import save_converted
@@ -48,6 +49,10 @@ from .state import (
 from .stopping import Stop, on_stop_signals
 from .teacher_signal import make_signals
 from .trainer import Trainer
+
+if TYPE_CHECKING:
+    from ..families.student import ConvertedModel
+
 
 PROJECT = "hf_kernel_ffn"
 """The name that trackers are given."""
@@ -203,7 +208,7 @@ def student_of(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     state: Path | None = None,
-) -> PreTrainedModel:
+) -> ConvertedModel:
     """The student that ``recipe`` starts from: loaded, or converted from ``teacher``.
 
     Where there is a ``state``, a converted one is empty, since the state holds its weights.
@@ -244,11 +249,11 @@ def _finish(models: Models, recipe: Recipe, report: Mapping[str, object]) -> Non
 
     It is written beside and moved, config.json last.
     """
-    student: Any = models.student
+    student = models.student
     if recipe.lora:
         student = cast(Any, models.trainee).merge_and_unload()
     if recipe.gradient_checkpointing:
-        student.gradient_checkpointing_disable()
+        set_activation_checkpointing(student, False)
 
     out = Path(recipe.output_dir)
     fresh = out / "finished.new"

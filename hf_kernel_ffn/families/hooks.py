@@ -4,44 +4,81 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from .lookup import StockFFN
 
+Hook = Callable[[nn.Module, tuple, Tensor], Tensor | None]
+"""A forward hook: the module, its arguments and its output, to another output or None."""
+
 
 @contextmanager
 def capture_inputs_and_outputs(
-    modules: dict[str, nn.Module],
+    modules: Mapping[str, nn.Module],
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Input and output of each module at its next call, by its name."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    """Collect input and output of each of ``modules`` at its last call, by its name."""
+    captured: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keep(
-        path: str,
-    ) -> Callable:  # a copy, since some blocks add to what their FFN returned, in place
-        return lambda module, args, output: seen.update(
-            {path: (args[0], output.clone() if isinstance(output, Tensor) else output)}
-        )
+    def make_hook(name: str) -> Hook:
+        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+            # A copy, since some blocks add to what their FFN returned, in place.
+            kept = output.clone() if isinstance(output, Tensor) else output
+            captured[name] = (args[0], kept)
 
-    with _hooked(modules, keep):
-        yield seen
+        return keep
+
+    handles = [module.register_forward_hook(make_hook(name)) for name, module in modules.items()]
+    with _removed_at_the_end(handles):
+        yield captured
 
 
-def watch_ffn_input(base: nn.Module, path: str, see: Callable[[Tensor], None]) -> Any:
-    """Call ``see`` with the input (tokens, hidden_size) of the FFN at ``path`` under ``base`` whenever it runs; returns the hook.
-    The FFN may be a stock mixture's expert: then it is the tokens routed to that one."""
-    parent, _, name = path.rpartition(".")
-    if name not in dict(base.get_submodule(parent).named_children()):  # experts stacked in tensors
-        number = int(name)
-        return base.get_submodule(parent).register_forward_pre_hook(
-            lambda module, args: see(_select_routed_tokens(args, number))
-        )
-    return base.get_submodule(path).register_forward_pre_hook(
-        lambda module, args: see(args[0].flatten(0, -2))
+@contextmanager
+def capture_all_inputs_and_outputs(
+    modules: Mapping[str, nn.Module],
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Collect what each of ``modules`` reads and writes, (tokens, size) each, by its name.
+
+    Calls follow one another in one tensor: a module that several layers share (ALBERT's FFN) has
+    the tokens of all of them. A module that is not called has no entry.
+    """
+    captured: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def make_hook(name: str) -> Hook:
+        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+            _append_call(captured, name, args[0].flatten(0, -2), output.flatten(0, -2))
+
+        return keep
+
+    handles = [module.register_forward_hook(make_hook(name)) for name, module in modules.items()]
+    with _removed_at_the_end(handles):
+        yield captured
+
+
+def watch_ffn_input(base: nn.Module, path: str, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call ``see`` with the input (tokens, hidden_size) of one FFN whenever it runs.
+
+    Args:
+        path: of the FFN under ``base``. It may be a stock mixture's expert: then the input is the
+            tokens that are routed to that one.
+
+    Returns:
+        the handle that removes the hook.
+    """
+    parent_path, _, name = path.rpartition(".")
+    parent = base.get_submodule(parent_path)
+
+    if name in dict(parent.named_children()):
+        ffn = base.get_submodule(path)
+        return ffn.register_forward_pre_hook(lambda module, args: see(args[0].flatten(0, -2)))
+
+    expert = int(name)  # the experts are stacked in the parent's tensors
+    return parent.register_forward_pre_hook(
+        lambda module, args: see(_select_routed_tokens(args, expert))
     )
 
 
@@ -53,104 +90,123 @@ def watch_ffns(
     *,
     idle_experts: bool = False,
 ) -> Iterator[None]:
-    """Call ``see`` with path, input and output (tokens, hidden_size) of every FFN of ``ffns`` whenever it runs in the stock model
-    ``base``, while the context is open; with ``idle_experts``, with no tokens for an expert that its mixture gives none."""
-    hooks, waiting = [], {}
+    """Call ``see`` with path, input and output of every FFN whenever it runs in the stock model.
 
-    def keep(path: str) -> Callable:
-        return lambda module, args: waiting.update({path: args[0].flatten(0, -2)})
+    Args:
+        ffns: FFNs of ``base``, by path.
+        see: called with tensors (tokens, hidden_size).
+        idle_experts: whether it is called for an expert that its mixture gives no token, with no
+            tokens.
+    """
+    inputs: dict[str, Tensor] = {}
 
-    def whole(path: str) -> Callable:
-        return lambda module, args, output: see(path, waiting.pop(path), output.flatten(0, -2))
+    def make_input_hook(path: str) -> Callable[[nn.Module, tuple], None]:
+        def keep(module: nn.Module, args: tuple) -> None:
+            inputs[path] = args[0].flatten(0, -2)
 
-    def expert(path: str, ffn: StockFFN) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        return keep
+
+    def make_output_hook(path: str) -> Hook:
+        def pass_on(module: nn.Module, args: tuple, output: Tensor) -> None:
+            see(path, inputs.pop(path), output.flatten(0, -2))
+
+        return pass_on
+
+    def make_expert_hook(path: str, ffn: StockFFN) -> Hook:
+        def run_again(module: nn.Module, args: tuple, output: Tensor) -> None:
             x = _select_routed_tokens(args, int(ffn.expert or 0))
             if len(x):
                 see(path, x, ffn(x))
             elif idle_experts:
                 see(path, x, torch.zeros_like(x))
 
-        return hook
+        return run_again
 
-    try:
+    handles: list[RemovableHandle] = []
+    with _removed_at_the_end(handles):
         for path, ffn in ffns.items():
             if ffn.expert is not None:
-                hooks.append(ffn.host.register_forward_hook(expert(path, ffn)))
-            else:
-                hooks.append(base.get_submodule(path).register_forward_pre_hook(keep(path)))
-                hooks.append(base.get_submodule(ffn.output_path).register_forward_hook(whole(path)))
+                handles.append(ffn.host.register_forward_hook(make_expert_hook(path, ffn)))
+                continue
+            first = base.get_submodule(path)
+            last = base.get_submodule(ffn.output_path)
+            handles.append(first.register_forward_pre_hook(make_input_hook(path)))
+            handles.append(last.register_forward_hook(make_output_hook(path)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _select_routed_tokens(args: tuple, expert: int) -> Tensor:
-    """Of the arguments of a mixture's experts, the tokens that go to one of them."""
-    hidden_states, chosen = args[:2]
-    return hidden_states[(chosen == expert).any(-1)]
 
 
 @contextmanager
 def capture_ffn_inputs_and_outputs(
     base: nn.Module, ffns: Mapping[str, StockFFN]
 ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Input and output (tokens, hidden_size) of every FFN of ``ffns`` while the context is open, by path; a path is missing if its FFN
-    was given nothing."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    """Collect input and output (tokens, hidden_size) of every FFN of the stock model, by path.
 
-    def see(path: str, x: Tensor, y: Tensor) -> None:
-        before = seen.get(
-            path
-        )  # a copy, since some blocks add to what their FFN returned, in place
-        seen[path] = (
-            (x, y.clone())
-            if before is None
-            else (torch.cat([before[0], x]), torch.cat([before[1], y]))
-        )
+    What several calls of one FFN read and wrote stands one after the other. A path is missing if
+    its FFN was given nothing.
+    """
+    captured: dict[str, tuple[Tensor, Tensor]] = {}
 
-    with watch_ffns(base, ffns, see):
-        yield seen
+    def keep(path: str, x: Tensor, y: Tensor) -> None:
+        _append_call(captured, path, x, y)
+
+    with watch_ffns(base, ffns, keep):
+        yield captured
 
 
 @contextmanager
 def replace_ffn_outputs(
-    base: nn.Module, ffns: Mapping[str, StockFFN], outputs: dict[str, Tensor]
+    base: nn.Module, ffns: Mapping[str, StockFFN], outputs: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """The output of every FFN of ``ffns`` in the stock model ``base`` replaced by one constant (hidden_size,) for every token."""
-    hooks = []
+    """Let every FFN of the stock model put out one constant (hidden_size,) for every token."""
 
-    def constant(path: str) -> Callable:
-        return lambda module, args, output: outputs[path].to(output.dtype).expand_as(output)
+    def make_constant_hook(path: str) -> Hook:
+        def put_out(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return outputs[path].to(output.dtype).expand_as(output)
 
-    def mixed(path: str, ffn: StockFFN) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            hidden_states, chosen, weights = args
-            share = (weights * (chosen == ffn.expert)).sum(-1, keepdim=True)
+        return put_out
+
+    def make_expert_hook(path: str, ffn: StockFFN) -> Hook:
+        def exchange_share(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            hidden_states, experts, weights = args
+            share = (weights * (experts == ffn.expert)).sum(-1, keepdim=True)
             return output + share * (outputs[path].to(output.dtype) - ffn(hidden_states))
 
-        return hook
+        return exchange_share
 
-    try:
+    handles: list[RemovableHandle] = []
+    with _removed_at_the_end(handles):
         for path, ffn in ffns.items():
             if ffn.expert is not None:
-                hooks.append(ffn.host.register_forward_hook(mixed(path, ffn)))
+                handles.append(ffn.host.register_forward_hook(make_expert_hook(path, ffn)))
             else:
-                hooks.append(
-                    base.get_submodule(ffn.output_path).register_forward_hook(constant(path))
-                )
+                last = base.get_submodule(ffn.output_path)
+                handles.append(last.register_forward_hook(make_constant_hook(path)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+def _append_call(
+    captured: dict[str, tuple[Tensor, Tensor]], name: str, x: Tensor, y: Tensor
+) -> None:
+    """Add what a call read and wrote, (tokens, size) each, to what earlier calls did."""
+    if name not in captured:
+        # A copy, since some blocks add to what their FFN returned, in place.
+        captured[name] = (x, y.clone())
+        return
+    earlier_x, earlier_y = captured[name]
+    captured[name] = (torch.cat([earlier_x, x]), torch.cat([earlier_y, y]))
+
+
+def _select_routed_tokens(args: tuple, expert: int) -> Tensor:
+    """Return, of the arguments of a mixture's experts, the tokens that go to ``expert``."""
+    hidden_states, experts = args[:2]
+    return hidden_states[(experts == expert).any(-1)]
 
 
 @contextmanager
-def _hooked(modules: dict[str, nn.Module], make: Callable[[str], Callable]) -> Iterator[None]:
-    hooks = [module.register_forward_hook(make(path)) for path, module in modules.items()]
+def _removed_at_the_end(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Remove the hooks of ``handles``, those added meanwhile too, when the context ends."""
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.record import Readout
+from ..compat import get_attention_implementation, run_with_cache, set_attention_implementation
 from ..families.lookup import find_ffn_paths, find_stock_ffn
 from ..families.registry import get_architecture, get_architecture_of_model
 from ..families.table import Architecture
@@ -160,11 +161,8 @@ def trace(
     cache = None
     with _hooks(model.eval(), pieces), _eager(model):
         for start in range(0, count, CHUNK):
-            output = model(
-                input_ids=ids[None, start : start + CHUNK], past_key_values=cache, use_cache=True
-            )
-            cache = output.past_key_values
-            pieces["logits", None].append(output.logits[0])
+            logits, cache = run_with_cache(model, ids[None, start : start + CHUNK], cache)
+            pieces["logits", None].append(logits[0])
             inside = torch.tensor(
                 [p - start for p in kept if start <= p < start + CHUNK],
                 dtype=torch.int64,
@@ -254,12 +252,12 @@ def _hooks(model: Any, pieces: dict[tuple[str, Any], list[Tensor]]) -> Iterator[
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
     """The attention that returns its weights, while the context is open."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "eager"
+    before = get_attention_implementation(model.config)
+    set_attention_implementation(model.config, "eager")
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        set_attention_implementation(model.config, before)
 
 
 def _ranges(numbers: list[int]) -> str:

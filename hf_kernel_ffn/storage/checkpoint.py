@@ -1,37 +1,106 @@
-"""Saving what a conversion or a distillation has made."""
+"""What lies in the folder of a converted model, and how it comes to lie there.
+
+- ``config.json`` with the ``kernel_ffn`` entry, ``generation_config.json``, and the code that loads
+  the checkpoint where the package is not installed: the config class writes it;
+- the weights, in one safetensors file or in several with an index;
+- ``checksums.json`` of weights and config, which ``hf-kernel-ffn verify`` checks;
+- the companions: the teacher's tokenizer, a model card, and reports as JSON.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from ..checkpoint_code.integrity import record_checksums
 from .files import write_text
 from .loading import load_tokenizer, read_stored_dtype
 from .publishing import write_model_card
 
+if TYPE_CHECKING:
+    from ..families.student import ConvertedModel
+
+Report = Mapping[str, object]
+"""What is saved as one JSON file."""
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt",
-    "tokenizer.model", "added_tokens.json", "chat_template.jinja", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""Names of the files that a tokenizer may consist of."""
 
 
-def save_converted(student: Any, source: str, out: Path, **reports: dict) -> None:
-    """Save ``student`` in ``out``, in the dtype in which its teacher at ``source`` is stored, with that one's tokenizer and, as
-    JSON, whatever reports are given by name."""
+def save_converted(student: ConvertedModel, source: str, out: Path, **reports: Report) -> None:
+    """Save ``student`` with all that belongs to it in the folder ``out``.
+
+    Args:
+        source: of its teacher, a local folder or a hub id. The student is saved in the dtype in
+            which that is stored, and is in it afterwards.
+        reports: each is saved as JSON under its name.
+    """
     student.to(dtype=read_stored_dtype(source)).save_pretrained(out)
     save_companions(source, out, **reports)
 
 
-def save_companions(source: str, out: Path, **reports: dict) -> None:
-    """Put what belongs beside the weights and the config into ``out``: the tokenizer at ``source``, a model card, the reports."""
-    if Path(source).is_dir():
-        for file in Path(source).iterdir():
-            if file.is_file() and file.name in TOKENIZER_FILES:
-                shutil.copyfile(file, out / file.name)
-    else:
-        load_tokenizer(source).save_pretrained(out)
+def save_around_weights(
+    student: ConvertedModel, weights: Path, source: str, out: Path, **reports: Report
+) -> None:
+    """Save a student in ``out`` whose weights have been written already.
+
+    The result is what :func:`save_converted` makes.
+
+    Args:
+        student: on the meta device, in the dtype of the weights.
+        weights: the folder that holds the weight files and nothing else. They are moved, and it is
+            removed.
+        source: of its teacher, a local folder or a hub id.
+        reports: each is saved as JSON under its name.
+    """
+    _save_all_but_weights(student, out)
+    for file in weights.iterdir():
+        file.rename(out / file.name)
+    weights.rmdir()
+    record_checksums(out)
+    save_companions(source, out, **reports)
+
+
+def save_companions(source: str, out: Path, **reports: Report) -> None:
+    """Put what belongs beside weights and config into ``out``: tokenizer, model card, reports.
+
+    Args:
+        source: of the teacher, a local folder or a hub id, from which the tokenizer is taken.
+        reports: each is saved as JSON under its name.
+    """
+    _save_tokenizer(source, out)
     write_text(out / "README.md", write_model_card(out, source))
     for name, report in reports.items():
         (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _save_all_but_weights(student: ConvertedModel, out: Path) -> None:
+    """Save config and code of ``student`` in ``out``."""
+    student.save_pretrained(out, state_dict={})
+    (out / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # a file without a tensor
+
+
+def _save_tokenizer(source: str, out: Path) -> None:
+    """Put the tokenizer at ``source`` into ``out``; from a local folder its very files."""
+    if not Path(source).is_dir():
+        load_tokenizer(source).save_pretrained(out)
+        return
+    for file in Path(source).iterdir():
+        if file.is_file() and file.name in TOKENIZER_FILES:
+            shutil.copyfile(file, out / file.name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -11,15 +13,19 @@ from .. import __version__
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.integrity import read_json
 from .files import write_text
-from .loading import get_auto_class
+from .model_files import get_auto_class
 
 FIGURES = ("delta_cross_entropy", "kl", "top1_agreement", "loss_recovered")
+"""Figures of an evaluation that stand in a card."""
+SETTINGS = ("kernel", "simplex", "intensity", "init", "values", "top_k")
+"""Settings of an FFN that stand in a card."""
 CARD = """---
 {front}---
 
 # {name}
 
-[{base}]({link}) with {count} of its FFNs replaced by **kernel-readout FFNs** (hf_kernel_ffn {version}): each output is a mixture of
+[{base}]({link}) with {count} of its FFNs replaced by **kernel-readout FFNs** \
+(hf_kernel_ffn {version}): each output is a mixture of
 output prototypes, weighted by a nonnegative kernel between the input and input prototypes.
 
 ## Load it
@@ -32,7 +38,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 readouts = model(**tokenizer("Hello", return_tensors="pt"), output_readouts=True).readouts
 ```
 
-The code in this repository is that of hf_kernel_ffn; `hf-kernel-ffn verify FOLDER` checks that, and the weights' checksums.
+The code in this repository is that of hf_kernel_ffn; `hf-kernel-ffn verify FOLDER` \
+checks that, and the weights' checksums.
 
 ## Settings
 
@@ -44,53 +51,72 @@ The code in this repository is that of hf_kernel_ffn; `hf-kernel-ffn verify FOLD
 
 {evaluation}
 """
+LONGEST_REASON = 300
+"""Characters of what a hub says that are passed on: some hubs answer with a page."""
 
 
 def write_model_card(
-    folder: str | Path, base_model: str, report: dict | None = None, name: str | None = None
+    folder: str | Path,
+    base_model: str,
+    report: Mapping[str, Any] | None = None,
+    name: str | None = None,
 ) -> str:
-    """The README.md of the converted checkpoint in ``folder``: what it was made from and with, how to load it, and the
-    ``report`` of evaluate_student, if there is one."""
+    """Return the README.md of the converted checkpoint in ``folder``.
+
+    It says what the model was made from and with, how to load it, and how it was evaluated.
+
+    Args:
+        base_model: the teacher, a local folder or a hub id.
+        report: of evaluate_student; None: not evaluated.
+        name: of the model; None: that of the folder.
+
+    Raises:
+        InputError: the model in ``folder`` is not converted.
+    """
     config = read_json(Path(folder) / "config.json")
     entry = config.get("kernel_ffn")
     if not isinstance(entry, dict):
         raise InputError(
-            f"found no kernel_ffn entry in {folder}/config.json, expected a converted model: run hf-kernel-ffn convert"
+            f"found no kernel_ffn entry in {folder}/config.json, expected a converted model: "
+            "run hf-kernel-ffn convert"
         )
-    keys = ("kernel", "simplex", "intensity", "init", "values", "top_k")
-    rows = [
-        [path, *(str(layer["settings"].get(key)) for key in keys), f"{layer['prototypes']:,}"]
-        for path, layer in entry["layers"].items()
-    ]
-    front = {
+    layers: dict[str, Any] = entry["layers"]
+    head = (config.get("architectures") or [""])[0]
+    front_matter = {
         "library_name": "transformers",
         "base_model": base_model,
         "tags": ["kernel-ffn", "custom_code"],
     }
-    if report is None:
-        evaluation = "Not evaluated."
-    else:
-        lines = [f"| figure | over {report['tokens']:,} predicted tokens |", "|---|---|"]
-        lines += [f"| {key} | {report[key]:.4f} |" for key in FIGURES]
-        evaluation = "\n".join(lines)
+    is_local = Path(base_model).exists()
     return CARD.format(
-        auto=get_auto_class(config, (config.get("architectures") or [""])[0]).__name__,
-        front=yaml.safe_dump(front, sort_keys=False), name=name or Path(folder).name, base=base_model, count=len(rows),
-        link=f"https://huggingface.co/{base_model}" if not Path(base_model).exists() else base_model, version=__version__,
-        columns=" | ".join([*keys, "prototypes"]), rules="---|" * len(keys) + "---",
-        settings="\n".join("| " + " | ".join(row) + " |" for row in rows), evaluation=evaluation,
-    )  # fmt: skip
+        front=yaml.safe_dump(front_matter, sort_keys=False),
+        name=name or Path(folder).name,
+        base=base_model,
+        link=base_model if is_local else f"https://huggingface.co/{base_model}",
+        count=len(layers),
+        version=__version__,
+        auto=get_auto_class(config, head).__name__,
+        columns=" | ".join([*SETTINGS, "prototypes"]),
+        rules="---|" * len(SETTINGS) + "---",
+        settings="\n".join(_write_settings_row(path, layer) for path, layer in layers.items()),
+        evaluation=_write_evaluation(report),
+    )
 
 
 def base_model_of(folder: str | Path) -> str:
-    """What the card in ``folder`` says that the model was made from."""
+    """Return what the card in ``folder`` says that the model was made from.
+
+    Raises:
+        InputError: there is no card, or it does not say so.
+    """
     card = Path(folder) / "README.md"
     parts = card.read_text(encoding="utf-8").split("---\n") if card.is_file() else []
     try:
         return str(yaml.safe_load(parts[1])["base_model"])
     except (IndexError, KeyError, TypeError, yaml.YAMLError) as error:
         raise InputError(
-            f"found no base_model in {card}, expected a card made by convert or distill: name it by --base-model"
+            f"found no base_model in {card}, expected a card made by convert or distill: "
+            "name it by --base-model"
         ) from error
 
 
@@ -98,32 +124,61 @@ def push_to_hub(
     folder: str | Path,
     repo: str,
     base_model: str | None = None,
+    *,
     report: Path | None = None,
     private: bool = False,
 ) -> str:
-    """Write the card of the converted checkpoint in ``folder``, with the ``report`` file if there is one, and upload the folder to
-    the hub's ``repo``; its address."""
+    """Write the card of the converted checkpoint in ``folder`` and upload the folder to a hub.
+
+    Args:
+        repo: of the hub, such as ``me/llama-kernel``; it is made if it is not there.
+        base_model: the teacher; None: as the card in the folder has it.
+        report: the file of an evaluation, for the card.
+        private: whether a repository that has to be made is private.
+
+    Returns:
+        the repository's address.
+
+    Raises:
+        InputError: the folder or the report is not what it should be, or the hub refuses.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     figures = None if report is None else read_json(report)
     if figures is not None and not {"tokens", *FIGURES} <= figures.keys():
         raise InputError(
-            f"found no evaluation in {report}, expected a file written by hf-kernel-ffn evaluate --json: check the path"
+            f"found no evaluation in {report}, "
+            "expected a file written by hf-kernel-ffn evaluate --json: check the path"
         )
-    write_text(
-        Path(folder) / "README.md",
-        write_model_card(folder, base_model or base_model_of(folder), figures, repo),
-    )
+    card = write_model_card(folder, base_model or base_model_of(folder), figures, repo)
+    write_text(Path(folder) / "README.md", card)
+
     api = HfApi()
     try:
-        made = api.create_repo(repo, exist_ok=True, private=private)
+        address = api.create_repo(repo, exist_ok=True, private=private)
         api.upload_folder(
             folder_path=str(folder), repo_id=repo, commit_message="Upload by hf_kernel_ffn"
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = json.dumps(" ".join(str(error).split())[:300])
+        reason = json.dumps(" ".join(str(error).split())[:LONGEST_REASON])
         raise InputError(
             f"could not push {folder} to {repo} ({reason}): check the name and your token"
         ) from error
-    return str(made)
+    return str(address)
+
+
+def _write_settings_row(path: str, layer: Mapping[str, Any]) -> str:
+    """Return the row of a card's table for one FFN."""
+    settings = [str(layer["settings"].get(name)) for name in SETTINGS]
+    cells = [path, *settings, f"{layer['prototypes']:,}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _write_evaluation(report: Mapping[str, Any] | None) -> str:
+    """Return what a card says of an evaluation."""
+    if report is None:
+        return "Not evaluated."
+    lines = [f"| figure | over {report['tokens']:,} predicted tokens |", "|---|---|"]
+    lines += [f"| {name} | {report[name]:.4f} |" for name in FIGURES]
+    return "\n".join(lines)

@@ -1,10 +1,11 @@
-"""Is a checkpoint what it says: its config, its weights, their checksums, and whose code it carries."""
+"""Is a checkpoint what it says: its config, weights and checksums, and whose code it carries."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,115 +19,152 @@ from ..checkpoint_code.integrity import (
     read_json,
 )
 from ..checkpoint_code.settings import FORMAT
-from .loading import get_student_class, has_custom_kernel, load_pretrained
+from .kernel_files import CUSTOM_KERNEL, has_custom_kernel
+from .loading import get_student_class, load_pretrained
+
+if TYPE_CHECKING:
+    from ..families.student import ConvertedModel
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+"""Ends of the names of files that run code when they are read."""
+
+Sources = dict[str, bytes]
+"""Content by name of files of code."""
 
 
 class Finding(NamedTuple):
     """One thing that was looked at."""
 
     what: str
+    """Its name: config, weights, checksums, code, …"""
     found: str
+    """What it is like."""
     good: bool
+    """Whether it is as it should be."""
 
 
 def verify_folder(folder: str | Path) -> list[Finding]:
-    """What there is to say about the converted checkpoint in the local ``folder``. Nothing of its code runs.
+    """Return what there is to say about the converted checkpoint in the local ``folder``.
+
+    Nothing of its code runs.
 
     Raises:
         InputError: it is no converted checkpoint, or its config or weights cannot be read.
     """
     folder = Path(folder)
+    config = _read_converted_config(folder)
+    entry = config["kernel_ffn"]
+    student_class, author_file = get_student_class(config, str(folder))
+    if student_class is None:
+        raise InputError(
+            f"found a family with code of its own in {folder}, "
+            f"expected one of transformers': read {folder}/{author_file}"
+        )
+
+    tensors = check_folder(folder)
+    has_own_kernel = has_custom_kernel(str(folder))
+    # With a kernel of the author's own nothing is made: that would run it.
+    if not has_own_kernel:
+        student_config = load_pretrained(student_class.config_class.from_pretrained, str(folder))
+        if tensors is not None:
+            with torch.device("meta"):
+                check_model(student_class(student_config), tensors, folder)
+
+    version = entry.get("package_version")
+    weights = "quantised: not looked into"
+    if tensors is not None:
+        weights = f"{len(tensors)} tensors, as the config has them"
+    return [
+        Finding(
+            "config", f"format {entry.get('format')}, converted by hf_kernel_ffn {version}", True
+        ),
+        Finding("weights", weights, True),
+        _look_at_checksums(folder),
+        *_look_at_code(folder, config, student_class, has_own_kernel),
+        _look_at_pickles(folder),
+    ]
+
+
+def _read_converted_config(folder: Path) -> dict[str, Any]:
+    """Return config.json in ``folder``; InputError if it is not that of a converted model."""
     if not (folder / "config.json").is_file():
         raise InputError(
-            f"found no config.json in {folder}, expected the folder of a converted model: check the path"
+            f"found no config.json in {folder}, "
+            "expected the folder of a converted model: check the path"
         )
     config = read_json(folder / "config.json")
     if config.get("kernel_ffn") is None:
         raise InputError(
-            f"found no kernel_ffn entry in {folder}/config.json, expected a converted model: run hf-kernel-ffn convert"
+            f"found no kernel_ffn entry in {folder}/config.json, expected a converted model: "
+            "run hf-kernel-ffn convert"
         )
-    (kind, brought), entry, own = (
-        get_student_class(config, str(folder)),
-        config["kernel_ffn"],
-        has_custom_kernel(str(folder)),
-    )
-    if kind is None:
-        raise InputError(
-            f"found a family with code of its own in {folder}, expected one of transformers': read {folder}/{brought}"
-        )
-    tensors = check_folder(folder)
-    if not own:  # its sizes are known without running anything of the checkpoint's
-        settings = load_pretrained(kind.config_class, str(folder))
-        if tensors is not None:
-            with torch.device("meta"):
-                check_model(kind(settings), tensors, folder)
-    found = [
-        Finding(
-            "config",
-            f"format {entry.get('format')}, converted by hf_kernel_ffn {entry.get('package_version')}",
-            True,
-        ),
-        Finding(
-            "weights",
-            "quantised: not looked into"
-            if tensors is None
-            else f"{len(tensors)} tensors, as the config has them",
-            True,
-        ),
-        *_checksums(folder),
-        *_code(folder, config, kind.config_class, own),
-    ]
-    pickles = sorted(file.name for file in folder.rglob("*") if file.suffix in PICKLES)
-    return [*found, Finding("pickles", ", ".join(pickles) or "none", not pickles)]
+    return config
 
 
-def _checksums(folder: Path) -> list[Finding]:
+def _look_at_checksums(folder: Path) -> Finding:
+    """Compare the files in ``folder`` with the checksums recorded when they were saved."""
     if not (folder / CHECKSUMS).is_file():
-        return [Finding("checksums", "none recorded: save it again to have them", False)]
-    recorded, now = read_json(folder / CHECKSUMS).get("sha256"), compute_checksums(folder)
+        return Finding("checksums", "none recorded: save it again to have them", False)
+    recorded = read_json(folder / CHECKSUMS).get("sha256")
     if not isinstance(recorded, dict):
-        return [Finding("checksums", f"{CHECKSUMS} is damaged", False)]
-    odd = sorted(name for name in {*recorded, *now} if recorded.get(name) != now.get(name))
-    return [
-        Finding(
-            "checksums",
-            f"changed since saved: {', '.join(odd)}" if odd else f"{len(now)} files as saved",
-            not odd,
-        )
-    ]
+        return Finding("checksums", f"{CHECKSUMS} is damaged", False)
+
+    computed = compute_checksums(folder)
+    changed = _list_differences(recorded, computed)
+    if changed:
+        return Finding("checksums", f"changed since saved: {', '.join(changed)}", False)
+    return Finding("checksums", f"{len(computed)} files as saved", True)
 
 
-def _code(folder: Path, config: dict, kind: Any, own: bool) -> list[Finding]:
-    """The code in ``folder`` beside that which this package would write there for the config class ``kind``."""
+def _look_at_code(
+    folder: Path,
+    config: Mapping[str, Any],
+    student_class: type[ConvertedModel],
+    has_own_kernel: bool,
+) -> list[Finding]:
+    """Compare the code in ``folder`` with what this package would write there."""
     carried = {
         file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        kind(kernel_ffn={"format": FORMAT, "activation": {}, "layers": {}}).save_pretrained(scratch)
-        ours = {file.name: file.read_bytes() for file in Path(scratch).glob("*.py")}
-        auto_map = read_json(Path(scratch, "config.json"))["auto_map"]
-    if own:
-        carried.pop("custom_kernel.py")
-        ours.pop("custom_kernel.py")
-    other = sorted(name for name in {*carried, *ours} if carried.get(name) != ours.get(name))
-    same = f"that of the installed hf_kernel_ffn {__version__}, byte by byte"
-    wrote = f"written by {config['kernel_ffn'].get('package_version')}, installed is {__version__}"
+    expected, auto_map = _write_own_code(student_class)
+    if has_own_kernel:
+        carried.pop(CUSTOM_KERNEL)
+        expected.pop(CUSTOM_KERNEL)
+
+    differing = _list_differences(carried, expected)
+    if differing:
+        wrote = config["kernel_ffn"].get("package_version")
+        code = f"differs (written by {wrote}, installed is {__version__}): {', '.join(differing)}"
+    else:
+        installed = f"that of the installed hf_kernel_ffn {__version__}, byte by byte"
+        code = f"{len(expected)} files, {installed}"
+
+    own_kernel = "none"
+    if has_own_kernel:
+        own_kernel = f"{CUSTOM_KERNEL}, its author's: read it before you allow it"
+    same_auto_map = config.get("auto_map") == auto_map
     return [
-        Finding(
-            "code",
-            f"differs ({wrote}): {', '.join(other)}" if other else f"{len(ours)} files, {same}",
-            not other,
-        ),
-        Finding(
-            "own kernel",
-            "custom_kernel.py, its author's: read it before you allow it" if own else "none",
-            True,
-        ),
-        Finding(
-            "auto_map",
-            "that code" if config.get("auto_map") == auto_map else "other code",
-            config.get("auto_map") == auto_map,
-        ),
+        Finding("code", code, not differing),
+        Finding("own kernel", own_kernel, True),
+        Finding("auto_map", "that code" if same_auto_map else "other code", same_auto_map),
     ]
+
+
+def _write_own_code(student_class: type[ConvertedModel]) -> tuple[Sources, Any]:
+    """Return the code that this package writes into checkpoints of a class, and its auto_map."""
+    empty_entry = {"format": FORMAT, "activation": {}, "layers": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        student_class.config_class(kernel_ffn=empty_entry).save_pretrained(scratch)
+        sources = {file.name: file.read_bytes() for file in Path(scratch).glob("*.py")}
+        return sources, read_json(Path(scratch, "config.json"))["auto_map"]
+
+
+def _look_at_pickles(folder: Path) -> Finding:
+    """List the files in ``folder`` that run code when they are read."""
+    names = sorted(file.name for file in folder.rglob("*") if file.suffix in PICKLES)
+    return Finding("pickles", ", ".join(names) or "none", not names)
+
+
+def _list_differences(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    """Return the names, in order, for which the two have different values, or one has none."""
+    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))

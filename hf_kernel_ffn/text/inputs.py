@@ -1,99 +1,146 @@
-"""What a model reads, whatever that is: token ids, images, sounds, or several of them together."""
+"""What a model reads: token ids, images, sounds, or several of them together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 Inputs = Tensor | Mapping[str, Tensor]
-"""Of a model's main input, (rows, …), or of every argument by name; labels among them are for whoever compares with them."""
+"""A model's main input, (rows, …), or every argument by name.
+
+Labels among the arguments are no input: whoever compares the outputs with them takes them out.
+"""
 OTHER_TOKENS = 256
-"""A row that is not token ids (an image, a sound) counts for so many tokens."""
+"""How many tokens a row counts for that is not token ids: an image, a sound."""
+RANDOM_LENGTH = 128
+"""Token ids in a row of random inputs, at most, as in text that a model writes itself."""
+FEWEST_RANDOM_ROWS = 4
+"""Rows of random inputs at least: three are fitted on, and one is held out."""
 
 
 def count_rows(inputs: Inputs) -> int:
-    """How many rows there are."""
-    return len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values())))
+    """Return how many rows there are."""
+    if isinstance(inputs, Tensor):
+        return len(inputs)
+    return len(next(iter(inputs.values())))
 
 
-def select_rows(inputs: Inputs, which: Any) -> Inputs:
-    """The rows ``which``, a slice or an index."""
-    return (
-        inputs[which]
-        if isinstance(inputs, Tensor)
-        else {name: tensor[which] for name, tensor in inputs.items()}
-    )
+def select_rows(inputs: Inputs, which: slice | Tensor) -> Inputs:
+    """Return the rows ``which``, a slice or an index."""
+    if isinstance(inputs, Tensor):
+        return inputs[which]
+    return {name: tensor[which] for name, tensor in inputs.items()}
 
 
 def tokens_per_row(inputs: Inputs) -> int:
-    """How many tokens a row counts for."""
+    """Return how many tokens a row counts for."""
     if not isinstance(inputs, Tensor):
         return max(tokens_per_row(tensor) for tensor in inputs.values())
     return inputs.shape[1] if inputs.ndim == 2 else OTHER_TOKENS
 
 
-def make_forward_arguments(model: Any, inputs: Inputs, device: Any = None) -> dict[str, Any]:
-    """Arguments for a forward pass of ``model`` over ``inputs``, on ``device`` (None: the model's own; one that
-    device_map has spread moves them by itself); a decoder without ids of its own reads those of the encoder, or its start token."""
-    named = {model.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
+def make_forward_arguments(
+    model: nn.Module, inputs: Inputs, device: torch.device | None = None
+) -> dict[str, Any]:
+    """Return the arguments for a forward pass of ``model`` over ``inputs``.
+
+    A decoder that is given no ids of its own reads those of the encoder, or its start token.
+
+    Args:
+        model: with or without a head.
+        device: where to put them; None: where the model is. A model that device_map has spread
+            moves them by itself.
+    """
+    pretrained = cast(PreTrainedModel, model)
+    named: dict[str, Any]
+    named = {pretrained.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
     named.pop("labels", None)
-    if (
-        model.config.is_encoder_decoder
-        and "decoder_input_ids" not in named
-        and accepts_argument(model, "decoder_input_ids")
-    ):
-        ids = named.get("input_ids")
-        start = getattr(model.config, "decoder_start_token_id", None) or 0
-        named["decoder_input_ids"] = (
-            torch.full((count_rows(inputs), 1), start) if ids is None else ids
-        )
+
+    config = pretrained.config
+    needs_decoder_ids = config.is_encoder_decoder and "decoder_input_ids" not in named
+    if needs_decoder_ids and accepts_argument(model, "decoder_input_ids"):
+        named["decoder_input_ids"] = _make_decoder_ids(config, named, count_rows(inputs))
+
     device = device or next(model.parameters()).device
     if device.type != "meta" and not hasattr(model, "hf_device_map"):
         named = {name: tensor.to(device) for name, tensor in named.items()}
-    return named | ({"use_cache": False} if accepts_argument(model, "use_cache") else {})
+    if accepts_argument(model, "use_cache"):
+        named["use_cache"] = False
+    return named
 
 
-def accepts_argument(model: Any, argument: str) -> bool:
-    """Whether the forward pass of ``model`` takes ``argument``."""
+def accepts_argument(model: nn.Module, argument: str) -> bool:
+    """Return whether the forward pass of ``model`` takes ``argument``."""
     return argument in signature(model.forward).parameters
 
 
-def make_random_inputs(model: Any, tokens: int, seed: int) -> Inputs:
-    """Random inputs for a model that cannot write any: uniform token ids, normally distributed images and sounds."""
+def make_random_inputs(model: PreTrainedModel, tokens: int, seed: int) -> Inputs:
+    """Return random inputs for a model that cannot write any.
+
+    Token ids are uniform, images and sounds normally distributed.
+
+    Args:
+        tokens: how many, at least, they count for.
+        seed: of the numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
-    made: dict[str, Tensor] = {}
-    text = getattr(config, "text_config", config)
-    limit = getattr(text, "max_position_embeddings", None) or 128
-    length = min(128, limit)
-    names = {"input_ids", "pixel_values", "input_features"} & {*signature(model.forward).parameters}
-    if (
-        names == {"input_ids", "pixel_values"}
-        and model.main_input_name == "input_ids"
-        and not hasattr(config, "projection_dim")
-    ):
-        names = {"input_ids"}  # a language model that may be shown an image
-    count = max(4, tokens // (length if names == {"input_ids"} else OTHER_TOKENS))
+    text_config = getattr(config, "text_config", config)
+    limit = getattr(text_config, "max_position_embeddings", None) or RANDOM_LENGTH
+    length = min(RANDOM_LENGTH, limit)
+
+    names = _choose_input_names(model)
+    count = max(FEWEST_RANDOM_ROWS, tokens // (length if names == {"input_ids"} else OTHER_TOKENS))
+
+    inputs: dict[str, Tensor] = {}
     if "input_ids" in names:
-        made["input_ids"] = torch.randint(text.vocab_size, (count, length), generator=generator)
-    if "pixel_values" in names:
-        vision = getattr(config, "vision_config", config)
-        size = (
-            vision.image_size
-            if isinstance(vision.image_size, (tuple, list))
-            else (vision.image_size,) * 2
+        inputs["input_ids"] = torch.randint(
+            text_config.vocab_size, (count, length), generator=generator
         )
-        made["pixel_values"] = torch.randn(count, vision.num_channels, *size, generator=generator)
+    if "pixel_values" in names:
+        shape = _get_image_shape(getattr(config, "vision_config", config))
+        inputs["pixel_values"] = torch.randn(count, *shape, generator=generator)
     if "input_features" in names:
-        made["input_features"] = torch.randn(
-            count, config.num_mel_bins, 2 * config.max_source_positions, generator=generator
+        frames = 2 * config.max_source_positions  # the first convolutions halve them
+        inputs["input_features"] = torch.randn(
+            count, config.num_mel_bins, frames, generator=generator
         )
     if config.is_encoder_decoder and accepts_argument(model, "decoder_input_ids"):
-        made["decoder_input_ids"] = torch.randint(
-            config.vocab_size, (count, min(length, 128)), generator=generator
+        inputs["decoder_input_ids"] = torch.randint(
+            config.vocab_size, (count, length), generator=generator
         )
-    return made
+    return inputs
+
+
+def _make_decoder_ids(config: PreTrainedConfig, named: Mapping[str, Tensor], rows: int) -> Tensor:
+    """Return the encoder's ids, or (rows, 1) start tokens where that reads something else."""
+    if "input_ids" in named:
+        return named["input_ids"]
+    start = getattr(config, "decoder_start_token_id", None) or 0
+    return torch.full((rows, 1), start)
+
+
+def _choose_input_names(model: PreTrainedModel) -> set[str]:
+    """Return which inputs ``model`` is given at random."""
+    accepted = signature(model.forward).parameters
+    names = {"input_ids", "pixel_values", "input_features"} & {*accepted}
+    # A language model that may be shown an image is given text alone; one with a projection of
+    # both to one width, such as CLIP, compares the two.
+    is_language_model = model.main_input_name == "input_ids"
+    compares_both = hasattr(model.config, "projection_dim")
+    if names == {"input_ids", "pixel_values"} and is_language_model and not compares_both:
+        return {"input_ids"}
+    return names
+
+
+def _get_image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the images that a model with ``config`` reads."""
+    vision: Any = config
+    size = vision.image_size
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return vision.num_channels, height, width

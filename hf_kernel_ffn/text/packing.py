@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,15 +17,19 @@ from .documents import read_documents
 SPREAD = 32
 """How much more text than it uses a spread sample reads."""
 PIECES_AT_ONCE = 1000
-"""Pieces of text (documents, or lines of one) that the tokenizer is given at a time: enough for its
-threads, and few enough to be held in memory."""
+"""Pieces of text (documents, or lines of one) that the tokenizer is given at a time.
+
+They are enough for its threads, and few enough to be held in memory.
+"""
 
 
 def stream_tokens(
     tokenizer: PreTrainedTokenizerBase, sources: list[str], text_field: str = "text"
 ) -> Iterator[int]:
-    """Token ids of all sources in order, with the tokenizer's end token (if it has one) after every
-    document."""
+    """Yield the token ids of all sources in order.
+
+    After every document comes the tokenizer's end token, if it has one.
+    """
     for source in sources:
         pieces = read_documents(source, text_field)
         while batch := list(islice(pieces, PIECES_AT_ONCE)):
@@ -35,28 +39,29 @@ def stream_tokens(
 def encode_pieces(
     tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[str, bool]]
 ) -> Iterator[int]:
-    """Token ids of ``pieces`` of text, each with whether a document ends there."""
-    encoded = tokenizer([text for text, _ in pieces], add_special_tokens=False)["input_ids"]
-    for ids, (_, ends) in zip(encoded, pieces, strict=True):
+    """Yield the token ids of ``pieces`` of text, each with whether a document ends there."""
+    texts = [text for text, _ in pieces]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for ids, (_, ends_document) in zip(encoded, pieces, strict=True):
         yield from ids
-        if ends and tokenizer.eos_token_id is not None:
+        if ends_document and tokenizer.eos_token_id is not None:
             yield tokenizer.eos_token_id
 
 
 def pack_blocks(
     tokenizer: PreTrainedTokenizerBase, sources: list[str], length: int, text_field: str = "text"
 ) -> Iterator[Tensor]:
-    """Consecutive blocks of ``length`` token ids, int64; what is left at the end is dropped.
+    """Yield consecutive blocks of ``length`` token ids, int64; what is left at the end is dropped.
 
     Raises:
         InputError: the text is shorter than one block.
     """
     stream = stream_tokens(tokenizer, sources, text_field)
-    empty = True
+    is_empty = True
     while len(block := list(islice(stream, length))) == length:
-        empty = False
+        is_empty = False
         yield torch.tensor(block)
-    if empty:
+    if is_empty:
         raise InputError(
             f"found {len(block)} tokens in {', '.join(sources)}, expected at least {length}: "
             "give a longer text"
@@ -69,23 +74,26 @@ def read_token_ids(
     length: int,
     max_tokens: int,
     text_field: str = "text",
+    *,
     spread: bool = False,
 ) -> Tensor:
-    """The first blocks of a text, or with ``spread`` blocks evenly spaced over its first ``SPREAD``
-    times as many tokens.
+    """Return (rows, length) token ids of a text, int64.
 
-    Returns:
-        (rows, length) token ids, at most ``max_tokens`` of them, but at least one block.
+    Args:
+        max_tokens: how many tokens at most, but at least one block.
+        text_field: which field of a row is the text.
+        spread: whether the blocks are evenly spaced over the first ``SPREAD`` times as many tokens,
+            instead of being the first blocks of the text.
+
+    Raises:
+        InputError: the text cannot be read, or is shorter than one block.
     """
     rows = max(1, max_tokens // length)
-    read = list(
-        islice(
-            pack_blocks(tokenizer, sources, length, text_field), rows * (SPREAD if spread else 1)
-        )
-    )
-    return torch.stack(
-        [read[i * len(read) // min(rows, len(read))] for i in range(min(rows, len(read)))]
-    )
+    limit = rows * SPREAD if spread else rows
+    blocks = list(islice(pack_blocks(tokenizer, sources, length, text_field), limit))
+
+    rows = min(rows, len(blocks))
+    return torch.stack([blocks[row * len(blocks) // rows] for row in range(rows)])
 
 
 class TokenReader:
@@ -219,7 +227,7 @@ class PackedText(Iterator[Tensor]):
         self._pass = cast(int, state["pass"])
         self._at_end = cast(bool, state["at_end"])
         self._empty = cast(bool, state["empty"])
-        version, words, spare = cast(list, state["random"])
+        version, words, spare = cast(list[Any], state["random"])
         self._random = random.Random()
         self._random.setstate((version, tuple(words), spare))
         self._held = list(cast(Tensor, state["held"]).long())

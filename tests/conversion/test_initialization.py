@@ -14,7 +14,7 @@ from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
 from hf_kernel_ffn.families.lookup import find_ffn_paths
 from hf_kernel_ffn.families.registry import get_architecture_of_model
 from hf_kernel_ffn.families.weights import read_ffn_weights
-from hf_kernel_ffn.storage.loading import import_kernel
+from hf_kernel_ffn.storage.kernel_files import import_kernel
 
 
 @pytest.fixture

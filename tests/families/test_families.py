@@ -1,4 +1,7 @@
-"""Every family of the table: found, read exactly, converted, trained, saved, loaded elsewhere, restored; and every head of it."""
+"""Every family of the table: found, read exactly, converted, trained, saved, loaded, restored.
+
+And every head of it.
+"""
 
 import inspect
 
@@ -29,7 +32,9 @@ def family(request):
 def inputs_of(model):
     """Something to read: token ids, images, sounds, whatever the head takes."""
     generator = torch.Generator().manual_seed(1)
-    takes, config, made = inspect.signature(model.forward).parameters, model.config, {}
+    takes = inspect.signature(model.forward).parameters
+    config = model.config
+    made = {}
     if "input_ids" in takes and model.main_input_name == "input_ids":
         made["input_ids"] = torch.randint(3, 300, (8, 12), generator=generator)
         made["input_ids"][:, -1] = 2  # some heads read where the text ends
@@ -57,7 +62,8 @@ class Made:
     """One family's teacher and student, made once."""
 
     def __init__(self, family, folder):
-        self.heads, self.folder = get_stock_heads(family), folder / family / "student"
+        self.heads = get_stock_heads(family)
+        self.folder = folder / family / "student"
         self.auto = next(auto for auto in HEADS if auto in self.heads)
         self.teacher = tiny(family, self.auto)
         self.inputs = inputs_of(self.teacher)
@@ -72,7 +78,8 @@ class Made:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Makes a family's models."""
-    folder, known = tmp_path_factory.mktemp("families"), {}
+    folder = tmp_path_factory.mktemp("families")
+    known = {}
 
     def make(family):
         if family not in known:
@@ -108,7 +115,8 @@ def test_every_head_is_described_and_read_exactly(family):
 
 def test_the_record_is_what_the_running_model_writes(family, made):
     teacher = made(family).teacher
-    base, ffns = teacher.base_model, find_stock_ffns(teacher, get_architecture_of_model(teacher))
+    base = teacher.base_model
+    ffns = find_stock_ffns(teacher, get_architecture_of_model(teacher))
     with capture_ffn_inputs_and_outputs(base, ffns) as seen, torch.no_grad():
         base(**make_forward_arguments(base, made(family).inputs))
     assert seen.keys() == ffns.keys()
@@ -170,7 +178,8 @@ def test_layer_wise_training_lowers_the_loss_of_every_layer(family, made):
 
 
 def test_every_head_runs_converted(family, made):
-    it, heads = made(family), get_stock_heads(family)
+    it = made(family)
+    heads = get_stock_heads(family)
     for name in dict.fromkeys(list(heads.values())[1:]):
         auto = next(auto for auto, head in heads.items() if head == name)
         teacher = tiny(family, auto)

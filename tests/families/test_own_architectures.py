@@ -1,4 +1,4 @@
-"""A user's own architecture, with code of its own: described by an entry, it converts, saves and loads like the built-in ones."""
+"""A user's own architecture, with its own code: by an entry it is like the built-in ones."""
 
 import importlib.util
 import json

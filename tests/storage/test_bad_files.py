@@ -1,4 +1,4 @@
-"""Bad files: one clear refusal each; nothing that hangs, takes memory without bound, runs code, or loads as a model."""
+"""Bad files: one clear refusal each; nothing hangs, fills the memory, runs code, or loads."""
 
 import json
 import random
@@ -452,7 +452,7 @@ def test_a_bad_recipe_is_refused(name, tmp_path, monkeypatch):
 
 
 def mutate(rng, folder):
-    """Change a few bytes, or a few values of a JSON file, anywhere in the checkpoint; whether only data or descriptions changed."""
+    """Change a few bytes, or a few values of a JSON file, in one file; its name."""
     file = rng.choice(
         sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     )
@@ -509,7 +509,7 @@ def mutate(rng, folder):
 
 
 def fuzz(whole, scratch, seed, count):
-    """How the mutations ended: refused, or the same model but for data and settings that only verify can tell, or harmless."""
+    """How often the mutations were refused, found by verify, harmless, or no change."""
     rng, ends = random.Random(seed), Counter()
     for number in range(count):
         folder = Path(shutil.copytree(whole / rng.choice((PLAIN, SHARDED)), scratch / str(number)))
@@ -521,7 +521,9 @@ def fuzz(whole, scratch, seed, count):
             ends["refused when loaded"] += 1
         elif (folder / name).read_bytes() == before[name]:
             ends["no change"] += 1
-        else:  # a value of a weight, of a setting or of a file that loading does not read: verify finds it, or it does not count
+        else:
+            # A value of a weight, of a setting or of a file that loading does not read: verify
+            # finds it, or it does not count.
             odd: dict = {}
             error = bounded(lambda folder=folder, odd=odd: odd.update(bad(folder)))
             if error is not None:

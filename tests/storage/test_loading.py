@@ -1,12 +1,30 @@
-"""Loading asks nobody anything."""
+"""Loading: it asks nobody anything, says what is wrong, and runs a kernel file apart."""
 
 import builtins
+import statistics
+import sys
 
+import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_kernel_ffn import convert
+from hf_kernel_ffn import InputError, KernelFFNConfig, convert
+from hf_kernel_ffn.checkpoint_code.errors import CheckpointError
+from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.storage.checkpoint import save_converted
-from hf_kernel_ffn.storage.loading import check_vocabularies, load_student
+from hf_kernel_ffn.storage.kernel_files import has_custom_kernel, import_kernel
+from hf_kernel_ffn.storage.loading import check_vocabularies, load_student, load_tokenizer
+
+KERNEL = """
+from hf_kernel_ffn import Kernel, register_kernel
+
+class Cubed(Kernel):
+    def value(self, score, distance2):
+        return score.relu() ** 3
+
+register_kernel(
+    Cubed("cubed", nonnegative=True, positive_definite=False, uses_bias=True, degree=3)
+)
+"""
 
 
 def test_no_question_is_asked_at_the_terminal(teacher_folder, ids, tmp_path, monkeypatch):
@@ -38,3 +56,57 @@ def test_layers_keep_their_order_past_the_tenth(ids, tmp_path):
         == list(student.kernel_ffns())
         == expected
     )
+
+
+def test_a_kernel_file_replaces_no_module_of_its_name(tmp_path, ids, llama, registry):
+    file = tmp_path / "statistics.py"
+    file.write_text(KERNEL)
+    assert import_kernel(f"{file}:cubed") == "cubed"
+    assert sys.modules["statistics"] is statistics
+    assert import_kernel(f"{file}:cubed") == "cubed"  # again, as a recipe does
+    student, _ = convert(
+        llama, KernelFFNConfig(kernel="cubed"), calibration_ids=ids, calibration_tokens=256
+    )
+    student.save_pretrained(tmp_path / "student")
+    assert has_custom_kernel(str(tmp_path / "student"))
+    assert "class Cubed(Kernel)" in (tmp_path / "student" / "custom_kernel.py").read_text()
+
+
+def test_two_kernel_files_of_one_name_are_two_modules(tmp_path, registry):
+    files = [tmp_path / "one" / "kernel.py", tmp_path / "other" / "kernel.py"]
+    for file, name in zip(files, ("cubed", "cubed-too"), strict=True):
+        file.parent.mkdir()
+        file.write_text(KERNEL.replace('"cubed"', f'"{name}"'))
+        import_kernel(f"{file}:{name}")
+    modules = [sys.modules[type(registry[name]).__module__] for name in ("cubed", "cubed-too")]
+    assert [module.__file__ for module in modules] == [str(file) for file in files]
+
+
+def test_a_kernel_file_that_fails_leaves_no_module(tmp_path):
+    file = tmp_path / "statistics.py"
+    file.write_text("raise RuntimeError('no such thing')")
+    before = set(sys.modules)
+    with pytest.raises(InputError, match=r"failing when run \(no such thing\): repair it"):
+        import_kernel(f"{file}:cubed")
+    assert set(sys.modules) == before
+    assert sys.modules["statistics"] is statistics
+
+
+def test_what_cannot_be_loaded_is_a_checkpoint_error_that_keeps_its_cause(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="could not load .*: check that it is complete") as it:
+        load_tokenizer(str(tmp_path))
+    assert it.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_the_command_line_shows_the_traceback_if_asked(tmp_path, monkeypatch, capsys, debug):
+    monkeypatch.setenv("HF_KERNEL_FFN_DEBUG", debug)
+    monkeypatch.setattr(sys, "argv", ["hf-kernel-ffn", "verify", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert printed[-1].startswith("error: found no config.json")
+    assert ("Traceback" in printed[0]) == (debug == "1")
+    assert (len(printed) == 1) == (debug == "")

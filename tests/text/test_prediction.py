@@ -1,4 +1,4 @@
-"""Masked language models: what is masked, that only masked tokens count, and the ordinary commands on an encoder."""
+"""Masked language models: what is masked, that only that counts, and the commands on an encoder."""
 
 import copy
 import importlib.util
@@ -36,9 +36,15 @@ from hf_kernel_ffn.text.prediction import (
 
 MASK = 4096
 SMALL = dict(
-    vocab_size=MASK + 1, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=64, initializer_range=0.2, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=MASK + 1,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+    pad_token_id=0,
+)
 STAGE = {"learning_rate": 0.002, "batch_size": 2, "tokens": 384}  # six steps
 
 
@@ -110,9 +116,17 @@ def test_the_seed_decides_the_masks(bert, mask_tokenizer, ids):
 
 def test_the_class_decides_what_is_predicted(llama, mask_tokenizer, ids):
     bart = BartForConditionalGeneration(
-        BartConfig(vocab_size=300, d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
-                   encoder_attention_heads=1, decoder_attention_heads=1)
-    )  # fmt: skip
+        BartConfig(
+            vocab_size=300,
+            d_model=8,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_ffn_dim=8,
+            decoder_ffn_dim=8,
+            encoder_attention_heads=1,
+            decoder_attention_heads=1,
+        )
+    )
     for model in (llama, bart, tiny_bert(BertForSequenceClassification)):
         assert make_inputs_for_prediction(model, None, ids) is ids
     for tokenizer in (None, object()):
@@ -335,8 +349,10 @@ def test_the_table_of_trained_families(folder, text_file, tmp_path, capsys):
     assert printed[0] == printed[1]
     columns = [line.count("|") for line in printed[0]]
     assert columns == [columns[0]] * 5 and [line.split(" | ")[0] for line in printed[0][2:]] == [
-        "| *bert, untouched*", "| bert, converted", "| bert, distilled",
-    ]  # fmt: skip
+        "| *bert, untouched*",
+        "| bert, converted",
+        "| bert, distilled",
+    ]
     before, after = (
         json.loads((tmp_path / "results" / "bert" / f"{n}.json").read_text())
         for n in ("converted", "distilled")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from itertools import islice
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from hf_kernel_ffn import InputError
+from hf_kernel_ffn.checkpoint_code.errors import MissingPackage
 from hf_kernel_ffn.text.documents import read_documents
 from hf_kernel_ffn.text.packing import SPREAD, pack_blocks, read_token_ids, stream_tokens
 
@@ -18,7 +20,7 @@ ROWS = ["A whale\nof a tale.", "Once – upon a time,\n\n", "the end"]
 
 @pytest.fixture
 def write(tmp_path):
-    """Save rows in one of the formats (all of them in one document, as .txt), the text in ``field``."""
+    """Save rows in one of the formats, the text in ``field``; as .txt all in one document."""
 
     def to(kind, rows=ROWS, field="text"):
         file = tmp_path / f"rows.{kind}"
@@ -77,10 +79,8 @@ def test_sources_follow_one_another(write, tokenizer):
 
 
 def test_blocks_are_consecutive_tokens_of_the_text(text_file, tokenizer):
-    packed, text = (
-        list(pack_blocks(tokenizer, [str(text_file)], 32)),
-        text_file.read_text(encoding="utf-8"),
-    )
+    packed = list(pack_blocks(tokenizer, [str(text_file)], 32))
+    text = text_file.read_text(encoding="utf-8")
     assert {(block.dtype, block.shape) for block in packed} == {(torch.int64, (32,))}
     read = tokenizer.decode(torch.cat(packed))
     assert text.startswith(read)
@@ -202,3 +202,14 @@ def test_a_folder_is_no_text(tmp_path, tokenizer, kind):
 
 def test_a_dataset_out_of_reach_is_named(tokenizer):
     assert "'no-such/dataset:train'" in refusal("no-such/dataset:train", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "source, module", [("rows.parquet", "pyarrow.parquet"), ("no-such/dataset", "datasets")]
+)
+def test_a_missing_package_is_named_with_how_to_install_it(monkeypatch, source, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingPackage, match=r"pip install 'hf-kernel-ffn\[distill\]'") as caught:
+        list(read_documents(source))
+    assert isinstance(caught.value, InputError)
+    assert isinstance(caught.value, ImportError)
