@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -234,7 +234,7 @@ class PackedText(Iterator[Tensor]):
         self._pass = cast(int, state["pass"])
         self._at_end = cast(bool, state["at_end"])
         self._empty = cast(bool, state["empty"])
-        version, words, spare = cast(list, state["random"])
+        version, words, spare = cast(list[Any], state["random"])
         self._random = random.Random()
         self._random.setstate((version, tuple(words), spare))
         self._held = list(cast(Tensor, state["held"]).long())
