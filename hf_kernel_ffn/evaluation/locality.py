@@ -71,6 +71,7 @@ def denominator_variation(ffn: KernelFFN, inputs: Tensor) -> dict[str, float]:
     moments = []
     variances = []
     for score, distance2 in map(ffn.scores, inputs.split(CHUNK)):
+        assert distance2 is not None  # the kernel uses it
         denominator = (distance2 + softening).double()
         over_units.append(denominator.std(-1, correction=0) / denominator.mean(-1))
         moments.append(torch.stack([denominator.sum(0), denominator.square().sum(0)]))
