@@ -60,7 +60,8 @@ SETTINGS: dict[str, dict[str, str]] = {
 """Of KernelFFNConfig, by what is printed."""
 HEAD = (
     "| | FVU | denominator varies over units / tokens | its share of log κ "
-    "| purity, student / teacher / chance | AUC nearest | AUC mass | AUC −‖x − mean‖ | AUC −‖x‖ |"
+    "| purity, student / teacher / chance | AUC nearest | AUC mass "
+    "| AUC −‖x − mean‖ | AUC −‖x‖ |"
 )
 """Of table.md. AUCs are against shuffled and against random tokens."""
 SCORES = ("nearest", "mass", "control", "length")
