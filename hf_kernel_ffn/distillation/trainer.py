@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.tied import AnyKernelFFN
 from ..text.inputs import Inputs, select_rows
 from ..text.packing import PackedText
 from ..text.prediction import make_inputs_for_prediction
@@ -183,7 +183,7 @@ class Trainer:
             kept.update((f"{path}.{name}", buffer) for name, buffer in ffn.named_buffers())
         return kept
 
-    def _make_part(self, stage: Stage, ffns: dict[str, KernelFFN]) -> Part:
+    def _make_part(self, stage: Stage, ffns: dict[str, AnyKernelFFN]) -> Part:
         for parameter in self.trained.values():
             parameter.requires_grad_(False)
         layer_wise = stage.name == "layer-wise"

@@ -7,9 +7,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.record import Readout
-from ..checkpoint_code.tied import TiedKernelFFN
+from ..checkpoint_code.tied import AnyKernelFFN
 from ..families.lookup import StockFFN
 from ..families.weights import FFNWeights, read_teacher_readout
 from .readability import Readability, readability
@@ -154,9 +153,7 @@ class FFNAccumulator:
     first reading has found, for the same batches.
     """
 
-    def __init__(
-        self, path: str, student: KernelFFN | TiedKernelFFN, teacher: StockFFN, weights: FFNWeights
-    ):
+    def __init__(self, path: str, student: AnyKernelFFN, teacher: StockFFN, weights: FFNWeights):
         self.path = path
         self.student = student
         self.teacher = teacher
