@@ -1,4 +1,4 @@
-"""What mkdocs does beside its plugins: pictures of other folders, help texts, docstring roles.
+"""What mkdocs does beside its plugins: files of other folders, help texts, docstring roles.
 
 mkdocs calls the functions ``on_…`` by their names.
 """
@@ -21,11 +21,13 @@ COMMANDS_PAGE = "guide/commands.md"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pictures of docs/assets, and those that the experiments draw."""
+    """Add the pictures of docs/assets, those that the experiments draw, and the notebooks."""
     for path in sorted((ROOT / "docs" / "assets").iterdir()):
         files.append(_generated(config, f"assets/{path.name}", path))
     for path in sorted((ROOT / "recipes" / "results").glob("*/frontier.png")):
         files.append(_generated(config, f"assets/{path.parent.name}-frontier.png", path))
+    for path in sorted((ROOT / "recipes" / "examples").glob("*.ipynb")):
+        files.append(_generated(config, f"assets/{path.name}", path))
     return files
 
 

@@ -1,4 +1,4 @@
-"""The controls of the README's table, and an example of kernels of one's own: ReLU and ReLU² of the
+"""The controls of the frontier's table, and an example of kernels of one's own: ReLU and ReLU² of the
 score.
 
 They know no distance, so they are no similarities: if a kernel does not beat them, its denominator
