@@ -36,6 +36,7 @@ def main(
     import torch
 
     from hf_kernel_ffn.distillation import load_recipe
+    from hf_kernel_ffn.distillation.batches import open_text
     from hf_kernel_ffn.distillation.objectives import logits
     from hf_kernel_ffn.distillation.optimizers import make_optimizers
     from hf_kernel_ffn.distillation.recording import record
@@ -43,7 +44,7 @@ def main(
     from hf_kernel_ffn.distillation.run import student_of
     from hf_kernel_ffn.distillation.step import Step, accumulate_gradients
     from hf_kernel_ffn.distillation.teacher_signal import RecordedTeacher, RunningTeacher
-    from hf_kernel_ffn.distillation.trainer import open_text, train
+    from hf_kernel_ffn.distillation.trainer import train
     from hf_kernel_ffn.evaluation.report import evaluate_student
     from hf_kernel_ffn.gpu.measuring import interleaved, ratio
     from hf_kernel_ffn.storage.files import write_text
