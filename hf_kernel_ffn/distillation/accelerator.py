@@ -15,7 +15,7 @@ from accelerate.utils import (
     LoggerType,
 )
 
-from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.errors import InputError, MissingPackage
 from ..storage.loading import get_torch_dtype
 from .recipe import Recipe
 
@@ -71,7 +71,8 @@ def check_trackers(recipe: Recipe) -> None:
     """Check ``trackers`` before anything is loaded.
 
     Raises:
-        InputError: accelerate does not know one, or its package is not installed.
+        InputError: accelerate does not know one.
+        MissingPackage: its package is not installed.
     """
     installed = [ALL_TRACKERS, *map(str, get_available_trackers())]
     of_accelerate = [str(name) for name in LoggerType]
@@ -82,7 +83,7 @@ def check_trackers(recipe: Recipe) -> None:
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
             raise InputError(f"found an unknown tracker {name!r} in trackers: {hint}")
         if name in of_accelerate and name not in installed:
-            raise InputError(
+            raise MissingPackage(
                 f"found the tracker {name!r}, whose package is not installed: "
                 "install it, or leave it out of trackers"
             )

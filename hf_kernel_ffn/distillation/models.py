@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.errors import MissingPackage
 from ..compat import set_activation_checkpointing
 from .recipe import Lora
 from .teacher_signal import TeacherSignal
@@ -55,12 +55,12 @@ def add_adapters(student: ConvertedModel, lora: Lora) -> nn.Module:
     head.
 
     Raises:
-        InputError: peft is not installed.
+        MissingPackage: peft is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise InputError(
+        raise MissingPackage(
             "lora needs the peft package: pip install 'hf-kernel-ffn[lora]'"
         ) from error
 

@@ -4,6 +4,7 @@ what they will read."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ..storage.loading import load_student
 from ..text.inputs import make_forward_arguments
 from ..text.packing import PackedText
 from .accelerator import autocast, make_accelerator
+from .batches import open_text
 from .divergence import to_at_least_float32, top_and_rest_log_probs
 from .recipe import Recipe
 from .records import (
@@ -33,7 +35,6 @@ from .records import (
 )
 from .run import teacher_of
 from .stages import stage_parts, steps_and_sequences
-from .trainer import open_text
 
 SHARD_BYTES = 2**28
 """About how large a file of a record becomes; that much is held in memory."""
@@ -85,31 +86,22 @@ def record(
         temperature=temperature,
     )
     batches_per_shard = max(1, SHARD_BYTES // (sequence_bytes * rows))
-    sequences = 0
-    unrecorded = 0.0  # probability of the other tokens, over all positions
-    shards = 0
     with new_folder(out_dir) as folder:
-        while batches := list(islice(answers, batches_per_shard)):
-            tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-            save_file(tensors, shard_file(folder, shards))
-            shards += 1
-            for batch in batches:
-                sequences += len(batch["input_ids"])
-                unrecorded += batch["log_probabilities"][..., -1].exp().sum().item()
+        written = _write_shards(answers, folder, batches_per_shard)
         facts = Facts(
             teacher=recipe.teacher,
             fingerprint=teacher_fingerprint(teacher),
             temperature=temperature,
             sequence_length=length,
             top_k=top_k,
-            shards=shards,
+            shards=written.shards,
         )
         content = facts.model_dump_json(indent=1) + "\n"
         (folder / FACTS).write_text(content, encoding="utf-8")
 
     size = sum(file.stat().st_size for file in Path(out_dir).iterdir())
-    say(f"{sequences:,} sequences, none twice: {_format_size(size)}")
-    share = 1 - unrecorded / (sequences * length)
+    say(f"{written.sequences:,} sequences, none twice: {_format_size(size)}")
+    share = 1 - written.unrecorded / (written.sequences * length)
     say(f"the recorded tokens hold {share:.0%} of the probability")
 
 
@@ -132,6 +124,31 @@ def spans_of_logits_stages(recipe: Recipe, teacher: PreTrainedModel, processes: 
             spans.append(range(start, start + steps * per_step))
         start += steps * per_step
     return spans
+
+
+@dataclass
+class _Written:
+    """What has been written of a record."""
+
+    shards: int = 0
+    sequences: int = 0
+    unrecorded: float = 0.0
+    """Probability of the other tokens, over all positions."""
+
+
+def _write_shards(
+    answers: Iterator[dict[str, Tensor]], folder: Path, batches_per_shard: int
+) -> _Written:
+    """Write the tensors of ``answers``, so many batches to a file."""
+    written = _Written()
+    while batches := list(islice(answers, batches_per_shard)):
+        tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        save_file(tensors, shard_file(folder, written.shards))
+        written.shards += 1
+        for batch in batches:
+            written.sequences += len(batch["input_ids"])
+            written.unrecorded += batch["log_probabilities"][..., -1].exp().sum().item()
+    return written
 
 
 def _require_one_temperature(recipe: Recipe) -> float:

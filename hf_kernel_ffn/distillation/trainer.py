@@ -18,10 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.tied import AnyKernelFFN
-from ..text.inputs import Inputs, select_rows
-from ..text.packing import PackedText
-from ..text.prediction import make_inputs_for_prediction
 from .accelerator import allow_idle_experts, autocast, make_accelerator
+from .batches import BatchReader
 from .collectives import average_gradients, average_in_place
 from .failures import are_finite, describe_divergence
 from .metrics import Listener, StepReport
@@ -30,9 +28,9 @@ from .objectives import OBJECTIVES
 from .optimizers import make_optimizers
 from .part import Part
 from .progress import ProgressBar
-from .recipe import Data, Recipe, Stage
+from .recipe import Recipe, Stage
 from .sharding import shard, unsharded
-from .stages import rows_per_step, stage_parts, steps_and_sequences
+from .stages import stage_parts, steps_and_sequences
 from .state import (
     Position,
     load_optimizers,
@@ -46,7 +44,7 @@ from .step import Step, accumulate_gradients
 from .stopping import Stop
 from .teacher_signal import make_signals
 from .thresholds import Watch
-from .validation import HeldOutText, evaluating
+from .validation import HeldOutText
 
 if TYPE_CHECKING:
     from ..families.student import ConvertedModel
@@ -76,18 +74,6 @@ def train(
     Trainer(recipe, accelerator, models, listeners=listeners, progress=progress).run()
 
 
-def open_text(tokenizer: PreTrainedTokenizerBase, data: Data, seed: int) -> PackedText:
-    """The training text of a recipe, from its beginning."""
-    return PackedText(
-        tokenizer,
-        data.sources,
-        data.sequence_length,
-        text_field=data.text_field,
-        shuffle_buffer=data.shuffle_buffer,
-        seed=seed,
-    )
-
-
 class Trainer:
     """Trains a student by the stages of a recipe; holds what they share."""
 
@@ -113,10 +99,10 @@ class Trainer:
         self.listeners = list(listeners)
         self.progress = progress
         self.position = Position()
-        self.text = open_text(models.tokenizer, recipe.data, recipe.seed)
+        self.reader = BatchReader(recipe, models, accelerator)
         self.held_out: HeldOutText | None = None
         if recipe.data.validation is not None:
-            self.held_out = HeldOutText(recipe, models.tokenizer, models.teacher)
+            self.held_out = HeldOutText(recipe, models)
 
         self.sharded = recipe.shard and accelerator.num_processes > 1
         if self.sharded:
@@ -250,7 +236,8 @@ class Trainer:
         """
         started = time.perf_counter()
         learning_rate = part.set_learning_rates(step)
-        part.batches = self._read_batches(part)
+        part.batches = self.reader.read(part.stage, self.position.sequences)
+        self.position.sequences += part.sequences_per_step
         loss, stopping = self._agree(self._accumulate(part, watch))
 
         usable = self._is_usable(loss, part)
@@ -273,19 +260,6 @@ class Trainer:
             skipped=not usable,
         )
         return report, stopping
-
-    def _read_batches(self, part: Part) -> list[Inputs]:
-        """The batches of the next step that are this process's, one for each call."""
-        sequences = [next(self.text) for _ in range(part.sequences_per_step)]
-        rows = rows_per_step(part.stage)
-        first = self.accelerator.process_index * rows
-        ids = torch.stack(sequences[first : first + rows]).to(self.accelerator.device)
-
-        seed = f"{self.recipe.seed} {self.position.sequences} {self.accelerator.process_index}"
-        inputs = make_inputs_for_prediction(self.models.teacher, self.models.tokenizer, ids, seed)
-        self.position.sequences += part.sequences_per_step
-        size = part.stage.batch_size
-        return [select_rows(inputs, slice(row, row + size)) for row in range(0, rows, size)]
 
     def _accumulate(self, part: Part, watch: Watch) -> Tensor:
         """Add up the gradients of all batches; the mean loss of this process."""
@@ -345,24 +319,9 @@ class Trainer:
         return are_finite([gradient for gradient in gradients if gradient is not None])
 
     def _validate(self, part: Part, watch: Watch, held_out: HeldOutText) -> float:
-        """The stage's loss on the held-out text, by the running teacher.
-
-        It is the same on every process, since each reads all of it.
-        """
-
-        def loss_of(batch: Inputs) -> Tensor:
-            step = Step(
-                stage=part.stage,
-                signal=self.models.signals[None],
-                student=self.models.trainee,
-                ffns=part.ffns,
-                batch=batch,
-            )
-            return OBJECTIVES[part.stage.name](step)
-
-        with watch.look_away(), evaluating(self.models.trainee), self._autocast():
-            device = self.accelerator.device
-            loss = held_out.mean_loss(loss_of, part.stage.batch_size, device)
+        """The stage's loss on the held-out text."""
+        with watch.look_away(), self._autocast():
+            loss = held_out.loss(part.stage, part.ffns, self.models, self.accelerator.device)
         _reshard(part)
         return loss
 
@@ -376,7 +335,7 @@ class Trainer:
             Path(self.recipe.output_dir),
             trained=self.kept,
             optimizers=optimizers,
-            text=self.text.state_dict(),
+            text=self.reader.text.state_dict(),
             facts={**facts, "position": asdict(self.position)},
             writes=self.accelerator.is_main_process,
         )
@@ -385,7 +344,7 @@ class Trainer:
         """Go on where ``state`` was saved; the optimisers are the part's."""
         load_trained(state, self.kept)
         load_rng(state)
-        self.text.load_state_dict(load_text(state))
+        self.reader.text.load_state_dict(load_text(state))
         self.position = load_position(state)
 
     def _diverge(self, what: str, part: Part, step: int) -> NoReturn:

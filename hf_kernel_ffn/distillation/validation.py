@@ -2,56 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
 
-from ..text.inputs import Inputs
 from ..text.packing import read_token_ids
 from ..text.prediction import make_inputs_for_prediction
-from .recipe import Recipe
+from .models import Models
+from .objectives import OBJECTIVES
+from .recipe import Recipe, Stage
+from .step import Step
 
 
 class HeldOutText:
     """The text of ``data.validation``, read once."""
 
-    def __init__(
-        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel
-    ):
+    def __init__(self, recipe: Recipe, models: Models):
         """
         Raises:
             InputError: the text cannot be read, or is shorter than one sequence.
         """
-        self.tokenizer = tokenizer
-        self.teacher = teacher
-        self.seed = recipe.seed
         data = recipe.data
+        self.seed = recipe.seed
         self.ids = read_token_ids(
-            tokenizer,
+            models.tokenizer,
             data.validation_sources,
             data.sequence_length,
             data.validation_tokens,
             data.text_field,
         )
-
-    def batches(self, rows: int, device: torch.device) -> Iterator[Inputs]:
-        """What the models read, so many sequences at a time; the same at every call."""
-        for number, ids in enumerate(self.ids.split(rows)):
-            seed = f"{self.seed} validation {number}"
-            yield make_inputs_for_prediction(self.teacher, self.tokenizer, ids.to(device), seed)
+        """(sequences, sequence_length)."""
 
     @torch.no_grad()
-    def mean_loss(
-        self, loss_of: Callable[[Inputs], Tensor], rows: int, device: torch.device
+    def loss(
+        self, stage: Stage, ffns: Mapping[str, nn.Module], models: Models, device: torch.device
     ) -> float:
-        """Mean of ``loss_of`` a batch of at most so many ``rows``, weighted by rows."""
+        """The loss of ``stage`` over the whole text, by the running teacher, without dropout.
+
+        It is the mean over batches of the stage's size, weighted by their rows, and the same one on
+        every process, since each reads all of the text.
+        """
         total = 0.0
-        sizes = [len(ids) for ids in self.ids.split(rows)]
-        for size, batch in zip(sizes, self.batches(rows, device), strict=True):
-            total += size * loss_of(batch).item()
+        with evaluating(models.trainee):
+            for number, ids in enumerate(self.ids.split(stage.batch_size)):
+                batch = make_inputs_for_prediction(
+                    models.teacher,
+                    models.tokenizer,
+                    ids.to(device),
+                    f"{self.seed} validation {number}",
+                )
+                step = Step(stage, models.signals[None], models.trainee, ffns, batch)
+                total += len(ids) * OBJECTIVES[stage.name](step).item()
         return total / len(self.ids)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kernel_ffn.distillation import Recipe, load_recipe
+from hf_kernel_ffn.distillation.batches import open_text
 from hf_kernel_ffn.distillation.objectives import logits
 from hf_kernel_ffn.distillation.optimizers import make_optimizers
 from hf_kernel_ffn.distillation.recipe import Stage
@@ -34,7 +35,7 @@ from hf_kernel_ffn.distillation.teacher_signal import (
     RunningTeacher,
     TeacherSignal,
 )
-from hf_kernel_ffn.distillation.trainer import open_text, train
+from hf_kernel_ffn.distillation.trainer import train
 from hf_kernel_ffn.evaluation.report import evaluate_student
 from hf_kernel_ffn.gpu.measuring import Work, interleaved, ratio
 from hf_kernel_ffn.storage.files import write_text

@@ -44,9 +44,14 @@ def content(teacher_folder, text_file, tmp_path_factory, ids):
     }
 
 
-def of(content, out, processes=1, optimizer="adamw", **changes):
+def of(content, out, processes=1, optimizer="adamw", stage_changes=(), **changes):
     stages = [
-        {**stage, "batch_size": 4 // processes, "optimizer": optimizer}
+        {
+            **stage,
+            "batch_size": 4 // processes,
+            "optimizer": optimizer,
+            **dict(stage_changes),
+        }
         for stage in content["stages"]
     ]
     return {**content, "stages": stages, "output_dir": str(out), **changes}
@@ -94,6 +99,11 @@ def jobs(content, scratch, processes, shard):
         made = of(content, scratch / (out or name), processes, shard=shard, **changes)
         return {"name": name, "dtype": dtype, "until": until, "content": made}
 
+    accumulating = {
+        "batch_size": 2 // processes,
+        "gradient_accumulation_steps": 2,
+        "write_mass": 0.0,  # its price is of each batch by itself
+    }
     every = [
         job("whole"),
         job("float32", "float32"),
@@ -101,6 +111,7 @@ def jobs(content, scratch, processes, shard):
         job("part", out="parts", until=STEPS + 2),
         job("rest", out="parts"),
         job("left", out="left", until=2),  # to be gone on with by another number of processes
+        job("accumulated", stage_changes=accumulating),
     ]
     return {"jobs": every}
 
@@ -126,7 +137,7 @@ def apart(losses, others):
 def test_two_processes_lose_as_one_does(one, two, content, tmp_path):
     (single, alone), (double, together, shard) = one, two
     assert (single["processes"], double["processes"]) == (1, 2)
-    for name, room in (("whole", 1e-9), ("float32", 1e-4), ("muon", 2e-2)):
+    for name, room in (("whole", 1e-9), ("float32", 1e-4), ("muon", 2e-2), ("accumulated", 1e-9)):
         assert len(single[name]) == 2 * STEPS
         assert apart(double[name], single[name]) < room, name
     assert single["whole"][STEPS - 1] < single["whole"][0]
