@@ -13,6 +13,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="to write at most")] = 60,
     seed: int = 0,
 ) -> None:
+    """Print MODEL's name and PROMPT with what follows it, sampled."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     set_seed(seed)

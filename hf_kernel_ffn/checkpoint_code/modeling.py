@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .experts import KernelExperts
-from .ffn import KernelFFN
 from .integrity import check_folder, check_model, record_checksums
 from .parameters import ConstrainedParameters
 from .record import Readout
-from .tied import TiedKernelFFN, make_ffn
+from .tied import AnyKernelFFN, make_ffn
 
 if TYPE_CHECKING:  # it is put before a stock model class
     from transformers import PreTrainedModel as _StockModel
@@ -63,7 +62,7 @@ class KernelModelMixin(_StockModel):
                 ) from None
         super().post_init()
 
-    def kernel_ffns(self) -> dict[str, KernelFFN | TiedKernelFFN]:
+    def kernel_ffns(self) -> dict[str, AnyKernelFFN]:
         """The converted FFNs by their path under the base model, in layer order."""
         return {
             path: self.base_model.get_submodule(path) for path in self.config.kernel_ffn_layers()

@@ -260,6 +260,10 @@ class TiedKernelFFN(ConstrainedParameters):
         return total
 
 
-def make_ffn(config: LayerConfig) -> KernelFFN | TiedKernelFFN:
+AnyKernelFFN = KernelFFN | TiedKernelFFN
+"""What a converted FFN may be."""
+
+
+def make_ffn(config: LayerConfig) -> AnyKernelFFN:
     """The module that ``config`` describes, with random weights."""
     return TiedKernelFFN(config) if config.settings.rows == "tied" else KernelFFN(config)

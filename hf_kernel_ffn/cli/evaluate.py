@@ -40,7 +40,7 @@ def evaluate(
     """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of
     every layer."""
     from ..checkpoint_code.errors import InputError
-    from ..families.student import check_pair
+    from ..families.student import check_pair, share_equal_parameters
     from ..storage.files import require_place, write_text
     from ..storage.loading import check_vocabularies, load_student, load_teacher, load_tokenizer
     from ..text.packing import read_token_ids
@@ -60,6 +60,7 @@ def evaluate(
     )
     check_pair(converted, stock)
     check_vocabularies(student, teacher)
+    share_equal_parameters(converted, stock)  # which halves what both hold
     limit = getattr(stock.config, "max_position_embeddings", None)
     sequence_length = sequence_length or min(256, limit or 256)
     if limit is not None and sequence_length > limit:

@@ -18,6 +18,7 @@ from ..checkpoint_code.settings import (
     choose_default_settings,
     resolve_defaults,
 )
+from ..checkpoint_code.tied import AnyKernelFFN
 from ..families.detection import refuse_undescribed_ffns
 from ..families.lookup import (
     StockFFN,
@@ -37,7 +38,7 @@ from .calibration_set import (
     PIECES_TOKENS,
     CalibrationSet,
 )
-from .layer import ConvertedFFN, convert_ffn
+from .layer import convert_ffn
 from .replay_check import open_block_source
 from .sampling import write_own_text
 from .teacher_state import keep_as_it_was
@@ -174,11 +175,11 @@ def _convert_blocks(
     calibration: CalibrationSet | None,
     report: ConversionReport,
     progress: bool,
-) -> dict[str, ConvertedFFN]:
+) -> dict[str, AnyKernelFFN]:
     """The readouts of all ``chosen`` FFNs by path, in their place in ``teacher``."""
     source = None if calibration is None else open_block_source(teacher, calibration)
     blocks = [list(ffns) for _, ffns in groupby(chosen.values(), lambda ffn: ffn.number)]
-    converted: dict[str, ConvertedFFN] = {}
+    converted: dict[str, AnyKernelFFN] = {}
     for ffns in track_progress(blocks, "converting", progress):
         number = ffns[0].number
         if source is not None and number > 0:
@@ -188,7 +189,7 @@ def _convert_blocks(
 
 
 def _make_student(
-    teacher: PreTrainedModel, ffns: Mapping[str, ConvertedFFN], copy: bool
+    teacher: PreTrainedModel, ffns: Mapping[str, AnyKernelFFN], copy: bool
 ) -> ConvertedModel:
     """A model of the family's own class with ``ffns``, by path, and the rest of ``teacher``."""
     entry = make_config_entry(teacher, {path: ffn.config for path, ffn in ffns.items()})
@@ -237,7 +238,7 @@ def convert_block(
     settings: Mapping[str, KernelFFNConfig],
     source: BlockSource | None,
     report: ConversionReport,
-) -> dict[str, ConvertedFFN]:
+) -> dict[str, AnyKernelFFN]:
     """Make the readouts of one block's ``ffns``, and put them in their place in ``model``.
 
     Later blocks are calibrated on what these write. Their figures go into ``report``.
@@ -252,7 +253,7 @@ def convert_block(
     if source is not None:
         source.open_block(ffns)
     dtype = next(model.parameters()).dtype
-    converted: dict[str, ConvertedFFN] = {}
+    converted: dict[str, AnyKernelFFN] = {}
     for stock in ffns:
         ffn, report.layers[stock.path] = convert_ffn(model, stock, settings[stock.path], source)
         converted[stock.path] = ffn.to(dtype)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig
-from ..checkpoint_code.tied import TiedKernelFFN
+from ..checkpoint_code.tied import AnyKernelFFN
 from ..families.lookup import StockFFN, get_attribute_at
 from ..families.weights import FFNWeights, read_stock_weights
 from .block_source import BlockSource
@@ -20,13 +20,10 @@ from .ridge import calibrate_ffn
 from .sampling import make_blind_sample
 from .tied import make_tied_ffn
 
-ConvertedFFN = KernelFFN | TiedKernelFFN
-"""What may stand in for an FFN."""
-
 
 def convert_ffn(
     model: PreTrainedModel, stock: StockFFN, settings: KernelFFNConfig, source: BlockSource | None
-) -> tuple[ConvertedFFN, dict[str, Any]]:
+) -> tuple[AnyKernelFFN, dict[str, Any]]:
     """Make the readout, in float32, for the FFN ``stock`` of ``model``, and its figures.
 
     Free rows are calibrated on what ``source`` reads, unless that is None; tied ones need no more
@@ -42,7 +39,7 @@ def convert_ffn(
     }
     weights = weights._replace(**in_float32)
 
-    ffn: ConvertedFFN
+    ffn: AnyKernelFFN
     figures: dict[str, Any] = {}
     if settings.rows == "tied":
         size = weights.up.shape[1]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from ..gpu.fused import Fused
 from ..gpu.trial import choose_kernels
 from ..storage.loading import get_torch_dtype
-from .models import get_kernel_ffns
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from ..families.student import ConvertedModel
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class FusedReadouts:
 
 
 def choose_fused_readouts(
-    student: PreTrainedModel, recipe: Recipe, before: Mapping[str, Any] | None = None
+    student: ConvertedModel, recipe: Recipe, before: Mapping[str, Any] | None = None
 ) -> FusedReadouts:
     """Let the Triton kernels serve the FFNs of ``student`` where ``recipe`` says so.
 
@@ -42,7 +42,7 @@ def choose_fused_readouts(
     Raises:
         InputError: ``fused`` is always, and an FFN cannot be served (in its first call).
     """
-    ffns = get_kernel_ffns(student)
+    ffns = student.kernel_ffns()
     if before is not None and recipe.fused == "auto":
         verdict = FusedReadouts(list(before["served"]), dict(before["refused"]))
         for path, ffn in ffns.items():

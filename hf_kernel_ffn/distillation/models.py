@@ -5,17 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.ffn import KernelFFN
 from ..compat import set_activation_checkpointing
 from .recipe import Lora
 from .teacher_signal import TeacherSignal
+
+if TYPE_CHECKING:
+    from ..families.student import ConvertedModel
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Models:
     tokenizer: PreTrainedTokenizerBase
     signals: Mapping[str | None, TeacherSignal]
     """What the teacher says, by a stage's ``stored_logits``; None: by running."""
-    student: PreTrainedModel
+    student: ConvertedModel
     trainee: nn.Module
     """The student, or peft's model around it."""
 
@@ -35,25 +37,20 @@ class Models:
         return self.signals[None].teacher
 
 
-def get_kernel_ffns(student: PreTrainedModel) -> dict[str, KernelFFN]:
-    """The converted FFNs of ``student`` by path, in layer order."""
-    return cast(Any, student).kernel_ffns()
-
-
-def has_experts(student: PreTrainedModel) -> bool:
+def has_experts(student: ConvertedModel) -> bool:
     """Whether a converted FFN of ``student`` is an expert of a mixture, which may get no tokens."""
-    return any(ffn.config.experts for ffn in get_kernel_ffns(student).values())
+    return any(ffn.config.experts for ffn in student.kernel_ffns().values())
 
 
-def freeze_all_but_ffns(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def freeze_all_but_ffns(student: ConvertedModel, teacher: PreTrainedModel) -> None:
     """Let the converted FFNs of ``student`` train, in float32, and nothing else of both models."""
     teacher.requires_grad_(False)
     student.requires_grad_(False)
-    for ffn in get_kernel_ffns(student).values():
+    for ffn in student.kernel_ffns().values():
         ffn.float().requires_grad_(True)
 
 
-def add_adapters(student: PreTrainedModel, lora: Lora) -> nn.Module:
+def add_adapters(student: ConvertedModel, lora: Lora) -> nn.Module:
     """The student inside peft, with adapters on every projection outside the converted FFNs and the
     head.
 
@@ -79,7 +76,7 @@ def add_adapters(student: PreTrainedModel, lora: Lora) -> nn.Module:
         lora_dropout=lora.dropout,
         target_modules=targets,
     )
-    ffns = list(get_kernel_ffns(student).values())
+    ffns = list(student.kernel_ffns().values())
     with warnings.catch_warnings():
         # peft asks transformers for an alias that goes in version 6.
         warnings.simplefilter("ignore", FutureWarning)
@@ -89,7 +86,7 @@ def add_adapters(student: PreTrainedModel, lora: Lora) -> nn.Module:
     return wrapped
 
 
-def enable_gradient_checkpointing(student: PreTrainedModel) -> None:
+def enable_gradient_checkpointing(student: ConvertedModel) -> None:
     """Let the blocks of ``student`` recompute their activations in the backward pass."""
     set_activation_checkpointing(student, True)
     for module in student.modules():
@@ -99,12 +96,12 @@ def enable_gradient_checkpointing(student: PreTrainedModel) -> None:
             module.training = True
 
 
-def _projections_outside_ffns(student: PreTrainedModel) -> list[str]:
+def _projections_outside_ffns(student: ConvertedModel) -> list[str]:
     """Names of the linear layers outside the converted FFNs and the head."""
     from transformers.pytorch_utils import Conv1D
 
     skipped = {id(student.get_output_embeddings())}
-    for ffn in get_kernel_ffns(student).values():
+    for ffn in student.kernel_ffns().values():
         skipped.update(id(module) for module in ffn.modules())
     return [
         name

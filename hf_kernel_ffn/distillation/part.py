@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.tied import AnyKernelFFN
 from ..text.inputs import Inputs
 from .optimizers import schedule
 from .recipe import Data, Stage
@@ -21,7 +21,7 @@ class Part:
 
     stage: Stage
     data: Data
-    ffns: dict[str, KernelFFN]
+    ffns: dict[str, AnyKernelFFN]
     """That it trains, by path."""
     parameters: list[nn.Parameter]
     """That it trains."""

@@ -21,7 +21,6 @@ from ..text.inputs import make_forward_arguments
 from ..text.packing import PackedText
 from .accelerator import autocast, make_accelerator
 from .divergence import to_at_least_float32, top_and_rest_log_probs
-from .models import get_kernel_ffns
 from .recipe import Recipe
 from .records import (
     FACTS,
@@ -123,7 +122,7 @@ def spans_of_logits_stages(recipe: Recipe, teacher: PreTrainedModel, processes: 
         paths = list(chosen)
     else:
         student = load_student(recipe.student, trust_remote_code=recipe.trust_remote_code)
-        paths = list(get_kernel_ffns(student))
+        paths = list(student.kernel_ffns())
 
     spans = []
     start = 0

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -49,6 +49,10 @@ from .state import (
 from .stopping import Stop, on_stop_signals
 from .teacher_signal import make_signals
 from .trainer import Trainer
+
+if TYPE_CHECKING:
+    from ..families.student import ConvertedModel
+
 
 PROJECT = "hf_kernel_ffn"
 """The name that trackers are given."""
@@ -204,7 +208,7 @@ def student_of(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     state: Path | None = None,
-) -> PreTrainedModel:
+) -> ConvertedModel:
     """The student that ``recipe`` starts from: loaded, or converted from ``teacher``.
 
     Where there is a ``state``, a converted one is empty, since the state holds its weights.
@@ -245,7 +249,7 @@ def _finish(models: Models, recipe: Recipe, report: Mapping[str, object]) -> Non
 
     It is written beside and moved, config.json last.
     """
-    student: Any = models.student
+    student = models.student
     if recipe.lora:
         student = cast(Any, models.trainee).merge_and_unload()
     if recipe.gradient_checkpointing:

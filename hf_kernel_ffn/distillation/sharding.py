@@ -6,6 +6,7 @@ Each process holds its share of the weights, the gradients and the optimiser's s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from ..families.student import make_student_from_entry
+
+if TYPE_CHECKING:
+    from ..families.student import ConvertedModel
 
 
 def shard(ffns: Iterable[nn.Module], device: torch.device, reshard: bool) -> None:
@@ -49,7 +53,7 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def unsharded(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedModel:
+def unsharded(student: ConvertedModel, teacher: PreTrainedModel) -> ConvertedModel:
     """The student in one piece, around the other weights of the sharded one.
 
     Every process has to ask for it.
@@ -59,8 +63,7 @@ def unsharded(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedM
     for name, parameter in whole.named_parameters():
         if not isinstance(others[name], DTensor):
             parameter.data = others[name].data
-    for path in student.config.kernel_ffn["layers"]:
-        ffn = student.base_model.get_submodule(path)
+    for path, ffn in student.kernel_ffns().items():
         tensors = {name: gather_full(tensor) for name, tensor in ffn.state_dict().items()}
         whole.base_model.get_submodule(path).load_state_dict(tensors, assign=True)
     return whole

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -132,7 +133,7 @@ def remove_remains(output_dir: Path) -> None:
         shutil.rmtree(output_dir / name, ignore_errors=True)
 
 
-def load_facts(folder: Path) -> dict:
+def load_facts(folder: Path) -> dict[str, Any]:
     """The JSON part of a state.
 
     Raises:
@@ -225,7 +226,7 @@ def _damaged(what: Path, why: object) -> InputError:
 
 def _flatten_optimizers(
     optimizers: Sequence[torch.optim.Optimizer],
-) -> tuple[dict[str, Tensor], list]:
+) -> tuple[dict[str, Tensor], list[Any]]:
     """Tensors by optimiser, parameter and name, and the groups of each optimiser."""
     packed = [optimizer.state_dict() for optimizer in optimizers]
     tensors = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.tied import AnyKernelFFN
 from ..text.inputs import Inputs, select_rows
 from ..text.packing import PackedText
 from ..text.prediction import make_inputs_for_prediction
@@ -25,7 +25,7 @@ from .accelerator import allow_idle_experts, autocast, make_accelerator
 from .collectives import average_gradients, average_in_place
 from .failures import are_finite, describe_divergence
 from .metrics import Listener, StepReport
-from .models import Models, freeze_all_but_ffns, get_kernel_ffns, has_experts
+from .models import Models, freeze_all_but_ffns, has_experts
 from .objectives import OBJECTIVES
 from .optimizers import make_optimizers
 from .part import Part
@@ -48,12 +48,15 @@ from .teacher_signal import make_signals
 from .thresholds import Watch
 from .validation import HeldOutText, evaluating
 
+if TYPE_CHECKING:
+    from ..families.student import ConvertedModel
+
 
 def train(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedModel,
-    student: PreTrainedModel,
+    student: ConvertedModel,
     *,
     progress: bool = False,
     listeners: Sequence[Listener] = (),
@@ -140,7 +143,7 @@ class Trainer:
         """
         if state is not None:
             self._load(state)
-        ffns = get_kernel_ffns(self.models.student)
+        ffns = self.models.student.kernel_ffns()
         parts = list(stage_parts(self.recipe, list(ffns)))
         while self.position.part < len(parts):
             stage, paths = parts[self.position.part]
@@ -170,17 +173,17 @@ class Trainer:
             )
         # The price of write mass reads the weights after the forward pass.
         reshard = not any(stage.write_mass for stage in self.recipe.stages)
-        ffns = get_kernel_ffns(self.models.student).values()
+        ffns = self.models.student.kernel_ffns().values()
         shard(ffns, self.accelerator.device, reshard)
 
     def _tensors_to_keep(self) -> dict[str, Tensor]:
         """All that is trained, and what else a converted FFN holds: its units."""
         kept: dict[str, Tensor] = dict(self.trained)
-        for path, ffn in get_kernel_ffns(self.models.student).items():
+        for path, ffn in self.models.student.kernel_ffns().items():
             kept.update((f"{path}.{name}", buffer) for name, buffer in ffn.named_buffers())
         return kept
 
-    def _make_part(self, stage: Stage, ffns: dict[str, KernelFFN]) -> Part:
+    def _make_part(self, stage: Stage, ffns: dict[str, AnyKernelFFN]) -> Part:
         for parameter in self.trained.values():
             parameter.requires_grad_(False)
         layer_wise = stage.name == "layer-wise"

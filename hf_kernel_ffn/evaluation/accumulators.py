@@ -7,9 +7,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.record import Readout
-from ..checkpoint_code.tied import TiedKernelFFN
+from ..checkpoint_code.tied import AnyKernelFFN
 from ..families.lookup import StockFFN
 from ..families.weights import FFNWeights, read_teacher_readout
 from .readability import Readability, readability
@@ -19,6 +18,10 @@ SPIKE_RATIO = 10.0
 over the text. Trained models write such massive activations at few tokens, most often a row's first
 (Sun et al. 2024, arXiv:2402.17762). In SmolLM2-135M that one is 780 times the median in layer 11
 and 75 times in layer 28, 99% of their variance; in most layers no token is 7 times as long."""
+COEFFICIENT_BYTES = 2**28
+"""Bytes that all float64 matrices of (tokens, prototypes) may take together."""
+MATRICES = 12
+"""How many of them there are at once while readability is computed."""
 SPIKE_POSITIONS = 8
 """How many positions of spikes are reported, those with the most spikes first."""
 
@@ -150,9 +153,7 @@ class FFNAccumulator:
     first reading has found, for the same batches.
     """
 
-    def __init__(
-        self, path: str, student: KernelFFN | TiedKernelFFN, teacher: StockFFN, weights: FFNWeights
-    ):
+    def __init__(self, path: str, student: AnyKernelFFN, teacher: StockFFN, weights: FFNWeights):
         self.path = path
         self.student = student
         self.teacher = teacher
@@ -171,24 +172,27 @@ class FFNAccumulator:
     def add_teacher_inputs(self, inputs: Tensor, outputs: Tensor) -> None:
         """Count in what the teacher's FFN read and wrote, (tokens, hidden_size) each."""
         self.errors.add(self.student(inputs), outputs)
-        for name, record in self._records(inputs).items():
-            self._coefficients[name].add(record)
+        for tokens in self._split(inputs):
+            for name, record in self._records(tokens).items():
+                self._coefficients[name].add(record)
 
     def add_student_inputs(self, inputs: Tensor, outputs: Tensor) -> None:
         """Count in what the student's FFN read and wrote, (tokens, hidden_size) each."""
         self.errors_at_student_inputs.add(outputs, self.teacher(inputs))
-        coefficients = self.student.readout(inputs).coefficients
-        self._active_at_student_inputs += int((coefficients != 0).sum())
+        for tokens in self._split(inputs):
+            coefficients = self.student.readout(tokens).coefficients
+            self._active_at_student_inputs += int((coefficients != 0).sum())
 
     def add_readability(self, inputs: Tensor, outputs: Tensor) -> None:
         """Count in spikes, and the figures of both records, at what the teacher's FFN read and
         wrote, again."""
         spikes = self.errors.select_spikes(len(inputs))
         self.errors.add_spikes(outputs[spikes])
-        for name, record in self._records(inputs).items():
-            mean_write = self._coefficients[name].mean_write(record.dictionary)
-            for figure, values in readability(record, mean_write).items():
-                self._figures[name][figure].append(values.cpu())
+        for tokens in self._split(inputs):
+            for name, record in self._records(tokens).items():
+                mean_write = self._coefficients[name].mean_write(record.dictionary)
+                for figure, values in readability(record, mean_write).items():
+                    self._figures[name][figure].append(values.cpu())
 
     def add_student_spikes(self, inputs: Tensor) -> None:
         """Count in spikes at what the student's FFN read, again."""
@@ -225,6 +229,11 @@ class FFNAccumulator:
             f"spike_tokens{suffix}": errors.spike_tokens(),
             f"spike_positions{suffix}": errors.spike_positions(length) if whole_rows else None,
         }
+
+    def _split(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The ``inputs`` in parts whose coefficients take no more than COEFFICIENT_BYTES."""
+        width = max(self.student.config.prototypes, len(self.weights.up))
+        return inputs.split(max(1, COEFFICIENT_BYTES // (8 * MATRICES * width)))
 
     def _records(self, inputs: Tensor) -> dict[str, Readout]:
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
 from .documents import read_documents
+from .row_frame import find_row_frame
 
 SPREAD = 32
 """How much more text than it uses a spread sample reads."""
@@ -51,19 +52,23 @@ def encode_pieces(
 def pack_blocks(
     tokenizer: PreTrainedTokenizerBase, sources: list[str], length: int, text_field: str = "text"
 ) -> Iterator[Tensor]:
-    """Yield consecutive blocks of ``length`` token ids, int64; what is left at the end is dropped.
+    """Yield consecutive rows of ``length`` token ids, int64; what is left at the end is dropped.
+
+    Each row begins and ends as the tokenizer begins and ends a text.
 
     Raises:
-        InputError: the text is shorter than one block.
+        InputError: the text is shorter than one row.
     """
+    frame = find_row_frame(tokenizer)
+    room = frame.count_text_tokens(length)
     stream = stream_tokens(tokenizer, sources, text_field)
     is_empty = True
-    while len(block := list(islice(stream, length))) == length:
+    while len(block := list(islice(stream, room))) == room:
         is_empty = False
-        yield torch.tensor(block)
+        yield frame.put_around(block)
     if is_empty:
         raise InputError(
-            f"found {len(block)} tokens in {', '.join(sources)}, expected at least {length}: "
+            f"found {len(block)} tokens in {', '.join(sources)}, expected at least {room}: "
             "give a longer text"
         )
 
@@ -183,6 +188,8 @@ class PackedText(Iterator[Tensor]):
     ):
         self.reader = TokenReader(tokenizer, sources, text_field)
         self.length = length
+        self.frame = find_row_frame(tokenizer)
+        self.room = self.frame.count_text_tokens(length)
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
         self._held: list[Tensor] = []
@@ -199,12 +206,12 @@ class PackedText(Iterator[Tensor]):
                 if self._held:
                     return self._held.pop()
                 self._start_pass(self._pass + 1)
-            ids = self.reader.take(self.length)
-            if len(ids) < self.length:
+            ids = self.reader.take(self.room)
+            if len(ids) < self.room:
                 self._end_pass(len(ids))
                 continue
             self._empty = False
-            self._held.append(torch.tensor(ids))
+            self._held.append(self.frame.put_around(ids))
             if len(self._held) >= self.shuffle_buffer:
                 return self._draw()
 
@@ -227,7 +234,7 @@ class PackedText(Iterator[Tensor]):
         self._pass = cast(int, state["pass"])
         self._at_end = cast(bool, state["at_end"])
         self._empty = cast(bool, state["empty"])
-        version, words, spare = cast(list, state["random"])
+        version, words, spare = cast(list[Any], state["random"])
         self._random = random.Random()
         self._random.setstate((version, tuple(words), spare))
         self._held = list(cast(Tensor, state["held"]).long())
@@ -245,7 +252,7 @@ class PackedText(Iterator[Tensor]):
         if self._empty:
             sources = ", ".join(self.reader.sources)
             raise InputError(
-                f"found {left_over} tokens in {sources}, expected at least {self.length}: "
+                f"found {left_over} tokens in {sources}, expected at least {self.room}: "
                 "give a longer text"
             )
         self._at_end = True

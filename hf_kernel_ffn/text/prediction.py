@@ -15,12 +15,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from ..checkpoint_code.errors import InputError
 from .inputs import Inputs
+from .row_frame import RowFrame, find_row_frame
 
 MASKED_SHARE = 0.15
 """Share of a row's tokens that are masked (Devlin et al. 2019, arXiv:1810.04805, §3.1).
 
 Here all of them are replaced by the mask token.
 """
+NO_FRAME = RowFrame([], [])
+"""Rows that are text from end to end."""
 NO_LABEL = -100
 """The label of a token that is not predicted, which transformers' losses leave out."""
 
@@ -62,21 +65,34 @@ def make_inputs_for_prediction(
         )
     if isinstance(seed, str):
         seed = random.Random(seed).getrandbits(63)
-    return mask_tokens(ids, mask_token_id, seed)
+    frame = NO_FRAME if tokenizer is None else find_row_frame(tokenizer)
+    return mask_tokens(ids, mask_token_id, seed, frame=frame)
 
 
 def mask_tokens(
-    ids: Tensor, mask_token_id: int, seed: int = 0, share: float = MASKED_SHARE
+    ids: Tensor,
+    mask_token_id: int,
+    seed: int = 0,
+    share: float = MASKED_SHARE,
+    *,
+    frame: RowFrame = NO_FRAME,
 ) -> dict[str, Tensor]:
     """Mask a ``share`` of every row of ``ids`` (rows, length), at least one token.
+
+    Args:
+        frame: special tokens around the text of each row, which are never masked.
 
     Returns:
         ``input_ids`` and ``labels``, (rows, length) each: the masked text, and what is under the
         masks, elsewhere -100.
     """
-    count = max(1, round(share * ids.shape[1]))
-    order = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)).argsort(-1)
-    is_masked = torch.zeros(ids.shape, dtype=torch.bool).scatter(1, order[:, :count], True)
+    length = frame.count_text_tokens(ids.shape[1])
+    count = max(1, round(share * length))
+    first = len(frame.prefix)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(len(ids), length, generator=generator).argsort(-1)
+    is_masked = torch.zeros(ids.shape, dtype=torch.bool)
+    is_masked.scatter_(1, order[:, :count] + first, True)
     is_masked = is_masked.to(ids.device)
     return {
         "input_ids": ids.masked_fill(is_masked, mask_token_id),

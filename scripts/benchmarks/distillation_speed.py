@@ -2,15 +2,32 @@
 """Tokens per second of the layer-wise stage against its floor: the teacher's forward pass, and one
 forward and backward pass of each FFN on inputs that are at hand.
 
-    python scripts/benchmarks/distillation_speed.py recipes/teachers/llama --json
-    recipes/results/speed/distillation.json
+    python scripts/benchmarks/distillation_speed.py recipes/teachers/llama \\
+        --json recipes/results/speed/distillation.json
 """
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Annotated, Optional
 
+import torch
 import typer
+from transformers import PreTrainedModel
+
+from hf_kernel_ffn import convert
+from hf_kernel_ffn.distillation.objectives import layer_wise
+from hf_kernel_ffn.distillation.optimizers import make_optimizers
+from hf_kernel_ffn.distillation.recipe import Stage
+from hf_kernel_ffn.distillation.step import Step
+from hf_kernel_ffn.distillation.teacher_signal import RunningTeacher
+from hf_kernel_ffn.gpu.measuring import Work, interleaved, ratio
+from hf_kernel_ffn.storage.files import write_text
+from hf_kernel_ffn.storage.loading import load_teacher
+
+LEARNING_RATE = 1e-9
+"""So small that the student stays what it is however many steps are timed."""
 
 
 def main(
@@ -26,73 +43,84 @@ def main(
     json_file: Annotated[
         Optional[Path], typer.Option("--json", help="where to write the figures")
     ] = None,
-):
+) -> None:
     """Time one step of the layer-wise stage on random token ids, the student converted without
     calibration."""
-    import torch
-
-    from hf_kernel_ffn import convert
-    from hf_kernel_ffn.distillation.objectives import layer_wise
-    from hf_kernel_ffn.distillation.optimizers import make_optimizers
-    from hf_kernel_ffn.distillation.recipe import Stage
-    from hf_kernel_ffn.distillation.step import Step
-    from hf_kernel_ffn.distillation.teacher_signal import RunningTeacher
-    from hf_kernel_ffn.gpu.measuring import interleaved, ratio
-    from hf_kernel_ffn.storage.files import write_text
-    from hf_kernel_ffn.storage.loading import load_teacher
-
     torch.set_num_threads(1)
     stock = load_teacher(teacher, device=device)
     student, _ = convert(stock, calibration_tokens=0)
-    ffns = student.kernel_ffns()
-    for model in (stock, student):
+    prepare(stock, student)
+    work = {
+        "layer-wise": make_step(stock, student, rows, length, optimizer),
+        "floor": make_floor(stock, student, rows, length),
+    }
+
+    times = interleaved(work, repeats, torch.device(device), clock)
+    tokens = rows * length
+    report = {
+        "teacher": teacher,
+        "tokens_per_step": tokens,
+        "optimizer": optimizer,
+        "clock": clock,
+        "torch": torch.__version__,
+        "tokens_per_second": {name: tokens / times[name]["median"] for name in times},
+        "throughput_over_floor": ratio(times, "floor", "layer-wise"),
+    }
+    typer.echo(json.dumps(report, indent=1))
+    if json_file is not None:
+        write_text(json_file, json.dumps(report, indent=1) + "\n")
+
+
+def prepare(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Freeze all but the student's FFNs, which are trained in float32."""
+    for model in (teacher, student):
         model.requires_grad_(False)
-    for ffn in ffns.values():
+    for ffn in student.kernel_ffns().values():
         ffn.float().requires_grad_(True)
-    parameters = [p for ffn in ffns.values() for p in ffn.parameters()]
+
+
+def make_step(
+    teacher: PreTrainedModel, student: PreTrainedModel, rows: int, length: int, optimizer: str
+) -> Work:
+    """One step of the stage."""
     stage = Stage(
         name="layer-wise",
         tokens=1,
         optimizer="adamw" if optimizer == "none" else optimizer,
-        learning_rate=1e-9,
+        learning_rate=LEARNING_RATE,
     )
-    made = make_optimizers(student, parameters, stage)
-    for group in (group for one in made for group in one.param_groups):
-        group["lr"] = group["peak"]
-    ids = torch.randint(stock.config.vocab_size, (rows, length), device=device)
-    hidden = torch.randn(rows, length, stock.config.hidden_size, device=device)
+    ffns = student.kernel_ffns()
+    parameters = [parameter for ffn in ffns.values() for parameter in ffn.parameters()]
+    optimizers = make_optimizers(student, parameters, stage)
+    for one in optimizers:
+        for group in one.param_groups:
+            group["lr"] = group["peak"]
+    ids = torch.randint(teacher.config.vocab_size, (rows, length), device=teacher.device)
+    step = Step(stage, RunningTeacher(teacher), student, ffns, ids, torch.Tensor.backward)
 
-    one_step = Step(stage, RunningTeacher(stock), student, ffns, ids, torch.Tensor.backward)
-
-    def step():
-        layer_wise(one_step)
+    def run() -> None:
+        layer_wise(step)
         if optimizer != "none":
-            for one in made:
+            for one in optimizers:
                 one.step()
         student.zero_grad(set_to_none=True)
 
-    def floor():
+    return run
+
+
+def make_floor(teacher: PreTrainedModel, student: PreTrainedModel, rows: int, length: int) -> Work:
+    """What a step cannot do without."""
+    ids = torch.randint(teacher.config.vocab_size, (rows, length), device=teacher.device)
+    hidden = torch.randn(rows, length, teacher.config.hidden_size, device=teacher.device)
+
+    def run() -> None:
         with torch.no_grad():
-            stock.base_model(input_ids=ids, use_cache=False)
-        for ffn in ffns.values():
+            teacher.base_model(input_ids=ids, use_cache=False)
+        for ffn in student.kernel_ffns().values():
             ffn(hidden).backward(hidden)
         student.zero_grad(set_to_none=True)
 
-    times = interleaved({"layer-wise": step, "floor": floor}, repeats, torch.device(device), clock)
-    found = {
-        "teacher": teacher,
-        "tokens_per_step": ids.numel(),
-        "optimizer": optimizer,
-        "clock": clock,
-        "torch": torch.__version__,
-        "tokens_per_second": {
-            name: ids.numel() / seconds["median"] for name, seconds in times.items()
-        },
-        "throughput_over_floor": ratio(times, "floor", "layer-wise"),
-    }
-    typer.echo(json.dumps(found, indent=1))
-    if json_file is not None:
-        write_text(json_file, json.dumps(found, indent=1) + "\n")
+    return run
 
 
 if __name__ == "__main__":

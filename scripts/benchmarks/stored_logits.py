@@ -2,18 +2,65 @@
 """What a recorded teacher costs and is worth in the logits stage: bytes, tokens per second, and KL
 on other text after the same steps.
 
-python scripts/benchmarks/stored_logits.py recipes/llama-faithful.yaml recipes/llama-readable.yaml
---json recipes/results/speed/stored_logits.json
+    python scripts/benchmarks/stored_logits.py recipes/llama-faithful.yaml \\
+        recipes/llama-readable.yaml --json recipes/results/speed/stored_logits.json
 """
+
+from __future__ import annotations
 
 import copy
 import json
 import tempfile
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
+import torch
 import typer
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_kernel_ffn.distillation import Recipe, load_recipe
+from hf_kernel_ffn.distillation.objectives import logits
+from hf_kernel_ffn.distillation.optimizers import make_optimizers
+from hf_kernel_ffn.distillation.recipe import Stage
+from hf_kernel_ffn.distillation.recording import record
+from hf_kernel_ffn.distillation.records import Record, token_bytes
+from hf_kernel_ffn.distillation.run import student_of
+from hf_kernel_ffn.distillation.step import Step, accumulate_gradients
+from hf_kernel_ffn.distillation.teacher_signal import (
+    RecordedTeacher,
+    RunningTeacher,
+    TeacherSignal,
+)
+from hf_kernel_ffn.distillation.trainer import open_text, train
+from hf_kernel_ffn.evaluation.report import evaluate_student
+from hf_kernel_ffn.gpu.measuring import Work, interleaved, ratio
+from hf_kernel_ffn.storage.files import write_text
+from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
+from hf_kernel_ffn.text.packing import read_token_ids
+
+HELD_OUT_TOKENS = 16_384
+"""Of the text to compare on."""
+
+
+@dataclass
+class Start:
+    """What a recipe's logits stage begins with, whoever the teacher is."""
+
+    recipe: Recipe
+    """With that stage alone."""
+    tokenizer: PreTrainedTokenizerBase
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    held_out: Tensor
+    """(rows, length) token ids to compare on."""
+
+    @property
+    def stage(self) -> Stage:
+        """The logits stage."""
+        return self.recipe.stages[0]
 
 
 def main(
@@ -32,28 +79,11 @@ def main(
     json_file: Annotated[
         Optional[Path], typer.Option("--json", help="where to write the figures")
     ] = None,
-):
+) -> None:
     """Convert each recipe's teacher, record it, and run the logits stage with the teacher running
     and with each record. Steps are timed without the price of write mass."""
-    import torch
-
-    from hf_kernel_ffn.distillation import load_recipe
-    from hf_kernel_ffn.distillation.objectives import logits
-    from hf_kernel_ffn.distillation.optimizers import make_optimizers
-    from hf_kernel_ffn.distillation.recording import record
-    from hf_kernel_ffn.distillation.records import Record, token_bytes
-    from hf_kernel_ffn.distillation.run import student_of
-    from hf_kernel_ffn.distillation.step import Step, accumulate_gradients
-    from hf_kernel_ffn.distillation.teacher_signal import RecordedTeacher, RunningTeacher
-    from hf_kernel_ffn.distillation.trainer import open_text, train
-    from hf_kernel_ffn.evaluation.report import evaluate_student
-    from hf_kernel_ffn.gpu.measuring import interleaved, ratio
-    from hf_kernel_ffn.storage.files import write_text
-    from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
-    from hf_kernel_ffn.text.packing import read_token_ids
-
     torch.set_num_threads(1)
-    found: dict = {
+    report: dict[str, Any] = {
         "tokens": tokens,
         "text": text,
         "clock": clock,
@@ -61,66 +91,94 @@ def main(
         "records": {},
         "recipes": {},
     }
+    counts = [int(count) for count in top_k.split(",")]
     for file in recipes:
-        recipe = load_recipe(file)
-        recipe.stages[-1].tokens = tokens
-        recipe.stages[:-1] = []
-        [stage], length = recipe.stages, recipe.data.sequence_length
-        teacher, tokenizer = load_teacher(recipe.teacher), load_tokenizer(recipe.teacher)
-        start = student_of(recipe, teacher, tokenizer)
-        held_out = read_token_ids(tokenizer, [text], length, 16_384)
-        report = {"KL": {"converted": evaluate_student(start, teacher, held_out)["kl"]}}
-        text_of_steps = open_text(tokenizer, recipe.data, recipe.seed)
-        batch = torch.stack(list(islice(text_of_steps, stage.batch_size)))
-
-        def step(signal, start=start, stage=stage, batch=batch):
-            student = copy.deepcopy(start).requires_grad_(False)
-            ffns = student.kernel_ffns()
-            parameters = [p.requires_grad_(True) for ffn in ffns.values() for p in ffn.parameters()]
-            made = make_optimizers(student, parameters, stage)
-            one_step = Step(stage, signal, student, ffns, batch, torch.Tensor.backward)
-
-            def once():
-                accumulate_gradients(logits, one_step)
-                for one in made:
-                    one.step()
-                student.zero_grad(set_to_none=True)
-
-            return once
-
+        start = prepare(file, tokens, text)
         with tempfile.TemporaryDirectory() as scratch:
-            stages, work = {"teacher": stage}, {"teacher": step(RunningTeacher(teacher))}
-            for k in map(int, top_k.split(",")):
-                out = Path(scratch, str(k))
-                record(recipe, out, k, say=typer.echo)
-                found["records"][f"top {k}"] = {
-                    "bytes_per_token": token_bytes(k),
-                    "bytes": sum(part.stat().st_size for part in out.iterdir()),
+            folders = {f"top {count}": Path(scratch, str(count)) for count in counts}
+            for count, (name, folder) in zip(counts, folders.items(), strict=True):
+                record(start.recipe, folder, count, say=typer.echo)
+                report["records"][name] = {
+                    "bytes_per_token": token_bytes(count),
+                    "bytes": sum(part.stat().st_size for part in folder.iterdir()),
                 }
-                stages[f"top {k}"] = stage.model_copy(update={"stored_logits": str(out)})
-                work[f"top {k}"] = step(RecordedTeacher(teacher, Record(out)))
-            times = interleaved(work, repeats, torch.device("cpu"), clock)
-            for name, one in stages.items():
-                student = copy.deepcopy(start)
-                train(
-                    recipe.model_copy(update={"stages": [one]}),
-                    tokenizer,
-                    teacher,
-                    student,
-                    progress=True,
-                )
-                report["KL"][name] = evaluate_student(student, teacher, held_out)["kl"]
-        read = stage.batch_size * length
-        report["tokens_per_second"] = {
-            name: read / seconds["median"] for name, seconds in times.items()
-        }
-        report["throughput_over_running_teacher"] = {
-            name: ratio(times, "teacher", name) for name in times if name != "teacher"
-        }
-        found["recipes"][file] = report
-    typer.echo(json.dumps(found, indent=1))
+            report["recipes"][file] = {
+                "KL": measure_divergences(start, folders),
+                **measure_speeds(start, folders, repeats, clock),
+            }
+    typer.echo(json.dumps(report, indent=1))
     if json_file is not None:
-        write_text(json_file, json.dumps(found, indent=1) + "\n")
+        write_text(json_file, json.dumps(report, indent=1) + "\n")
+
+
+def prepare(file: str, tokens: int, text: str) -> Start:
+    """Load a recipe with its logits stage alone, and convert its teacher."""
+    recipe = load_recipe(file)
+    recipe.stages[-1].tokens = tokens
+    recipe.stages[:-1] = []
+    tokenizer = load_tokenizer(recipe.teacher)
+    teacher = load_teacher(recipe.teacher)
+    student = student_of(recipe, teacher, tokenizer)
+    length = recipe.data.sequence_length
+    held_out = read_token_ids(tokenizer, [text], length, HELD_OUT_TOKENS)
+    return Start(recipe, tokenizer, teacher, student, held_out)
+
+
+def measure_speeds(start: Start, folders: dict[str, Path], repeats: int, clock: str) -> dict:
+    """Time a step with the teacher running and with each record."""
+    signals: dict[str, TeacherSignal] = {"teacher": RunningTeacher(start.teacher)}
+    for name, folder in folders.items():
+        signals[name] = RecordedTeacher(start.teacher, Record(folder))
+    work = {name: make_step(start, signal) for name, signal in signals.items()}
+    times = interleaved(work, repeats, torch.device("cpu"), clock)
+    tokens = start.stage.batch_size * start.recipe.data.sequence_length
+    return {
+        "tokens_per_second": {name: tokens / times[name]["median"] for name in times},
+        "throughput_over_running_teacher": {
+            name: ratio(times, "teacher", name) for name in folders
+        },
+    }
+
+
+def make_step(start: Start, signal: TeacherSignal) -> Work:
+    """One step of the stage on a student of its own."""
+    student = copy.deepcopy(start.student).requires_grad_(False)
+    ffns = student.kernel_ffns()
+    parameters = [
+        parameter.requires_grad_(True) for ffn in ffns.values() for parameter in ffn.parameters()
+    ]
+    optimizers = make_optimizers(student, parameters, start.stage)
+    text = open_text(start.tokenizer, start.recipe.data, start.recipe.seed)
+    batch = torch.stack(list(islice(text, start.stage.batch_size)))
+    step = Step(start.stage, signal, student, ffns, batch, torch.Tensor.backward)
+
+    def run() -> None:
+        accumulate_gradients(logits, step)
+        for optimizer in optimizers:
+            optimizer.step()
+        student.zero_grad(set_to_none=True)
+
+    return run
+
+
+def measure_divergences(start: Start, folders: dict[str, Path]) -> dict[str, float]:
+    """KL on held-out text: as converted, and trained by the teacher and by each record."""
+    stages = {"teacher": start.stage}
+    for name, folder in folders.items():
+        stages[name] = start.stage.model_copy(update={"stored_logits": str(folder)})
+
+    divergences = {"converted": measure_divergence(start.student, start)}
+    for name, stage in stages.items():
+        student = copy.deepcopy(start.student)
+        recipe = start.recipe.model_copy(update={"stages": [stage]})
+        train(recipe, start.tokenizer, start.teacher, student, progress=True)
+        divergences[name] = measure_divergence(student, start)
+    return divergences
+
+
+def measure_divergence(student: PreTrainedModel, start: Start) -> float:
+    """KL from the teacher on held-out text, nats per token."""
+    return evaluate_student(student, start.teacher, start.held_out)["kl"]
 
 
 if __name__ == "__main__":

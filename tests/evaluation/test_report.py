@@ -25,6 +25,7 @@ from hf_kernel_ffn import (
     register_kernel,
     restore,
 )
+from hf_kernel_ffn.evaluation import accumulators
 from hf_kernel_ffn.evaluation.accumulators import OutputErrors
 from hf_kernel_ffn.evaluation.fidelity import Fidelity
 from hf_kernel_ffn.evaluation.readability import Readability, readability
@@ -244,6 +245,16 @@ def test_the_batch_size_is_no_part_of_the_result(case, ids):
         assert again[name] == pytest.approx(report[name], abs=1e-4)
     for one, other in zip(again["layers"], report["layers"]):
         assert {n: one[n] for n in LAYER} == pytest.approx({n: other[n] for n in LAYER}, rel=1e-3)
+
+
+def test_parts_of_a_batch_are_no_part_of_the_result(case, ids, monkeypatch):
+    teacher, student, _ = case
+    monkeypatch.setattr(accumulators, "COEFFICIENT_BYTES", 1)  # a token at a time
+    again = evaluate_student(student, teacher, ids[:2])
+    monkeypatch.undo()
+    expected = evaluate_student(student, teacher, ids[:2])
+    for one, other in zip(again["layers"], expected["layers"], strict=True):
+        assert {n: one[n] for n in LAYER} == pytest.approx({n: other[n] for n in LAYER}, rel=1e-4)
 
 
 def test_nothing_is_left_behind(case, ids):

@@ -1,5 +1,6 @@
-"""The controls of the frontier's table, and an example of kernels of one's own: ReLU and ReLU² of the
-score.
+"""The controls of the frontier's table, and an example of kernels of one's own.
+
+They are ReLU and ReLU² of the score.
 
 They know no distance, so they are no similarities: if a kernel does not beat them, its denominator
 buys nothing.
