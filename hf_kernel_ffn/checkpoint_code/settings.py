@@ -87,7 +87,8 @@ class KernelFFNConfig:
 
     The first three start from the rows of W_in: polarised with both signs of every output
     prototype of a gated FFN, data-scale with rows as long as the inputs. firing-means starts from
-    the mean input that fires a unit, one for each sign of a gated unit. None: the family's default.
+    the mean input that fires a unit, one for each sign of a gated unit. pieces goes with tied rows.
+    None: the family's default.
     """
     values: str = "fixed"
     """fixed, gated or product.

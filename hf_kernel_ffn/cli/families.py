@@ -43,7 +43,7 @@ def families(
         _check_family(check)
         return
     print_table(
-        ["model_type", "FFN", "W_in", "gate", "W_out", "default"],
+        ["model_type", "FFN", "W_in", "gate", "W_out", "default values"],
         [
             [
                 a.model_type,
@@ -51,7 +51,7 @@ def families(
                 a.up,
                 a.gate or ("–" if a.gate_half is None else f"half {a.gate_half}"),
                 a.down,
-                "polarised" if a.gated else "single",
+                "product" if a.gated else "fixed",
             ]
             for a in ARCHITECTURES.values()
         ],

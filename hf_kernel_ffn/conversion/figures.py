@@ -28,7 +28,7 @@ def measure_fvu(
     outputs = []
     for inputs in batches:
         output = teacher(inputs).float()
-        errors.append(ffn(inputs).float() - output)
+        errors.append(ffn(inputs.float()) - output)
         outputs.append(output)
     error = torch.cat(errors)
     output = torch.cat(outputs)

@@ -127,6 +127,11 @@ def _view_dictionary(model: PreTrainedModel, ffn: nn.Module) -> Tensor:
 
 def _add_prototype(model: PreTrainedModel, ffn: nn.Module, addition: Addition) -> Undo:
     """Put a layer that is one prototype wider in place of ``ffn``; returns what undoes it."""
+    if has_tied_rows(ffn):
+        raise InputError(
+            f"found tied rows at {addition.path}, expected a kernel readout whose prototypes have "
+            "rows of their own: convert with rows 'free'"
+        )
     if not is_kernel_ffn(ffn) or ffn.config.settings.values == "gated":
         raise InputError(
             f"found {type(ffn).__name__} at {addition.path}, expected a kernel readout with fixed "

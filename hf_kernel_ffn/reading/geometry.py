@@ -20,6 +20,7 @@ from ..checkpoint_code.kernels import Kernel
 from ..checkpoint_code.linears import get_effective_weight
 from ..checkpoint_code.record import Readout
 from ..checkpoint_code.settings import KernelFFNConfig
+from .model_parts import has_tied_rows
 
 DIGITS = 9
 """Decimals to which the parameters of one space agree."""
@@ -58,6 +59,9 @@ def prototype_kernel(ffn: KernelFFN) -> Tensor:
 
     Positive semi-definite if the kernel is positive definite, up to rounding.
     """
+    reason = _why_it_is_no_function(ffn.config.settings)
+    if reason is not None and has_tied_rows(ffn):
+        raise InputError(f"found {reason}")
     return _make_gram(ffn, *prototypes_of(ffn))
 
 
@@ -207,6 +211,11 @@ def _require_function(ffn: KernelFFN) -> None:
 
 def _why_it_is_no_function(settings: KernelFFNConfig) -> str | None:
     """Which of ``settings`` stands between the kernel and the output, and what it does there."""
+    if getattr(settings, "rows", "free") == "tied":
+        return (
+            "rows 'tied': a unit's kernels stand at pieces of its plane, of which the layer keeps "
+            "no rows; convert with rows 'free'"
+        )
     if settings.values != "fixed":
         return (
             f"values {settings.values!r}: what a prototype writes changes with the input, so f is "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.linears import get_effective_weight
 from ..checkpoint_code.record import Readout
-from .model_parts import is_kernel_ffn
+from .model_parts import has_tied_rows, is_kernel_ffn
 
 KERNELS = ("exponential", "gaussian", "imq", "yat", "half-yat", "exponential-yat")
 """Kernels that the page can evaluate."""
@@ -31,6 +31,11 @@ def make_picture(ffn: nn.Module, inputs: Tensor, record: Readout, room: int) -> 
     Returns:
         The picture; of a layer that has none, the ``reason``.
     """
+    if has_tied_rows(ffn):
+        return {
+            "reason": "The rows are tied: a unit is a sum of kernels in its own plane, "
+            "which the page cannot evaluate."
+        }
     if not is_kernel_ffn(ffn):
         return {
             "reason": "This FFN is no kernel readout: its coefficients are signed and have no hull."

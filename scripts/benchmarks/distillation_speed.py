@@ -16,7 +16,7 @@ import torch
 import typer
 from transformers import PreTrainedModel
 
-from hf_kernel_ffn import convert
+from hf_kernel_ffn import KernelFFNConfig, convert
 from hf_kernel_ffn.distillation.objectives import layer_wise
 from hf_kernel_ffn.distillation.optimizers import make_optimizers
 from hf_kernel_ffn.distillation.recipe import Stage
@@ -48,7 +48,7 @@ def main(
     calibration."""
     torch.set_num_threads(1)
     stock = load_teacher(teacher, device=device)
-    student, _ = convert(stock, calibration_tokens=0)
+    student, _ = convert(stock, KernelFFNConfig(), calibration_tokens=0)
     prepare(stock, student)
     work = {
         "layer-wise": make_step(stock, student, rows, length, optimizer),

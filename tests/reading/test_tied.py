@@ -7,6 +7,7 @@ from letters import Letters
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert, trace
 from hf_kernel_ffn.reading.attribution import logit_split
 from hf_kernel_ffn.reading.editing import Addition, Edit, edit, edited
+from hf_kernel_ffn.reading.geometry import function_norm, prototype_kernel
 from hf_kernel_ffn.reading.regimes import contributions, regime
 from hf_kernel_ffn.reading.support import support_scores
 
@@ -59,8 +60,15 @@ def test_an_edit_of_either_sign_changes_the_unit_and_is_put_back(student, ids):
 def test_a_prototype_of_its_own_has_no_place(student):
     path = next(iter(student.kernel_ffns()))
     row = torch.zeros(student.config.hidden_size)
-    with pytest.raises(InputError, match="expected a kernel readout"):
+    with pytest.raises(InputError, match="convert with rows 'free'"):
         edit(student, Addition(path, row, 0.0, row))
+
+
+def test_quantities_of_rows_are_refused(student):
+    for ffn in student.kernel_ffns().values():
+        for quantity in (prototype_kernel, function_norm):
+            with pytest.raises(InputError, match="rows 'tied'"):
+                quantity(ffn)
 
 
 def test_support_is_scored(student):
