@@ -7,7 +7,7 @@ import pytest
 import tiny_families
 import torch
 
-from hf_kernel_ffn import convert
+from hf_kernel_ffn import KernelFFNConfig, convert
 from hf_kernel_ffn.conversion import convert as surgery
 from hf_kernel_ffn.conversion.block_source import BlockSource
 from hf_kernel_ffn.conversion.calibration_set import CalibrationSet
@@ -38,7 +38,7 @@ def count_block_passes(model, **options):
         )
         for number, block in enumerate(model.model.layers)
     ]
-    convert(model, **{**OPTIONS, **options})
+    convert(model, KernelFFNConfig(), **{**OPTIONS, **options})
     for hook in hooks:
         hook.remove()
     return passes
@@ -47,9 +47,9 @@ def count_block_passes(model, **options):
 def assert_same_conversion(model, ids, monkeypatch):
     """What is read block after block makes the student that reading from the embedding makes."""
     options = {"calibration_ids": ids, "calibration_tokens": 384}
-    student, report = convert(model, **options)
+    student, report = convert(model, KernelFFNConfig(), **options)
     monkeypatch.setattr(surgery, "open_block_source", BlockSource)
-    expected, expected_report = convert(model, **options)
+    expected, expected_report = convert(model, KernelFFNConfig(), **options)
     assert report.to_dict() == expected_report.to_dict()
     for name, tensor in expected.state_dict().items():
         assert torch.equal(student.state_dict()[name], tensor), name

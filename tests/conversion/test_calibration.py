@@ -8,8 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from hf_kernel_ffn import KernelFFNConfig, convert
-from hf_kernel_ffn.conversion import calibration_set
-from hf_kernel_ffn.conversion import convert as surgery
+from hf_kernel_ffn.conversion import calibration_set, layer
 from hf_kernel_ffn.conversion import ridge as calibration
 from hf_kernel_ffn.conversion.block_source import BlockSource
 from hf_kernel_ffn.conversion.calibration_set import CalibrationSet, split_fitted_and_held
@@ -85,7 +84,7 @@ def test_a_conversion_that_fails_leaves_the_teacher_as_it_was(teacher, text, mon
         done.append(calibration.calibrate_ffn(*args))
         return done[0]
 
-    monkeypatch.setattr(surgery, "calibrate_ffn", calibrate)
+    monkeypatch.setattr(layer, "calibrate_ffn", calibrate)
     with pytest.raises(KeyboardInterrupt):
         convert(teacher, KernelFFNConfig(), calibration_ids=text)
     assert len(done) == 1
