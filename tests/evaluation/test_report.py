@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import reference
@@ -264,10 +263,19 @@ def test_nothing_is_left_behind(case, ids):
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class MaskTokenizer:
+    """Knows a mask token, and puts nothing around a text."""
+
+    mask_token_id = 4
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [5]}
+
+
 def test_an_ffn_that_layers_share_is_measured_in_all_of_them():
     teacher = tiny("albert", "AutoModelForMaskedLM", num_hidden_layers=3)
     ids = torch.randint(5, 300, (4, 16), generator=torch.Generator().manual_seed(0))
-    tokenizer = SimpleNamespace(mask_token_id=4)
+    tokenizer = MaskTokenizer()
     asked = make_inputs_for_prediction(teacher, tokenizer, ids)
     settings = KernelFFNConfig(simplex="threshold", top_k=7)
     student, _ = convert(teacher, settings, calibration_ids=asked, calibration_tokens=64, copy=True)

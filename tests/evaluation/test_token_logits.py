@@ -1,7 +1,5 @@
 """Logits a few tokens at a time: the model's own, whatever its head does, in bounded memory."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from teachers import tiny_teacher
@@ -30,6 +28,15 @@ CASES = [
 ]
 
 
+class MaskTokenizer:
+    """Knows a mask token, and puts nothing around a text."""
+
+    mask_token_id = 4
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [5]}
+
+
 class PositionalHead(LlamaForCausalLM):
     """Its logits depend on where in the row they are: no part of them can be had alone."""
 
@@ -46,7 +53,7 @@ def three_tokens(monkeypatch):
 
 
 def check(model, ids):
-    inputs = make_inputs_for_prediction(model, SimpleNamespace(mask_token_id=4), ids)
+    inputs = make_inputs_for_prediction(model, MaskTokenizer(), ids)
     with torch.no_grad():
         logits = model(**make_forward_arguments(model, inputs)).logits
         expected, answers = logits_with_answers(logits.log_softmax(-1), inputs)
@@ -109,7 +116,7 @@ def test_the_report_is_the_same_in_chunks(llama, ids, monkeypatch, at_once):
     monkeypatch.setattr(token_logits, "LOGIT_BYTES", 1)
     chunked = evaluate_student(student, teacher, ids)
     for name in ("tokens", "kl", "top1_agreement", "delta_cross_entropy", "loss_recovered"):
-        assert chunked[name] == pytest.approx(whole[name], rel=1e-5), name
+        assert chunked[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-7), name
     assert chunked["layers"] == whole["layers"]
 
 
