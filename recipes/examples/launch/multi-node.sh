@@ -3,7 +3,7 @@
 #   MACHINES=2 PROCESSES=16 bash recipes/examples/launch/multi-node.sh 0 10.0.0.1 recipes/llama-faithful.yaml shard=true output_dir=/shared/out
 # PROCESSES is the number over all machines, one per GPU; output_dir and the text lie on a disk that all machines see. CPU=1: without GPUs.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../../.."
 rank=$1 main=$2
 shift 2
 [ -z "${CPU:-}" ] || export ACCELERATE_USE_CPU=1 # "--cpu" would start one process per machine, each for itself
