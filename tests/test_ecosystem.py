@@ -35,6 +35,9 @@ from hf_kernel_ffn.storage.exporting import apply_surgery, export_surgery
 from hf_kernel_ffn.storage.publishing import FIGURES
 from hf_kernel_ffn.storage.verification import verify_folder
 
+# Other packages call what transformers is going to remove.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
 
 @pytest.fixture(scope="module")
 def folder(teacher_folder, tmp_path_factory, ids):
@@ -47,6 +50,8 @@ def folder(teacher_folder, tmp_path_factory, ids):
         str(out),
         "--calibration-tokens",
         "512",
+        "--rows",
+        "free",
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", list(sys.argv))

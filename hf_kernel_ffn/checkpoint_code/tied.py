@@ -120,10 +120,11 @@ class TiedKernelFFN(ConstrainedParameters):
         with torch.device("meta"):  # drawing numbers that are replaced takes longer than the rest
             ffn = cls(config).eval().requires_grad_(False)
         ffn.to_empty(device=rows.device)
-        fill_linear(ffn.input_prototypes, rows, row_bias)
-        fill_linear(ffn.output_prototypes, outputs.T, output_bias)
+        # Copies: what is given may be the teacher's own weights.
+        fill_linear(ffn.input_prototypes, rows.clone(), row_bias)
+        fill_linear(ffn.output_prototypes, outputs.T.clone(), output_bias)
         if values is not None:
-            fill_linear(ffn.value_proj, values, value_bias)
+            fill_linear(ffn.value_proj, values.clone(), value_bias)
         for name, parameter in ffn.pieces.items():
             parameter.copy_(pieces[name])
         for parameter in ffn.log_ratio.values():

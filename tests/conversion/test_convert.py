@@ -416,3 +416,12 @@ def test_a_teachers_own_record_sums_to_its_output(teacher):
         assert record.dictionary.shape == (48, 32)
         assert (record.coefficients < 0).any()
         assert record.shares is None and record.intensity is None
+
+
+def test_by_default_rows_are_tied_and_nothing_is_shared_with_the_teachers_ffns(teacher, ids):
+    student, report = convert(teacher, calibration_ids=ids, calibration_tokens=256)
+    theirs = {parameter.data_ptr() for parameter in teacher.parameters()}
+    for path, ffn in student.kernel_ffns().items():
+        assert ffn.config.settings.rows == "tied"
+        assert not {parameter.data_ptr() for parameter in ffn.parameters()} & theirs
+        assert report.layers[path]["fvu"] < 0.01

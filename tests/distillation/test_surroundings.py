@@ -170,9 +170,9 @@ def test_a_resumed_run_takes_over_what_the_trial_found(recipe, monkeypatch, tmp_
 
 
 def test_always_is_what_the_recipe_says_on_resume_too(recipe, monkeypatch, tmp_path, llama, ids):
-    from hf_kernel_ffn import convert
+    from hf_kernel_ffn import KernelFFNConfig, convert
 
-    student, _ = convert(llama, calibration_ids=ids, calibration_tokens=256)
+    student, _ = convert(llama, KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256)
     asked = recipe(tmp_path, fused="always")
     before = {"served": [], "refused": {}}
     verdict = fused.choose_fused_readouts(student, asked, before)

@@ -356,6 +356,7 @@ def test_light_tails_collapse_and_heavy_ones_stay_smoothers():
         "imq": "stays a smoother, mass vanishes",
         "yat": "stays a smoother, mass remains",
         "half-yat": "stays a smoother, mass remains",
+        "root-half-yat": "stays a smoother, mass remains",
     }
     assert all(rows[kernel, 1].verdict.endswith("mass remains") for kernel in KERNELS)
     assert rows["gaussian", 1e5].nearest == 1
