@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -60,19 +60,32 @@ class CalibrationSet:
             held_out=held_out,
         )
 
-    def without_ridge(self) -> CalibrationSet:
-        """The same where no output prototypes are solved for."""
-        return replace(self, ridge=select_rows(self.ridge, slice(0)))
+    @classmethod
+    def choose_for_pieces(cls, inputs: Inputs, tokens: int) -> CalibrationSet:
+        """The same where no output prototypes are solved for: all but the rows held out are fit."""
+        rows = select_rows(inputs, slice(max(1, tokens // tokens_per_row(inputs))))
+        fitted, _ = _hold_out(rows)
+        _, held_out = split_fitted_and_held(rows)
+        most_rows = max(FIT_ROWS, PIECES_TOKENS // tokens_per_row(fitted))
+        return cls(
+            tokens=count_rows(rows) * tokens_per_row(rows),
+            fit=select_fit_rows(fitted, most_rows),
+            ridge=select_rows(fitted, slice(0)),
+            held_out=held_out,
+        )
 
     def batches(self, purpose: Purpose) -> Iterator[Inputs]:
         """Yield the rows of one purpose, about ``BATCH_TOKENS`` at a time."""
         return split_batches(getattr(self, purpose))
 
 
-def select_fit_rows(ids: Inputs) -> Inputs:
-    """Select evenly spaced rows of ``ids`` (rows, …), on which input prototypes are fitted."""
+def select_fit_rows(ids: Inputs, most: int | None = None) -> Inputs:
+    """Select at most so many evenly spaced rows of ``ids`` (rows, …), to fit prototypes on.
+
+    None: ``FIT_ROWS``.
+    """
     count = count_rows(ids)
-    return select_rows(ids, torch.linspace(0, count - 1, min(count, FIT_ROWS)).long())
+    return select_rows(ids, torch.linspace(0, count - 1, min(count, most or FIT_ROWS)).long())
 
 
 def thin_fit_tokens(fit_rows: Inputs) -> int:
@@ -85,6 +98,16 @@ def split_fitted_and_held(ids: Inputs) -> tuple[Inputs, Inputs]:
 
     Returns this process's share of each.
     """
+    fitted, held = _hold_out(ids)
+    if not is_distributed():
+        return fitted, held
+
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    return select_rows(fitted, share), select_rows(held, share)
+
+
+def _hold_out(ids: Inputs) -> tuple[Inputs, Inputs]:
+    """The same split, of all processes together."""
     if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) < HELD_OUT_PARTS <= ids.shape[1]:
         length = ids.shape[1] // HELD_OUT_PARTS  # too few rows to hold out some of them
         ids = ids[:, : length * HELD_OUT_PARTS].reshape(HELD_OUT_PARTS * len(ids), -1)
@@ -93,11 +116,7 @@ def split_fitted_and_held(ids: Inputs) -> tuple[Inputs, Inputs]:
     split = max(1, count * (HELD_OUT_PARTS - 1) // HELD_OUT_PARTS)
     fitted = select_rows(ids, slice(split))
     held = select_rows(ids, slice(split, None)) if split < count else ids
-    if not is_distributed():
-        return fitted, held
-
-    share = slice(dist.get_rank(), None, dist.get_world_size())
-    return select_rows(fitted, share), select_rows(held, share)
+    return fitted, held
 
 
 def split_batches(ids: Inputs) -> Iterator[Inputs]:

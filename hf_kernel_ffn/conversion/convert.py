@@ -121,9 +121,8 @@ def convert(
             ids = _write_calibration_text(
                 teacher, calibration_tokens, seed, only_tied=only_tied, progress=progress
             )
-        calibration = None if ids is None else CalibrationSet.choose(ids, calibration_tokens)
-        if calibration is not None and only_tied:
-            calibration = calibration.without_ridge()
+        choose = CalibrationSet.choose_for_pieces if only_tied else CalibrationSet.choose
+        calibration = None if ids is None else choose(ids, calibration_tokens)
         kind = "own tokens" if calibration_ids is None else "text"
         report = start_report(teacher, calibration, kind)
         ffns = _convert_blocks(

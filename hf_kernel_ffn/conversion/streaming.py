@@ -89,9 +89,9 @@ def convert_streamed(
     reader = Reader(source, teacher)
     calibration = None
     if calibration_ids is not None:
-        calibration = CalibrationSet.choose(calibration_ids, calibration_tokens)
-        if all(layer_settings.rows == "tied" for layer_settings in settings.values()):
-            calibration = calibration.without_ridge()
+        only_tied = all(layer_settings.rows == "tied" for layer_settings in settings.values())
+        choose = CalibrationSet.choose_for_pieces if only_tied else CalibrationSet.choose
+        calibration = choose(calibration_ids, calibration_tokens)
     stored = read_stored_dtype(source)
     described = _describe_student(teacher, chosen, settings, stored)
 
