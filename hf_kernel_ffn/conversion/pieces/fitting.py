@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from .pursuit import (
     ANGLES,
     OUTWARD_KNOTS,
     SHIFTS,
+    UNBOUNDED,
     choose_pieces,
     make_line_candidates,
     make_plane_candidates,
@@ -146,7 +148,8 @@ def _make_problem(
 def _fit_units(problem: Problem, in_plane: bool, count: int) -> Pieces:
     planes = problem.planes
     if not in_plane:
-        return _pursue_pieces(problem, make_line_candidates(planes.first), count)
+        first = UNBOUNDED[: count - 1]
+        return _pursue_pieces(problem, make_line_candidates(planes.first), count, first)
     assert planes.second is not None
     candidates = make_plane_candidates(planes.first, planes.second)
     every = max(1, planes.first.shape[1] // TOKENS_OF_PURSUIT)
@@ -154,7 +157,9 @@ def _fit_units(problem: Problem, in_plane: bool, count: int) -> Pieces:
     return refine_pieces(problem, pieces)
 
 
-def _pursue_pieces(problem: Problem, candidates: Pieces, count: int) -> Pieces:
+def _pursue_pieces(
+    problem: Problem, candidates: Pieces, count: int, first: Sequence[int] = ()
+) -> Pieces:
     score, distance2 = compute_scores(problem.kernel, problem.planes, candidates)
     values = problem.kernel.value(score, distance2, **problem.parameters)
     values = values * (problem.scale * problem.kernel_scale)[:, None]
@@ -164,4 +169,5 @@ def _pursue_pieces(problem: Problem, candidates: Pieces, count: int) -> Pieces:
         target=problem.target,
         price=problem.price,
         count=count,
+        first=first,
     )

@@ -7,6 +7,7 @@ least squares), so that each step takes the candidate that leaves the least erro
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ SHIFTS = (-3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0)
 """Shifts of pieces anywhere in the plane, in the same unit."""
 ANGLES = 12
 """Directions of pieces in the plane, evenly spaced."""
+UNBOUNDED = (0, len(OUTWARD_KNOTS))
+"""The line candidates that start at zero, one a side: every unit takes both. A unit whose sample
+lies on one side would otherwise write nothing on the other."""
 COLLINEAR = 1e-4
 """A candidate is passed over when less than this share of it is new beside those chosen."""
 JITTER = 1e-6
@@ -56,7 +60,13 @@ def make_plane_candidates(first: Tensor, second: Tensor) -> Pieces:
 
 
 def choose_pieces(
-    candidates: Pieces, values: Tensor, target: Tensor, price: Tensor, count: int
+    *,
+    candidates: Pieces,
+    values: Tensor,
+    target: Tensor,
+    price: Tensor,
+    count: int,
+    first: Sequence[int] = (),
 ) -> Pieces:
     """The ``count`` candidates of each unit that fit its target best, with their amounts.
 
@@ -65,13 +75,14 @@ def choose_pieces(
         values: (u, C, n) their kernels, times the square roots of the tokens' weights; overwritten.
         target: (u, n) what the unit wants, times the same.
         price: (u,) of a squared amount.
+        first: numbers of candidates that every unit takes before it chooses.
     """
     size = (values.square().sum(-1) + price[:, None].clamp_min(1e-30)).sqrt()
     values.div_(size[..., None])
     gram = values @ values.transpose(1, 2)
     gram.diagonal(dim1=1, dim2=2).fill_(1)
     cross = (values @ target[..., None])[..., 0]
-    index, amount = pursue(gram, cross, count)
+    index, amount = pursue(gram, cross, count, first)
     amount = (amount / size.gather(1, index)).T
     index = index.T
     beta = None if candidates.beta is None else candidates.beta.gather(0, index)
@@ -83,19 +94,24 @@ def choose_pieces(
     )
 
 
-def pursue(gram: Tensor, cross: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def pursue(
+    gram: Tensor, cross: Tensor, count: int, first: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
     """(u, count) numbers of the columns chosen, and their amounts, fitted together.
 
     ``gram`` (u, C, C) and ``cross`` (u, C) of columns of norm one with each other and the target.
+    The columns ``first`` are taken before any is chosen.
     """
     rest = gram.clone()
     left = cross.clone()
     units = torch.arange(len(gram), device=gram.device)
     chosen = []
-    for _ in range(count):
+    for number in range(count):
         new = rest.diagonal(dim1=1, dim2=2)
         gain = torch.where(new > COLLINEAR, left.square() / new.clamp_min(COLLINEAR), -1.0)
         best = gain.argmax(1)
+        if number < len(first):
+            best = torch.full_like(best, first[number])
         chosen.append(best)
         length = new[units, best].clamp_min(COLLINEAR).sqrt()
         direction = rest[units, best] / length[:, None]
