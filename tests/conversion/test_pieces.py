@@ -126,7 +126,7 @@ def test_a_spike_is_neither_all_that_is_seen_nor_lost(monkeypatch):
     assert ordinary_error < 0.005 and spike_error < 0.1
     assert errors(ordinary)[1] > 2 * spike_error  # spikes left out
     monkeypatch.setattr(fitting, "weigh_tokens", lambda outputs: torch.ones(len(outputs)))
-    assert errors(inputs)[0] > 2 * ordinary_error  # tokens not weighted
+    assert errors(inputs)[0] > 1.5 * ordinary_error  # tokens not weighted
 
 
 def test_columns_that_make_the_target_are_found():

@@ -12,7 +12,16 @@ from ...checkpoint_code.errors import InputError
 from ...checkpoint_code.kernels import Kernel, get_kernel
 from ...checkpoint_code.settings import KernelFFNConfig
 from ...families.weights import FFNWeights
-from .planes import EPSILON_SHARE, Pieces, Planes, compute_scores, see_planes, weigh_tokens
+from .planes import (
+    DESIGN_SIZES,
+    DESIGN_WEIGHT,
+    EPSILON_SHARE,
+    Pieces,
+    Planes,
+    compute_scores,
+    see_planes,
+    weigh_tokens,
+)
 from .pursuit import (
     ANGLES,
     OUTWARD_KNOTS,
@@ -64,14 +73,18 @@ def fit_pieces(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
     in_plane = weights.gate is not None and settings.values == "fixed"
     candidates = ANGLES * len(SHIFTS) if in_plane else 2 * len(OUTWARD_KNOTS)
     units_at_once = max(1, NUMBERS_AT_ONCE // (candidates * len(inputs)))
+    design = planes.add_design_points()
+    points = 2 * len(DESIGN_SIZES)
+    share = DESIGN_WEIGHT * token_weights.sum() / points
+    design_weights = torch.cat([token_weights, share.expand(points)])
     found = []
     for low in range(0, len(weights.down), units_at_once):
         units = slice(low, low + units_at_once)
         problem = _make_problem(
             weights=weights,
             product=settings.values == "product",
-            planes=planes.select_units(units),
-            token_weights=token_weights,
+            planes=planes.select_units(units) if in_plane else design.select_units(units),
+            token_weights=token_weights if in_plane else design_weights,
             kernel=kernel,
             parameters=tensors,
             scale=scale,

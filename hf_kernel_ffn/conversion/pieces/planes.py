@@ -21,6 +21,11 @@ On SmolLM2 a smaller one costs fidelity: with 0.01 the unexplained variance is f
 Spike tokens have five times the others' ‖x‖²: with 30 their kernels are 6% off for that, with 100
 2%.
 """
+DESIGN_SIZES = (1.5, 3.0, 6.0, 12.0, 25.0)
+"""Where design points stand on either side, in typical sizes of a unit's product. An activation is
+known where the sample never was, and text visits gates that the model's own tokens do not."""
+DESIGN_WEIGHT = 1e-3
+"""The weight of all design points over that of the sample."""
 CLIP = 25.0
 """A typical size leaves squares out beyond this multiple of their median."""
 WEIGHT_FLOOR = 0.1
@@ -71,6 +76,17 @@ class Planes(NamedTuple):
             for name, value in self._asdict().items()
         }
         return Planes(**parts)
+
+    def add_design_points(self) -> Planes:
+        """The same with made-up tokens behind the sample's, of gates that it may never visit."""
+        sizes = self.first.new_tensor([side * at for at in DESIGN_SIZES for side in (1.0, -1.0)])
+        first = torch.cat([self.first, typical_size(self.first)[:, None] * sizes], 1)
+        second = self.second
+        if second is not None:
+            usual = typical_size(second)[:, None].expand(-1, len(sizes))
+            second = torch.cat([second, usual], 1)
+        square = torch.cat([self.square, self.square.mean().expand(len(sizes))])
+        return self._replace(first=first, second=second, square=square)
 
     def select_tokens(self, tokens: slice) -> Planes:
         """What some tokens see."""
