@@ -31,7 +31,8 @@ class Kernel:
 
     * ``score``: ``x·w + b``, shape ``(..., prototypes)``, float32 or float64;
     * ``distance2``: ``‖x − w‖²``, same shape and dtype, or None unless ``uses_distance``;
-    * the kernel's ``parameters`` by keyword, positive scalar tensors.
+    * the kernel's ``parameters`` by keyword, positive scalar tensors;
+    * ``knot`` by keyword, of either sign, if the kernel ``uses_knot``.
     """
 
     name: str
@@ -43,6 +44,8 @@ class Kernel:
     """Each prototype has a learned b inside the score."""
     uses_distance: bool = False
     """``value`` reads ``distance2``."""
+    uses_knot: bool = False
+    """``value`` reads ``knot``, a prototype's own place on the line of the scores: tied rows."""
     degree: int | None = None
     """κ grows as a^degree when a prototype's row and b are multiplied by a, distance apart.
 
@@ -189,6 +192,17 @@ class RootHalfYat(Kernel):
         return torch.where(fires, log_kernel, -torch.inf)
 
 
+class Brownian(Kernel):
+    """κ = min(|s|, |c|) where s and c lie on one side of zero, else 0; ``knot`` = c.
+
+    The covariance of a Brownian motion with two arms that starts at zero (Mörters and Peres 2010,
+    §1.1): nonnegative and positive definite on the line of the scores, and linear up to its knot.
+    """
+
+    def value(self, score: Tensor, distance2: Tensor | None = None, *, knot: Tensor) -> Tensor:
+        return score.clamp(knot.clamp_max(0), knot.clamp_min(0)).abs()
+
+
 class ExponentialYat(Kernel):
     """κ = e^{ρ(x·w + b)} (x·w + b)² / (‖x − w‖² + ε), with ``rate`` = ρ.
 
@@ -280,5 +294,15 @@ register_kernel(
         uses_distance=True,
         degree=1,
         parameters={"epsilon": "distance"},
+    )
+)
+register_kernel(
+    Brownian(
+        "brownian",
+        nonnegative=True,
+        positive_definite=True,
+        uses_bias=True,
+        uses_knot=True,
+        degree=1,
     )
 )

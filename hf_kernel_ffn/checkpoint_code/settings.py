@@ -57,6 +57,9 @@ and 0.0001, twelve 0.0001 and 0.00003.
 """
 MOST_PIECES = 32
 """Kernels per unit, at most: every one is an elementwise step of the forward pass."""
+TIED_KERNEL = "brownian"
+"""The kernel of tied rows unless settings say which: of those that stand in for a unit this
+closely it alone is positive definite."""
 LARGEST_EXPANSION = 8
 """Prototypes per hidden unit, at most: more stand in for a unit no more closely."""
 
@@ -155,6 +158,11 @@ class KernelFFNConfig:
         """InputError where a setting does not go with the rows."""
         require_one_of("rows", self.rows, ROWS)
         if self.rows == "free":
+            if get_kernel(self.kernel).uses_knot:
+                raise InputError(
+                    f"found kernel {self.kernel!r} with rows 'free', expected rows 'tied' with it: "
+                    "its prototypes are knots on the line of a unit's row; set rows"
+                )
             if self.values == "product" or self.pieces is not None or self.init == "pieces":
                 raise InputError(
                     "found values 'product', init 'pieces' or a number of pieces with rows 'free', "
@@ -231,7 +239,8 @@ class LayerConfig:
     reference: Mapping[str, float] = field(default_factory=dict)
     """What conversion found for this layer, exact.
 
-    ``scale`` of the intensity, ``temperature``, ``threshold`` of κ, and the kernel's parameters.
+    ``scale`` of the intensity, ``temperature``, ``threshold`` of κ, ``far`` where the products of
+    knotted kernels stand, and the kernel's parameters.
     The weights hold learned log-ratios to these, zero at conversion, so that half precision loses
     nothing.
     """
@@ -292,6 +301,8 @@ def _check_reference(reference: dict[str, Any], settings: KernelFFNConfig) -> No
     names = [*get_kernel(settings.kernel).parameters]
     if settings.intensity != "none":
         names.append("scale")
+    if settings.values == "product" and get_kernel(settings.kernel).uses_knot:
+        names.append("far")
     if not settings.coefficients_are_kernel:
         names.append("temperature")
     if settings.simplex == "threshold":
@@ -324,7 +335,7 @@ def choose_default_settings(gated_teacher: bool) -> KernelFFNConfig:
     with two free prototypes per unit it is 0.6 nats away.
     """
     values = "product" if gated_teacher else "fixed"
-    return KernelFFNConfig(kernel="root-half-yat", values=values, rows="tied")
+    return KernelFFNConfig(kernel=TIED_KERNEL, values=values, rows="tied")
 
 
 def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConfig:
@@ -348,6 +359,11 @@ def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNC
         raise InputError(
             "found values 'product' for an FFN without a gate: its units have one row each; "
             "use values 'fixed'"
+        )
+    if gated_teacher and config.values == "fixed" and get_kernel(config.kernel).uses_knot:
+        raise InputError(
+            f"found values 'fixed' with kernel {config.kernel!r} for an FFN with a gate, expected "
+            "'product': its knots lie on one line, and the product is what makes a plane of it"
         )
     if config.rows == "tied":
         return replace(config, init="pieces", pieces=config.pieces or PIECES)

@@ -10,6 +10,11 @@ u_i, and an output v_i. Its P pieces are kernels at points of the plane of g_i a
 Every score and distance follows from g_i·x, u_i·x, ‖x‖², ‖g_i‖², ‖u_i‖² and g_i·u_i. So there are
 as many matrix products as in the stock FFN, whatever P is.
 
+The kernel ``brownian`` needs no rows of pieces but a knot each: κ_ip = min(|g_i·x|, |knot|) on the
+knot's side of zero, g_i·x with its bias. With values ``product``, u_i·x is clamped to ±far: each
+piece is then a product of two Brownian covariances, between x and a point of the unit's plane at
+which g_i·x is the knot and u_i·x is ±far. So it is positive definite too.
+
 The signs of the amounts a_ip and of u_i·x say whether a piece writes v_i or −v_i. Over the
 dictionary of all v_i and all −v_i the coefficients are sums of kernels, or of products of kernels
 with relu(±u_i·x), and nonnegative: the readout is conic.
@@ -27,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .ffn import ACTIVATION_BYTES, KernelFFN
-from .kernels import get_kernel
+from .kernels import Kernel, get_kernel
 from .linears import get_effective_weight
 from .parameters import ConstrainedParameters, fill_linear, to_at_least_float32
 from .record import Readout
@@ -67,9 +72,9 @@ class TiedKernelFFN(ConstrainedParameters):
 
     Weights: ``input_prototypes`` (units, hidden_size) holds g with the teacher's bias;
     ``value_proj`` (units, hidden_size) u, in gated FFNs; ``output_prototypes`` (hidden_size, units)
-    v, with b_out as its bias. ``pieces`` holds ``alpha``, ``shift`` and ``amount``, and ``beta``
-    where values are fixed in a gated FFN, (pieces, units) each. ``log_ratio`` holds learned
-    log-ratios to the layer's reference values.
+    v, with b_out as its bias. ``pieces`` holds ``amount`` and ``alpha`` and ``shift``, and ``beta``
+    where values are fixed in a gated FFN, or ``knot`` alone; (pieces, units) each. ``log_ratio``
+    holds learned log-ratios to the layer's reference values.
     """
 
     def __init__(self, config: LayerConfig):
@@ -86,9 +91,7 @@ class TiedKernelFFN(ConstrainedParameters):
         if config.gated:
             self.value_proj = nn.Linear(size, units)
 
-        names = ["alpha", "shift", "amount"]
-        if config.gated and settings.values == "fixed":
-            names.append("beta")
+        names = name_piece_tensors(self.kernel, config)
         self._piece_count = settings.pieces or PIECES
         shape = (self._piece_count, units)
         self.pieces = nn.ParameterDict({name: nn.Parameter(torch.zeros(shape)) for name in names})
@@ -115,7 +118,7 @@ class TiedKernelFFN(ConstrainedParameters):
         Args:
             rows, values: (units, hidden_size) g and u; ``values`` None in a plain FFN.
             outputs: (units, hidden_size) v.
-            pieces: ``alpha``, ``shift``, ``amount`` and maybe ``beta``, (pieces, units) each.
+            pieces: (pieces, units) each, by the names of the layer's ``pieces``.
         """
         with torch.device("meta"):  # drawing numbers that are replaced takes longer than the rest
             ffn = cls(config).eval().requires_grad_(False)
@@ -143,7 +146,8 @@ class TiedKernelFFN(ConstrainedParameters):
         ``output_prototypes``."""
         scores = self._scores(hidden_states)
         total = self._sum_pieces(scores, self.pieces["amount"])
-        return total * scores.second if self._is_product and scores.second is not None else total
+        factor = self._factor(scores)
+        return total if factor is None else total * factor
 
     def readout(self, hidden_states: Tensor) -> Readout:
         """The record at ``hidden_states`` (..., hidden_size), over all v_i and then all −v_i."""
@@ -151,9 +155,10 @@ class TiedKernelFFN(ConstrainedParameters):
         amount = self.pieces["amount"]
         writes = self._sum_pieces(scores, amount.clamp_min(0))
         writes_against = self._sum_pieces(scores, (-amount).clamp_min(0))
-        if self._is_product and scores.second is not None:
-            along = scores.second.clamp_min(0)
-            against = (-scores.second).clamp_min(0)
+        factor = self._factor(scores)
+        if factor is not None:
+            along = factor.clamp_min(0)
+            against = (-factor).clamp_min(0)
             plus = writes * along + writes_against * against
             minus = writes * against + writes_against * along
         else:
@@ -174,9 +179,15 @@ class TiedKernelFFN(ConstrainedParameters):
             names=(*(f"{unit}+" for unit in units), *(f"{unit}-" for unit in units)),
         )
 
-    @property
-    def _is_product(self) -> bool:
-        return self.config.settings.values == "product"
+    def _factor(self, scores: Scores) -> Tensor | None:
+        """(..., units) what kernels are multiplied by where values are a product: u·x, clamped to
+        ±far where the kernel has knots."""
+        if self.config.settings.values != "product" or scores.second is None:
+            return None
+        if not self.kernel.uses_knot:
+            return scores.second
+        far = self.config.reference["far"]
+        return scores.second.clamp(-far, far)
 
     def _scores(self, hidden_states: Tensor) -> Scores:
         gate = to_at_least_float32(self.input_prototypes(hidden_states))
@@ -248,6 +259,11 @@ class TiedKernelFFN(ConstrainedParameters):
         parameters = self.kernel_parameters()
         total = torch.zeros_like(scores.first)
         for piece in range(self._piece_count):
+            if self.kernel.uses_knot:
+                knot = numbers["knot"][piece]
+                kernel = self.kernel.value(scores.first, None, knot=knot, **parameters)
+                total = torch.addcmul(total, kernel, numbers["amount"][piece])
+                continue
             score = torch.addcmul(numbers["shift"][piece], scores.first, numbers["alpha"][piece])
             if "beta" in numbers and scores.second is not None:
                 score = torch.addcmul(score, scores.second, numbers["beta"][piece])
@@ -259,6 +275,14 @@ class TiedKernelFFN(ConstrainedParameters):
             kernel = self.kernel.value(score, distance2, **parameters)
             total = torch.addcmul(total, kernel, numbers["amount"][piece])
         return total
+
+
+def name_piece_tensors(kernel: Kernel, config: LayerConfig) -> list[str]:
+    """The names of the numbers that every piece of a layer has."""
+    if kernel.uses_knot:
+        return ["knot", "amount"]
+    in_plane = config.gated and config.settings.values == "fixed"
+    return ["alpha", "shift", "amount", *(["beta"] if in_plane else [])]
 
 
 AnyKernelFFN = KernelFFN | TiedKernelFFN

@@ -38,7 +38,7 @@ def convert(
         Optional[str],
         typer.Option(
             help="registered kernel, or FILE.py:NAME for one of your own  "
-            "[default: root-half-yat tied, half-yat free]"
+            "[default: brownian tied, half-yat free]"
         ),
     ] = None,
     values: Annotated[
@@ -170,7 +170,7 @@ def choose_settings(given: Mapping[str, Any], gated: bool) -> KernelFFNConfig | 
     Rows are free where nothing says otherwise, since most fields are of free rows. With tied rows
     the values are a product unless they are given, or the FFNs have no gate.
     """
-    from ..checkpoint_code.settings import KernelFFNConfig
+    from ..checkpoint_code.settings import TIED_KERNEL, KernelFFNConfig
 
     if not given:
         return None
@@ -179,6 +179,6 @@ def choose_settings(given: Mapping[str, Any], gated: bool) -> KernelFFNConfig | 
         is_tied = "pieces" in fields or fields.get("values") == "product"
         fields["rows"] = "tied" if is_tied else "free"
     if fields["rows"] == "tied":
-        fields.setdefault("kernel", "root-half-yat")
+        fields.setdefault("kernel", TIED_KERNEL)
         fields.setdefault("values", "product" if gated else "fixed")
     return KernelFFNConfig(**fields)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..checkpoint_code.kernels import get_kernel
 from ..checkpoint_code.settings import LayerConfig
 from ..checkpoint_code.tied import TiedKernelFFN
 from ..families.weights import FFNWeights
@@ -21,6 +22,8 @@ def make_tied_ffn(weights: FFNWeights, config: LayerConfig, inputs: Tensor) -> T
     fitted = fit_pieces(weights, config.settings, inputs)
     gated = weights.gate is not None
     reference = {**fitted.parameters, "scale": fitted.scale}
+    if fitted.far is not None and get_kernel(config.settings.kernel).uses_knot:
+        reference["far"] = fitted.far
     pieces = {name: value for name, value in fitted.pieces._asdict().items() if value is not None}
     return TiedKernelFFN.from_pieces(
         replace(config, reference=reference, gated=gated, prototypes=len(weights.down)),

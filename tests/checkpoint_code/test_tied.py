@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from hf_kernel_ffn.checkpoint_code.errors import InputError
 from hf_kernel_ffn.checkpoint_code.ffn import KernelFFN
 from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
-from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, LayerConfig, resolve_defaults
 from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN, make_ffn
 
 SIZE, UNITS, PIECES = 8, 12, 3
@@ -15,13 +16,13 @@ CASES = [
     (kernel, values, gated)
     for kernel in ("half-yat", "root-half-yat", "yat")
     for values, gated in (("fixed", False), ("fixed", True), ("product", True))
-]
+] + [("brownian", "fixed", False), ("brownian", "product", True)]
 
 
 def make_layer(kernel="root-half-yat", values="product", gated=True, dtype=torch.float64):
     """A layer with random weights and pieces, its log-ratios away from zero."""
     settings = KernelFFNConfig(kernel=kernel, values=values, rows="tied", pieces=PIECES)
-    reference = {"epsilon": 2.0, "scale": 1.5}
+    reference = {"epsilon": 2.0, "scale": 1.5, "far": 2.0}
     torch.manual_seed(0)
     layer = TiedKernelFFN(LayerConfig(settings, SIZE, UNITS, reference, gated=gated))
     with torch.no_grad():
@@ -49,6 +50,13 @@ def write_by_loops(layer, x):
             up = value_row @ x + layer.value_proj.bias[unit]
         coefficient = 0
         for piece in range(PIECES):
+            amount = layer.pieces["amount"][piece, unit] * layer.positive("scale")
+            if kernel.uses_knot:
+                score = weights.weight[unit] @ x + weights.bias[unit]
+                knot = layer.pieces["knot"][piece, unit]
+                meets = torch.sign(score) == torch.sign(knot)
+                coefficient = coefficient + amount * meets * min(abs(score), abs(knot))
+                continue
             alpha = layer.pieces["alpha"][piece, unit]
             row = alpha * weights.weight[unit]
             score = alpha * (weights.weight[unit] @ x + weights.bias[unit])
@@ -58,11 +66,10 @@ def write_by_loops(layer, x):
                 score = score + beta * up
             score = score + layer.pieces["shift"][piece, unit]
             value = kernel.value(score[None], (x - row).square().sum()[None], **parameters)
-            coefficient = coefficient + layer.pieces["amount"][
-                piece, unit
-            ] * value * layer.positive("scale")
+            coefficient = coefficient + amount * value
         if layer.config.settings.values == "product":
-            coefficient = coefficient * up
+            far = layer.config.reference["far"] if kernel.uses_knot else float("inf")
+            coefficient = coefficient * up.clamp(-far, far)
         written = written + coefficient * layer.output_prototypes.weight[:, unit]
     return written
 
@@ -144,6 +151,40 @@ def test_pieces_cost_few_parameters():
     )
     count = sum(parameter.numel() for parameter in layer.parameters())
     assert count <= 1.02 * 3 * 576 * 1536
+
+
+def test_brownian_is_positive_definite_and_its_product_too():
+    """In a unit's plane, between points that need not be the layer's own."""
+    draw = torch.randn(200, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kernel = get_kernel("brownian")
+    grams = [kernel.value(side[:, None], None, knot=side) for side in draw.T]
+    for gram in (*grams, grams[0] * grams[1]):
+        assert (gram >= 0).all()
+        assert torch.linalg.eigvalsh(gram).min() > -1e-12
+        torch.testing.assert_close(gram, gram.T)
+
+
+def test_brownian_product_is_the_sum_over_points_of_the_plane():
+    """Values are fixed over ±v_i: prototypes stand where g·x is a knot and u·x is ±far."""
+    layer, x = make_layer("brownian"), make_inputs()
+    kernel = get_kernel("brownian")
+    gate, up = layer.input_prototypes(x), layer.value_proj(x)
+    far = layer.config.reference["far"]
+    written = layer.output_prototypes.bias.expand(len(x), -1)
+    for knot, amount in zip(layer.pieces["knot"], layer.pieces["amount"], strict=True):
+        along = kernel.value(gate, None, knot=knot) * amount * layer.positive("scale")
+        for sign in (1, -1):
+            across = kernel.value(up, None, knot=torch.full_like(knot, sign * far))
+            written = written + (along * across * sign) @ layer.output_prototypes.weight.T
+    torch.testing.assert_close(layer(x), written)
+
+
+def test_free_rows_have_no_knots():
+    with pytest.raises(InputError, match="rows 'free', expected rows 'tied'"):
+        KernelFFNConfig(kernel="brownian")
+    fixed = KernelFFNConfig(kernel="brownian", rows="tied")
+    with pytest.raises(InputError, match="expected 'product'"):
+        resolve_defaults(fixed, gated_teacher=True)
 
 
 def test_root_half_yat_is_the_root():

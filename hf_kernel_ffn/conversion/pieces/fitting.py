@@ -13,12 +13,11 @@ from ...checkpoint_code.kernels import Kernel, get_kernel
 from ...checkpoint_code.settings import KernelFFNConfig
 from ...families.weights import FFNWeights
 from .planes import (
-    DESIGN_SIZES,
     DESIGN_WEIGHT,
     EPSILON_SHARE,
     Pieces,
     Planes,
-    compute_scores,
+    compute_kernels,
     see_planes,
     weigh_tokens,
 )
@@ -28,6 +27,7 @@ from .pursuit import (
     SHIFTS,
     UNBOUNDED,
     choose_pieces,
+    make_knot_candidates,
     make_line_candidates,
     make_plane_candidates,
     price_of_amounts,
@@ -42,6 +42,10 @@ TOKENS_OF_PURSUIT = 1536
 them."""
 
 
+FAR = 16.0
+"""Where the products' other factor is clamped, in the layer's largest |u·x| of the sample."""
+
+
 class FittedPieces(NamedTuple):
     """What a layer of pieces starts from."""
 
@@ -51,6 +55,8 @@ class FittedPieces(NamedTuple):
     """The kernel's."""
     scale: float
     """Makes kernels of order one at the sample: ε plus the mean of ‖x‖², to half the degree."""
+    far: float | None
+    """Beyond any u·x of the sample; None without a gate."""
 
 
 def fit_pieces(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -> FittedPieces:
@@ -73,35 +79,38 @@ def fit_pieces(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
     in_plane = weights.gate is not None and settings.values == "fixed"
     candidates = ANGLES * len(SHIFTS) if in_plane else 2 * len(OUTWARD_KNOTS)
     units_at_once = max(1, NUMBERS_AT_ONCE // (candidates * len(inputs)))
-    design = planes.add_design_points()
-    points = 2 * len(DESIGN_SIZES)
-    share = DESIGN_WEIGHT * token_weights.sum() / points
-    design_weights = torch.cat([token_weights, share.expand(points)])
+    far = None if planes.second is None else FAR * planes.second.abs().max().item()
+    weight = token_weights.expand(len(weights.down), -1)
+    if not in_plane:
+        planes, share = planes.add_design_points()
+        weight = torch.cat([weight, DESIGN_WEIGHT * token_weights.sum() * share], 1)
     found = []
     for low in range(0, len(weights.down), units_at_once):
         units = slice(low, low + units_at_once)
         problem = _make_problem(
             weights=weights,
             product=settings.values == "product",
-            planes=planes.select_units(units) if in_plane else design.select_units(units),
-            token_weights=token_weights if in_plane else design_weights,
+            planes=planes.select_units(units),
+            weight=weight[units],
             kernel=kernel,
             parameters=tensors,
             scale=scale,
         )
         found.append(_fit_units(problem, in_plane, settings.pieces or 1))
 
-    return FittedPieces(_join_units(found), parameters, scale)
+    return FittedPieces(_join_units(found), parameters, scale, far)
 
 
 def _join_units(parts: list[Pieces]) -> Pieces:
     """The pieces of all units, from those of some after the others."""
     betas = [part.beta for part in parts if part.beta is not None]
+    knots = [part.knot for part in parts if part.knot is not None]
     return Pieces(
         alpha=torch.cat([part.alpha for part in parts], 1),
         beta=torch.cat(betas, 1) if betas else None,
         shift=torch.cat([part.shift for part in parts], 1),
         amount=torch.cat([part.amount for part in parts], 1),
+        knot=torch.cat(knots, 1) if knots else None,
     )
 
 
@@ -110,7 +119,7 @@ def _start_parameters(kernel: Kernel, inputs: Tensor) -> tuple[dict[str, float],
     if not kernel.uses_bias:
         raise InputError(
             f"found kernel {kernel.name!r} with tied rows, expected one that reads the score "
-            "x·w + b: choose half-yat, root-half-yat or yat, or rows 'free'"
+            "x·w + b: choose brownian, half-yat, root-half-yat or yat, or rows 'free'"
         )
     square = inputs.square().sum(-1).mean().item()
     parameters = {}
@@ -124,7 +133,7 @@ def _start_parameters(kernel: Kernel, inputs: Tensor) -> tuple[dict[str, float],
         else:
             raise InputError(
                 f"found kernel {kernel.name!r} with a {start}, which tied rows have none of: "
-                "choose half-yat, root-half-yat or yat, or rows 'free'"
+                "choose brownian, half-yat, root-half-yat or yat, or rows 'free'"
             )
     return parameters, scale
 
@@ -134,15 +143,16 @@ def _make_problem(
     weights: FFNWeights,
     product: bool,
     planes: Planes,
-    token_weights: Tensor,
+    weight: Tensor,
     kernel: Kernel,
     parameters: dict[str, Tensor],
     scale: float,
 ) -> Problem:
     """What the units of ``planes`` want: their activation, times u·x unless that multiplies the
-    kernels."""
+    kernels. ``weight`` (u, n) of the tokens."""
     target = weights.activation(planes.first)
-    token_scale = token_weights.sqrt().expand_as(target)
+    token_scale = weight.sqrt()
+    in_plane = planes.second is not None and not product
     if planes.second is not None and product:
         token_scale = token_scale * planes.second
     elif planes.second is not None:
@@ -154,7 +164,7 @@ def _make_problem(
         planes=planes,
         target=target * token_scale,
         scale=token_scale,
-        price=price_of_amounts(kernel, planes, token_scale),
+        price=price_of_amounts(kernel, planes, token_scale, in_plane=in_plane),
     )
 
 
@@ -162,7 +172,8 @@ def _fit_units(problem: Problem, in_plane: bool, count: int) -> Pieces:
     planes = problem.planes
     if not in_plane:
         first = UNBOUNDED[: count - 1]
-        return _pursue_pieces(problem, make_line_candidates(planes.first), count, first)
+        make = make_knot_candidates if problem.kernel.uses_knot else make_line_candidates
+        return _pursue_pieces(problem, make(planes.first), count, first)
     assert planes.second is not None
     candidates = make_plane_candidates(planes.first, planes.second)
     every = max(1, planes.first.shape[1] // TOKENS_OF_PURSUIT)
@@ -173,8 +184,7 @@ def _fit_units(problem: Problem, in_plane: bool, count: int) -> Pieces:
 def _pursue_pieces(
     problem: Problem, candidates: Pieces, count: int, first: Sequence[int] = ()
 ) -> Pieces:
-    score, distance2 = compute_scores(problem.kernel, problem.planes, candidates)
-    values = problem.kernel.value(score, distance2, **problem.parameters)
+    values = compute_kernels(problem.kernel, problem.planes, candidates, problem.parameters)
     values = values * (problem.scale * problem.kernel_scale)[:, None]
     return choose_pieces(
         candidates=candidates,

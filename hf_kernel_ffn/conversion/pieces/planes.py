@@ -21,9 +21,11 @@ On SmolLM2 a smaller one costs fidelity: with 0.01 the unexplained variance is f
 Spike tokens have five times the others' ‖x‖²: with 30 their kernels are 6% off for that, with 100
 2%.
 """
-DESIGN_SIZES = (1.5, 3.0, 6.0, 12.0, 25.0)
+DESIGN_SIZES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0, 14.0, 25.0)
 """Where design points stand on either side, in typical sizes of a unit's product. An activation is
 known where the sample never was, and text visits gates that the model's own tokens do not."""
+DESIGN_NUMBERS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
+"""Where they stand as plain numbers: the bends of activations lie there, whatever the sample."""
 DESIGN_WEIGHT = 1e-3
 """The weight of all design points over that of the sample."""
 CLIP = 25.0
@@ -49,6 +51,18 @@ class Pieces(NamedTuple):
     """b."""
     amount: Tensor
     """Signed: what the unit writes per kernel."""
+    knot: Tensor | None = None
+    """Where a kernel with knots stands, of either sign; α and b are then of no effect."""
+
+    def choose(self, index: Tensor, amount: Tensor) -> Pieces:
+        """Of every unit those numbered ``index`` (P, u), with these amounts."""
+        return Pieces(
+            alpha=self.alpha.gather(0, index),
+            beta=None if self.beta is None else self.beta.gather(0, index),
+            shift=self.shift.gather(0, index),
+            amount=amount,
+            knot=None if self.knot is None else self.knot.gather(0, index),
+        )
 
 
 class Planes(NamedTuple):
@@ -77,16 +91,27 @@ class Planes(NamedTuple):
         }
         return Planes(**parts)
 
-    def add_design_points(self) -> Planes:
-        """The same with made-up tokens behind the sample's, of gates that it may never visit."""
-        sizes = self.first.new_tensor([side * at for at in DESIGN_SIZES for side in (1.0, -1.0)])
-        first = torch.cat([self.first, typical_size(self.first)[:, None] * sizes], 1)
+    def add_design_points(self) -> tuple[Planes, Tensor]:
+        """The same with made-up tokens behind the sample's, of gates that it may never visit, and
+        (m, points) what each of them weighs, one in sum.
+
+        One far out weighs less, by the square of its distance: its error counts as a share of it.
+        """
+        size = typical_size(self.first)[:, None]
+        both = self.first.new_tensor([1.0, -1.0])
+        sizes = torch.outer(self.first.new_tensor(DESIGN_SIZES), both).flatten()
+        numbers = torch.outer(self.first.new_tensor(DESIGN_NUMBERS), both).flatten()
+        points = torch.cat([size * sizes, numbers.expand(len(size), -1)], 1)
+        weight = 1 / (1 + (points / size).square())
+
         second = self.second
         if second is not None:
-            usual = typical_size(second)[:, None].expand(-1, len(sizes))
+            usual = typical_size(second)[:, None].expand_as(points)
             second = torch.cat([second, usual], 1)
-        square = torch.cat([self.square, self.square.mean().expand(len(sizes))])
-        return self._replace(first=first, second=second, square=square)
+        square = torch.cat([self.square, self.square.mean().expand(points.shape[1])])
+        first = torch.cat([self.first, points], 1)
+        designed = self._replace(first=first, second=second, square=square)
+        return designed, weight / weight.sum(1, keepdim=True)
 
     def select_tokens(self, tokens: slice) -> Planes:
         """What some tokens see."""
@@ -143,6 +168,19 @@ def compute_scores(kernel: Kernel, planes: Planes, pieces: Pieces) -> tuple[Tens
     constant = (norm2 + 2 * bias).T[..., None]
     distance2 = torch.add(constant, score, alpha=-2).add_(planes.square)
     return score, distance2.clamp_min_(0)
+
+
+def compute_kernels(
+    kernel: Kernel, planes: Planes, pieces: Pieces, parameters: dict[str, Tensor]
+) -> Tensor:
+    """κ (u, C, n) of C pieces, or candidates, of u units at n tokens. ``pieces``: (C, u) each."""
+    if kernel.uses_knot:
+        assert pieces.knot is not None
+        return kernel.value(
+            planes.first[:, None], None, knot=pieces.knot.T[..., None], **parameters
+        )
+    score, distance2 = compute_scores(kernel, planes, pieces)
+    return kernel.value(score, distance2, **parameters)
 
 
 def weigh_tokens(outputs: Tensor) -> Tensor:

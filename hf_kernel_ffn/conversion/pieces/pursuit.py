@@ -26,14 +26,19 @@ ANGLES = 12
 UNBOUNDED = (0, len(OUTWARD_KNOTS))
 """The line candidates that start at zero, one a side: every unit takes both. A unit whose sample
 lies on one side would otherwise write nothing on the other."""
-COLLINEAR = 1e-4
-"""A candidate is passed over when less than this share of it is new beside those chosen."""
+COLLINEAR = 1e-3
+"""A candidate is passed over when less than this share of it is new beside those chosen. At 1e-4
+twins are taken whose difference is anything off the sample."""
 JITTER = 1e-6
 """Added to the squared norms, one each, of the columns that are fitted together."""
-AMOUNT_PRICE = 3e-7
+PLANE_PRICE = 3e-7
 """Price of a squared amount, in energies of a piece with a typical score at every token. It
 silences pieces that fire barely and at a few tokens: without it they get amounts of ten
 thousand."""
+LINE_PRICE = 1e-9
+"""The same of pieces along one row, which design points hold already."""
+FAR_KNOT = 4.0
+"""Where a knot stands that no token reaches, in largest products of the unit with its row."""
 
 
 def make_line_candidates(first: Tensor) -> Pieces:
@@ -43,6 +48,18 @@ def make_line_candidates(first: Tensor) -> Pieces:
     side, shift = first.new_tensor(table).T[..., None]
     alpha = side.expand(-1, len(size))
     return Pieces(alpha, None, shift * size, torch.zeros_like(alpha))
+
+
+def make_knot_candidates(first: Tensor) -> Pieces:
+    """Pieces with knots on either side of zero, the farthest first; ``first`` (u, n) the products
+    with the rows g, design points among them."""
+    size = typical_size(first)
+    far = FAR_KNOT * first.abs().amax(1).clamp_min(1e-6)
+    knots = torch.cat([far[None], first.new_tensor(OUTWARD_KNOTS[1:])[:, None] * size])
+    knot = torch.cat([knots, -knots])
+    one = torch.ones_like(knot)
+    zero = torch.zeros_like(knot)
+    return Pieces(alpha=one, beta=None, shift=zero, amount=zero, knot=knot)
 
 
 def make_plane_candidates(first: Tensor, second: Tensor) -> Pieces:
@@ -83,15 +100,7 @@ def choose_pieces(
     gram.diagonal(dim1=1, dim2=2).fill_(1)
     cross = (values @ target[..., None])[..., 0]
     index, amount = pursue(gram, cross, count, first)
-    amount = (amount / size.gather(1, index)).T
-    index = index.T
-    beta = None if candidates.beta is None else candidates.beta.gather(0, index)
-    return Pieces(
-        alpha=candidates.alpha.gather(0, index),
-        beta=beta,
-        shift=candidates.shift.gather(0, index),
-        amount=amount,
-    )
+    return candidates.choose(index.T, (amount / size.gather(1, index)).T)
 
 
 def pursue(
@@ -127,7 +136,8 @@ def pursue(
     return index, amounts.to(gram.dtype)
 
 
-def price_of_amounts(kernel: Kernel, planes: Planes, scale: Tensor) -> Tensor:
+def price_of_amounts(kernel: Kernel, planes: Planes, scale: Tensor, *, in_plane: bool) -> Tensor:
     """(u,) the price of a squared amount; ``scale`` (u, n) square roots of the tokens' weights."""
     degree = kernel.degree or 1
-    return AMOUNT_PRICE * typical_size(planes.first).pow(2 * degree) * scale.square().sum(1)
+    price = PLANE_PRICE if in_plane else LINE_PRICE
+    return price * typical_size(planes.first).pow(2 * degree) * scale.square().sum(1)
