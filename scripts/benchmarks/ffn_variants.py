@@ -11,7 +11,14 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_kernel_ffn.checkpoint_code.ffn import KernelFFN
-from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
+from hf_kernel_ffn.checkpoint_code.settings import (
+    KernelFFNConfig,
+    LayerConfig,
+    choose_default_settings,
+    resolve_defaults,
+)
+from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
 from hf_kernel_ffn.families.lookup import StockFFN, find_ffn_paths, find_stock_ffn, get_family_name
 from hf_kernel_ffn.families.registry import get_architecture
 from hf_kernel_ffn.families.weights import read_stock_weights
@@ -44,6 +51,7 @@ class Shape:
 
 SHAPES = {
     "gpt2": Shape(768, 3072, gated=False),
+    "smollm2-135m": Shape(576, 1536),
     "llama-3.2-1b": Shape(2048, 8192),
     "llama-3-8b": Shape(4096, 14336),
     "mistral-7b": Shape(4096, 14336),
@@ -61,6 +69,8 @@ class Variant:
     """Key of TARGETS."""
     phases: tuple[str, ...] = PHASES
     sparse: bool = False
+    compiles: bool = True
+    """Whether torch.compile takes it in one graph."""
 
     def target_in(self, phase: str, device: torch.device) -> float | None:
         """Return the time over what it is set against that is aimed at."""
@@ -95,6 +105,9 @@ def make_variants(
         "floor, two products": Variant(MatrixProducts(size, m, 1)),
     }
     variants.update({name: Variant(module) for name, module in (own or {}).items()})
+    tied = make_tied_readout(shape)
+    settings = tied.config.settings
+    variants[f"tied {settings.values}, {settings.pieces} pieces"] = Variant(tied)
 
     widths = {"single": m}
     if shape.gated:
@@ -105,6 +118,9 @@ def make_variants(
     convex = make_readout(shape, m, ReadoutOptions(intensity="none"))
     variants["single, convex"] = Variant(convex, phases=("forward", "forward+backward"))
 
+    liger = make_liger_module(shape) if shape.gated else None
+    if liger is not None:
+        variants["Liger's SwiGLU"] = Variant(liger, compiles=False)
     if shape.gated:
         gated = make_readout(shape, m, ReadoutOptions(values="gated"))
         sparse = make_readout(shape, m, ReadoutOptions(active, values="gated", weights=gated))
@@ -183,6 +199,32 @@ def make_stock_module(shape: Shape) -> nn.Module:
         )
         return LlamaMLP(config).eval()
     return GPT2MLP(shape.intermediate_size, AutoConfig.for_model("gpt2", n_embd=size)).eval()
+
+
+def make_tied_readout(shape: Shape) -> TiedKernelFFN:
+    """Make the readout that a conversion takes by default, with random pieces."""
+    settings = resolve_defaults(choose_default_settings(shape.gated), shape.gated)
+    names = (*get_kernel(settings.kernel).parameters, "scale")
+    reference = dict.fromkeys(names, 1.0)
+    size = (shape.hidden_size, shape.intermediate_size)
+    ffn = TiedKernelFFN(LayerConfig(settings, *size, reference, gated=shape.gated))
+    for parameter in ffn.pieces.values():
+        nn.init.normal_(parameter)
+    return ffn.eval()
+
+
+def make_liger_module(shape: Shape) -> nn.Module | None:
+    """Make liger-kernel's SwiGLU of ``shape``; None where that package or its GPU is missing."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
+    except Exception:  # a package of another time than transformers fails in many ways
+        return None
+    config = AutoConfig.for_model(
+        "llama", hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size
+    )
+    return LigerSwiGLUMLP(config).eval()
 
 
 def make_nmn_layer(shape: Shape, width: int) -> tuple[str, nn.Module]:
