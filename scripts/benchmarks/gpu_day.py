@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ class Plan:
     work: Path
     """Folder for models and results in between."""
     dry: bool = False
-    train_seconds: float = 55.0
+    train_seconds: float = 35.0
     """Of training in each distillation."""
 
     @property
@@ -74,7 +75,7 @@ def main(
         "/tmp/gpu_day"
     ),
     seconds: Annotated[float, typer.Option(help="for all parts together")] = 480,
-    train_seconds: Annotated[float, typer.Option(help="of training in a distillation")] = 55,
+    train_seconds: Annotated[float, typer.Option(help="of training in a distillation")] = 35,
     only: Annotated[
         Optional[str], typer.Option(help="parts whose name begins so, comma-separated")
     ] = None,
@@ -82,7 +83,9 @@ def main(
 ) -> None:
     """Run every part, and print a table of what was found."""
     out.mkdir(parents=True, exist_ok=True)
-    work.mkdir(parents=True, exist_ok=True)
+    # Models of a run before would stand in the way.
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     plan = Plan(model, work.resolve(), dry_run, 2 if dry_run else train_seconds)
     parts = make_parts(plan)
     if only is not None:
@@ -103,12 +106,12 @@ def make_parts(plan: Plan) -> list[Part]:
     """All parts in order: what is wanted most comes first, and tests, which may take long, last."""
     return [
         measure(plan, "machine", 40),
-        measure(plan, "accuracy", 60),
         measure(plan, "convert", 60, plan.model, plan.work / "converted"),
+        evaluate(plan, "converted"),
         distil(plan, "faithful"),
         evaluate(plan, "faithful"),
-        evaluate(plan, "converted"),
         measure(plan, "generate", 45, plan.model, plan.work / "converted"),
+        measure(plan, "accuracy", 75),
         *speed(plan),
         distil(plan, "readable"),
         evaluate(plan, "readable"),

@@ -29,7 +29,7 @@ def main(
     teacher: Annotated[str, typer.Argument(help="folder of the stock model")],
     out: Annotated[Path, typer.Argument(help="new folder for the student")],
     json_file: Annotated[Path, typer.Option("--json", help="where to write the figures")],
-    seconds: Annotated[float, typer.Option(help="of training, halved between the stages")] = 55,
+    seconds: Annotated[float, typer.Option(help="of training, halved between the stages")] = 35,
     batch_size: Annotated[int, typer.Option(help="rows of a step")] = 32,
     most_tokens: Annotated[Optional[int], typer.Option(help="of a stage")] = None,
     block_bytes: Annotated[
