@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from ffn_variants import PHASES, MatrixProducts, Shape, Variant, make_variants
+from ffn_layers import MatrixProducts
+from ffn_variants import PHASES, Shape, Variant, make_variants
 from torch import Tensor, nn
 
 from hf_kernel_ffn.checkpoint_code.errors import InputError

@@ -93,7 +93,7 @@ def join(
     data = b"".join(file.read_bytes() for file in sorted(parts.glob("*/part")))
     model.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    with open_archive(data, parts) as archive:
         for name in archive.namelist():
             if name.startswith("files/"):
                 (model / name.removeprefix("files/")).write_bytes(archive.read(name))
@@ -103,6 +103,16 @@ def join(
                 raise typer.BadParameter(f"found {name} other than it was packed, expected it so")
     save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
     typer.echo(f"{len(tensors)} tensors in {model}, each as it was")
+
+
+def open_archive(data: bytes, parts: Path) -> zipfile.ZipFile:
+    """What the parts hold, joined in ``data``; BadParameter if some of them are missing."""
+    try:
+        return zipfile.ZipFile(io.BytesIO(data))
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise typer.BadParameter(
+            f"found parts of a model in {parts}, expected all of it"
+        ) from error
 
 
 def encode(tensor: Tensor) -> tuple[str, list[Tensor]]:
