@@ -108,11 +108,13 @@ def join(
 def open_archive(data: bytes, parts: Path) -> zipfile.ZipFile:
     """What the parts hold, joined in ``data``; BadParameter if some of them are missing."""
     try:
-        return zipfile.ZipFile(io.BytesIO(data))
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise typer.BadParameter(
-            f"found parts of a model in {parts}, expected all of it"
-        ) from error
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        is_whole = min(entry.header_offset for entry in archive.infolist()) == 0
+    except (zipfile.BadZipFile, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise typer.BadParameter(f"found some parts of a model in {parts}, expected all of them")
+    return archive
 
 
 def encode(tensor: Tensor) -> tuple[str, list[Tensor]]:
