@@ -76,7 +76,7 @@ def format_row(row: dict) -> list[str]:
 
 def main(
     shapes: Annotated[
-        str, typer.Option(help="gpt2, llama-3.2-1b, llama-3-8b, mistral-7b, comma-separated")
+        str, typer.Option(help=f"{', '.join(SHAPES)}; several comma-separated")
     ] = "gpt2,llama-3.2-1b",
     model: Annotated[
         Optional[str],
@@ -131,6 +131,10 @@ def main(
             require_one_of("shape", part, SHAPES)
         selected = {part: SHAPES[part] for part in shapes.split(",")}
 
+    def keep(so_far: dict) -> None:
+        if json_file is not None:
+            write_text(json_file, json.dumps(so_far, indent=1) + "\n")
+
     torch.set_num_threads(threads)
     report = benchmark(
         selected,
@@ -145,9 +149,8 @@ def main(
         own=own,
         only=only,
         progress=lambda line: typer.echo(line, err=True),
+        keep=keep,
     )
-    if json_file is not None:
-        write_text(json_file, json.dumps(report, indent=1) + "\n")
     print_benchmark(report)
 
 

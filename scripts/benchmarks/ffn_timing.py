@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from ffn_variants import PHASES, MatrixProducts, Shape, Variant, make_variants
+from ffn_layers import MatrixProducts
+from ffn_variants import PHASES, Shape, Variant, make_variants
 from torch import Tensor, nn
 
 from hf_kernel_ffn.checkpoint_code.errors import InputError
@@ -64,6 +65,7 @@ def benchmark(
     own: dict[str, nn.Module] | None = None,
     only: str | None = None,
     progress: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict], None] = lambda report: None,
 ) -> dict:
     """Measure time, memory and bytes of all variants, for each shape by name.
 
@@ -72,6 +74,7 @@ def benchmark(
         only: parts of names, comma-separated: of the readouts, those that have one of them.
         own: FFNs of a checkpoint, timed beside the rest.
         progress: called with a line when something begins.
+        keep: called with what there is after every mode.
 
     Returns:
         what is written as JSON: the machine in general words, and ``rows``, one per shape, mode,
@@ -85,19 +88,7 @@ def benchmark(
         progress(f"{name}, {line}")
 
     rows: list[dict] = []
-    for name, shape in shapes.items():
-        torch.manual_seed(0)
-        variants = make_variants(shape, active, own)
-        if only is not None:
-            variants = select_variants(variants, only)
-        for variant in variants.values():
-            variant.module.to(where, dtype)
-        for mode in modes:
-            for row in measure_mode(
-                variants, mode, phases, shape.hidden_size, conditions, partial(say, name)
-            ):
-                rows.append({"shape": name, **row})
-    return {
+    report = {
         "machine": describe_machine(where),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -108,6 +99,21 @@ def benchmark(
         "copy_bandwidth": bandwidth,
         "rows": rows,
     }
+    for name, shape in shapes.items():
+        torch.manual_seed(0)
+        with where:
+            variants = make_variants(shape, active, own)
+        if only is not None:
+            variants = select_variants(variants, only)
+        for variant in variants.values():
+            variant.module.to(where, dtype)
+        for mode in modes:
+            for row in measure_mode(
+                variants, mode, phases, shape.hidden_size, conditions, partial(say, name)
+            ):
+                rows.append({"shape": name, **row})
+            keep(report)
+    return report
 
 
 def select_variants(variants: Variants, only: str) -> Variants:
@@ -156,7 +162,7 @@ def compile_variants(variants: Variants) -> Variants:
     return {
         name: replace(variant, module=torch.compile(variant.module, fullgraph=True, dynamic=False))
         for name, variant in variants.items()
-        if not is_floor(name)
+        if variant.compiles and not is_floor(name)
     }
 
 

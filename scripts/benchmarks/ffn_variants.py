@@ -5,13 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from ffn_layers import MatrixProducts, PlainYat, WithLinear
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_kernel_ffn.checkpoint_code.ffn import KernelFFN
-from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
+from hf_kernel_ffn.checkpoint_code.settings import (
+    KernelFFNConfig,
+    LayerConfig,
+    choose_default_settings,
+    resolve_defaults,
+)
+from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
 from hf_kernel_ffn.families.lookup import StockFFN, find_ffn_paths, find_stock_ffn, get_family_name
 from hf_kernel_ffn.families.registry import get_architecture
 from hf_kernel_ffn.families.weights import read_stock_weights
@@ -27,8 +35,6 @@ TARGETS = {
     "floor": {"cuda": 1.15},
 }
 """What is aimed at: a variant's time, or memory, over that of what it is set against, at most."""
-YAT_EPSILON = 1e-5
-"""Of nmn's YatNMN by default."""
 FITTED_TOKENS = 64
 """Random tokens on which a threshold is fitted."""
 
@@ -44,6 +50,7 @@ class Shape:
 
 SHAPES = {
     "gpt2": Shape(768, 3072, gated=False),
+    "smollm2-135m": Shape(576, 1536),
     "llama-3.2-1b": Shape(2048, 8192),
     "llama-3-8b": Shape(4096, 14336),
     "mistral-7b": Shape(4096, 14336),
@@ -61,6 +68,8 @@ class Variant:
     """Key of TARGETS."""
     phases: tuple[str, ...] = PHASES
     sparse: bool = False
+    compiles: bool = True
+    """Whether torch.compile takes it in one graph."""
 
     def target_in(self, phase: str, device: torch.device) -> float | None:
         """Return the time over what it is set against that is aimed at."""
@@ -95,6 +104,9 @@ def make_variants(
         "floor, two products": Variant(MatrixProducts(size, m, 1)),
     }
     variants.update({name: Variant(module) for name, module in (own or {}).items()})
+    tied = make_tied_readout(shape)
+    settings = tied.config.settings
+    variants[f"tied {settings.values}, {settings.pieces} pieces"] = Variant(tied)
 
     widths = {"single": m}
     if shape.gated:
@@ -105,6 +117,9 @@ def make_variants(
     convex = make_readout(shape, m, ReadoutOptions(intensity="none"))
     variants["single, convex"] = Variant(convex, phases=("forward", "forward+backward"))
 
+    liger = make_liger_module(shape) if shape.gated else None
+    if liger is not None:
+        variants["Liger's SwiGLU"] = Variant(liger, compiles=False)
     if shape.gated:
         gated = make_readout(shape, m, ReadoutOptions(values="gated"))
         sparse = make_readout(shape, m, ReadoutOptions(active, values="gated", weights=gated))
@@ -185,6 +200,32 @@ def make_stock_module(shape: Shape) -> nn.Module:
     return GPT2MLP(shape.intermediate_size, AutoConfig.for_model("gpt2", n_embd=size)).eval()
 
 
+def make_tied_readout(shape: Shape) -> TiedKernelFFN:
+    """Make the readout that a conversion takes by default, with random pieces."""
+    settings = resolve_defaults(choose_default_settings(shape.gated), shape.gated)
+    names = (*get_kernel(settings.kernel).parameters, "scale")
+    reference = dict.fromkeys(names, 1.0)
+    size = (shape.hidden_size, shape.intermediate_size)
+    ffn = TiedKernelFFN(LayerConfig(settings, *size, reference, gated=shape.gated))
+    for parameter in ffn.pieces.values():
+        nn.init.normal_(parameter)
+    return ffn.eval()
+
+
+def make_liger_module(shape: Shape) -> nn.Module | None:
+    """Make liger-kernel's SwiGLU of ``shape``; None where that package or its GPU is missing."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
+    except Exception:  # a package of another time than transformers fails in many ways
+        return None
+    config = AutoConfig.for_model(
+        "llama", hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size
+    )
+    return LigerSwiGLUMLP(config).eval()
+
+
 def make_nmn_layer(shape: Shape, width: int) -> tuple[str, nn.Module]:
     """Make nmn's YatNMN and a Linear, or their plain-torch equivalent; what to call it first."""
     size = shape.hidden_size
@@ -193,64 +234,6 @@ def make_nmn_layer(shape: Shape, width: int) -> tuple[str, nn.Module]:
     except ImportError:
         return "plain-torch YatNMN + Linear", WithLinear(PlainYat(size, width), size, width)
     return "nmn YatNMN + Linear", WithLinear(YatNMN(size, width), size, width)
-
-
-class MatrixProducts(nn.Module):
-    """The floor: the products of an FFN with ``inner`` (P, d) matrices and one (d, P), and nothing
-    between them."""
-
-    def __init__(self, size: int, width: int, inner: int):
-        super().__init__()
-        self.inner = nn.ModuleList(nn.Linear(size, width, bias=False) for _ in range(inner))
-        self.outer = nn.Linear(width, size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The products, of which the last inner one goes on."""
-        for linear in self.inner:
-            hidden = linear(x)
-        return self.outer(hidden)
-
-    def train_step(self, x: Tensor, gradient: Tensor) -> None:
-        """The products of a forward and a backward pass: two more for each of the first."""
-        for linear in self.inner:
-            hidden = linear(x)
-        self.outer(hidden)
-        inner_gradient = gradient @ self.outer.weight
-        gradient.T @ hidden
-        for linear in self.inner:
-            inner_gradient @ linear.weight
-            inner_gradient.T @ x
-
-
-class WithLinear(nn.Module):
-    """A layer of another package and the linear map behind it."""
-
-    def __init__(self, first: nn.Module, size: int, width: int):
-        super().__init__()
-        self.first = first
-        self.second = nn.Linear(width, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., size)."""
-        return self.second(self.first(x))
-
-
-class PlainYat(nn.Module):
-    """nmn's YatNMN as its formula in plain torch, where nmn is not installed:
-    (x·w + b)² / (‖x − w‖² + ε) · α."""
-
-    def __init__(self, size: int, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(width, size) / size**0.5)
-        self.bias = nn.Parameter(torch.zeros(width))
-        self.alpha = nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., width)."""
-        score = x @ self.weight.T + self.bias
-        lengths = x.square().sum(-1, keepdim=True) + self.weight.square().sum(-1)
-        distance = (lengths - 2 * (score - self.bias)).clamp(min=0)
-        return score**2 / (distance + YAT_EPSILON) * self.alpha
 
 
 class Stock(nn.Module):

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Everything that is measured on a GPU, within eight minutes: bash scripts/gpu_day.sh OUT --model FOLDER. Without a GPU: --dry-run.
+# Nothing is fetched: packages that the machine lacks are taken from wheels in .gpu_wheels, if there are some, into a folder of their own.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+site=/tmp/gpu_day_site
+if ! "$python" -c 'import pydantic, evaluate' 2>/dev/null && compgen -G '.gpu_wheels/*.whl' >/dev/null; then
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .gpu_wheels/*.whl
+    PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
+export PYTHONPATH=$PWD:$PWD/scripts/benchmarks:$PWD/scripts/experiments${PYTHONPATH:+:$PYTHONPATH}
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+exec "$python" scripts/benchmarks/gpu_day.py "$@"
