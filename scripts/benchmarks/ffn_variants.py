@@ -204,7 +204,7 @@ def make_tied_readout(shape: Shape) -> TiedKernelFFN:
     """Make the readout that a conversion takes by default, with random pieces."""
     settings = resolve_defaults(choose_default_settings(shape.gated), shape.gated)
     names = (*get_kernel(settings.kernel).parameters, "scale")
-    reference = dict.fromkeys(names, 1.0)
+    reference = {**dict.fromkeys(names, 1.0), "far": 100.0}
     size = (shape.hidden_size, shape.intermediate_size)
     ffn = TiedKernelFFN(LayerConfig(settings, *size, reference, gated=shape.gated))
     for parameter in ffn.pieces.values():
