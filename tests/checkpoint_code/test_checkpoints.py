@@ -377,6 +377,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(folder, ids):
     )
 
 
+# Inductor's own modules decorate with what torch itself deprecates.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(student, ids, backend):
     torch._dynamo.reset()
