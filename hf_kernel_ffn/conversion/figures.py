@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from .calibration_set import is_distributed
 
 SPIKE = 10.0
 """A token whose FFN output is longer than so many medians is a spike. On SmolLM2 the first token of
@@ -19,6 +22,8 @@ def measure_fvu(
 ) -> dict[str, float | int | None]:
     """Compare ``ffn`` with ``teacher`` at inputs (tokens, hidden_size), batch by batch.
 
+    Under torch.distributed ``batches`` are this process's share, and the figures are of all.
+
     Returns:
         ``fvu``: fraction of variance unexplained over ordinary tokens, None without any;
         ``spike_tokens``: how many spikes there are; ``spike_error``: the largest relative error of
@@ -30,8 +35,8 @@ def measure_fvu(
         output = teacher(inputs).float()
         errors.append(ffn(inputs.float()) - output)
         outputs.append(output)
-    error = torch.cat(errors)
-    output = torch.cat(outputs)
+    error = _join_shares(errors)
+    output = _join_shares(outputs)
 
     length = output.norm(dim=-1)
     spikes = length > SPIKE * length.median()
@@ -42,3 +47,13 @@ def measure_fvu(
     if spikes.any():
         worst = (error[spikes].norm(dim=-1) / length[spikes]).max().item()
     return {"fvu": fvu, "spike_tokens": int(spikes.sum()), "spike_error": worst}
+
+
+def _join_shares(parts: list[Tensor]) -> Tensor:
+    """All processes' ``parts`` (tokens, …) in one, the same on each; a process may have none."""
+    if is_distributed():
+        shares: list[list[Tensor]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, [part.cpu() for part in parts])
+        device = parts[0].device if parts else None
+        parts = [part.to(device) for share in shares for part in share]
+    return torch.cat(parts)

@@ -12,7 +12,7 @@ from numbers_cases import DTYPES, EXPONENTIALS, SIZE, module, undecided
 from hf_kernel_ffn.checkpoint_code.settings import INTENSITIES
 from hf_kernel_ffn.checkpoint_code.simplex import SIMPLEX_MAPS
 
-KERNELS = ("half-yat", "yat", "exponential-yat", "exponential", "gaussian", "imq")
+KERNELS = ("half-yat", "root-half-yat", "yat", "exponential-yat", "exponential", "gaussian", "imq")
 INPUTS = ("random", "zero", "at a prototype", "nothing fires", "one token", "no token", "no row")
 BACKWARD_ROOM = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """How far a gradient may be from float64's, as a share of the largest entry: roundings of several
@@ -182,6 +182,6 @@ def test_silence_is_zero_with_zero_gradients(kernel, dtype):
             y = ffn(x)
             y.float().sum().backward()
             assert torch.isfinite(y).all() and torch.isfinite(x.grad).all()
-            if kernel in ("half-yat", "yat", "exponential-yat"):
+            if kernel in ("half-yat", "root-half-yat", "yat", "exponential-yat"):
                 assert torch.equal(y, ffn.output_prototypes.bias.expand_as(y))
                 assert not x.grad.any()

@@ -8,6 +8,7 @@ import tiny_families
 import torch
 
 from hf_kernel_ffn import KernelFFNConfig, convert
+from hf_kernel_ffn.checkpoint_code.settings import ROWS
 from hf_kernel_ffn.conversion import convert as surgery
 from hf_kernel_ffn.conversion.block_source import BlockSource
 from hf_kernel_ffn.conversion.calibration_set import CalibrationSet
@@ -44,12 +45,13 @@ def count_block_passes(model, **options):
     return passes
 
 
-def assert_same_conversion(model, ids, monkeypatch):
+def assert_same_conversion(model, ids, monkeypatch, rows="free"):
     """What is read block after block makes the student that reading from the embedding makes."""
+    config = KernelFFNConfig() if rows == "free" else None
     options = {"calibration_ids": ids, "calibration_tokens": 384}
-    student, report = convert(model, KernelFFNConfig(), **options)
+    student, report = convert(model, config, **options)
     monkeypatch.setattr(surgery, "open_block_source", BlockSource)
-    expected, expected_report = convert(model, KernelFFNConfig(), **options)
+    expected, expected_report = convert(model, config, **options)
     assert report.to_dict() == expected_report.to_dict()
     for name, tensor in expected.state_dict().items():
         assert torch.equal(student.state_dict()[name], tensor), name
@@ -85,18 +87,20 @@ def test_blocks_between_those_that_are_converted_compute_once_a_purpose():
 
 
 @pytest.mark.parametrize("family", ONE_STACK)
-def test_the_same_numbers_as_from_the_embedding(family, monkeypatch):
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_same_numbers_as_from_the_embedding(family, rows, monkeypatch):
     auto = next(auto for auto in tiny_families.HEADS if auto in get_stock_heads(family))
     model = tiny_families.tiny(family, auto)
     ids = IDS if hasattr(model.config, "vocab_size") else make_random_inputs(model, 1024, 0)
     assert type(open_block_source(model, CalibrationSet.choose(ids, 384))) is Replay
-    assert_same_conversion(model, ids, monkeypatch)
+    assert_same_conversion(model, ids, monkeypatch, rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted({*tiny_families.FAMILIES} - {*ONE_STACK} - ELSEWHERE))
-def test_the_same_numbers_in_every_other_family(family, monkeypatch):
-    test_the_same_numbers_as_from_the_embedding(family, monkeypatch)
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_same_numbers_in_every_other_family(family, rows, monkeypatch):
+    test_the_same_numbers_as_from_the_embedding(family, rows, monkeypatch)
 
 
 def test_a_block_may_write_into_what_it_is_given(monkeypatch):

@@ -64,8 +64,8 @@ def stored(tmp_path_factory, tokenizer):
 
 
 def both(source, folder, config=None, layers=None, dtype="float32", **options):
-    """Files of the conversion in memory and of the streamed one, by name."""
-    config = config or KernelFFNConfig()
+    """Files of the conversion in memory and of the streamed one, by name; with tied rows, the
+    default, unless ``config`` says otherwise."""
     student, report = convert(load_teacher(str(source), dtype), config, layers, **options)
     with new_folder(folder / "whole") as made:
         save_converted(student, str(source), made, conversion=report.to_dict())
@@ -87,8 +87,10 @@ def check_equal(expected, found):
         ({}, None, False),
         ({"simplex": "threshold", "top_k": 5, "intensity": "gate"}, "0", True),
         ({"simplex": "entmax-1.5"}, "1", True),
+        (None, None, True),
+        (None, None, False),
     ],
-    ids=["all", "all, not calibrated", "0", "1"],
+    ids=["all", "all, not calibrated", "0", "1", "tied", "tied, not calibrated"],
 )
 def test_the_same_bytes_as_in_memory(stored, family, settings, layers, calibrated, tmp_path):
     source = stored(family)
@@ -97,7 +99,8 @@ def test_the_same_bytes_as_in_memory(stored, family, settings, layers, calibrate
         if calibrated
         else dict(calibration_tokens=0)
     )
-    expected, found = both(source, tmp_path, KernelFFNConfig(**settings), layers, **options)
+    config = None if settings is None else KernelFFNConfig(**settings)
+    expected, found = both(source, tmp_path, config, layers, **options)
     check_equal(expected, found)
     assert all(finding.good for finding in verify_folder(tmp_path / "streamed"))
     assert {
@@ -114,9 +117,11 @@ def test_the_same_bytes_as_in_memory(stored, family, settings, layers, calibrate
     "family",
     sorted({*tiny_families.FAMILIES} - {*FAMILIES} - {*REFUSED, "clip_vision_model", "whisper"}),
 )
-def test_the_same_bytes_in_every_other_family(stored, family, tmp_path):
+@pytest.mark.parametrize("config", [None, KernelFFNConfig()], ids=["tied", "free"])
+def test_the_same_bytes_in_every_other_family(stored, family, config, tmp_path):
     auto = next(auto for auto in tiny_families.HEADS if auto in get_stock_heads(family))
-    check_equal(*both(stored(family, auto), tmp_path, calibration_ids=IDS, calibration_tokens=384))
+    options = dict(calibration_ids=IDS, calibration_tokens=384)
+    check_equal(*both(stored(family, auto), tmp_path, config, **options))
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
