@@ -73,7 +73,9 @@ def far_field(
         )
     if kernels is None:
         kernels = [
-            name for name, kernel in KERNELS.items() if kernel.nonnegative and _can_start(kernel)
+            name
+            for name, kernel in KERNELS.items()
+            if kernel.nonnegative and _can_start(kernel) and not kernel.uses_knot
         ]
     states = inputs.detach().double()
     table = Rows[FarField]()
@@ -83,6 +85,11 @@ def far_field(
             raise InputError(
                 f"found kernel {name!r}, which can be negative, expected a nonnegative one: it "
                 "makes no mixture"
+            )
+        if kernel.uses_knot:
+            raise InputError(
+                f"found kernel {name!r}, whose prototypes are knots on a line, expected one "
+                "between an input and a row: leave it out"
             )
         parameters = _choose_parameters(ffn, kernel, states)
         own_log_mass = _Mixture.measure(ffn, kernel, parameters, states, factor=1.0).log_mass

@@ -20,13 +20,14 @@ from ..checkpoint_code.kernels import Kernel
 from ..checkpoint_code.linears import get_effective_weight
 from ..checkpoint_code.record import Readout
 from ..checkpoint_code.settings import KernelFFNConfig
+from ..checkpoint_code.tied import AnyKernelFFN, TiedKernelFFN
 from .model_parts import has_tied_rows
 
 DIGITS = 9
 """Decimals to which the parameters of one space agree."""
 
 
-def prototypes_of(ffn: KernelFFN) -> tuple[Tensor, Tensor]:
+def prototypes_of(ffn: AnyKernelFFN) -> tuple[Tensor, Tensor]:
     """(P, d) rows w_i and (P,) b_i (zero for a kernel without) in float64, adapters included."""
     weight, bias = get_effective_weight(ffn.input_prototypes, _like(ffn))
     rows = weight.detach().double()
@@ -66,8 +67,11 @@ def prototype_kernel(ffn: KernelFFN) -> Tensor:
 
 
 @torch.no_grad()
-def function_norm(ffn: KernelFFN) -> float:
+def function_norm(ffn: AnyKernelFFN) -> float:
     """The squared norm ‖f‖² = tr(VᵀKV) of a layer as a function f = Σ κ(·, w_i) v_i.
+
+    With the kernel ``brownian`` every unit has a kernel of its own, between the places of inputs in
+    its plane, and ‖f‖² is the sum of :func:`unit_norms`.
 
     The layer's scale is inside v, and b_out is left out. f is taken on augmented points, the
     layer's inputs being those at height one: over these alone the least norm can only be smaller
@@ -78,9 +82,38 @@ def function_norm(ffn: KernelFFN) -> float:
             readout is normalised, gated, truncated or at another temperature than one; the message
             names which.
     """
+    if has_tied_rows(ffn) and ffn.kernel.uses_knot:
+        return unit_norms(ffn).sum().item()
     _require_function(ffn)
     rows, bias = prototypes_of(ffn)
     return _measure_square(_make_gram(ffn, rows, bias), _read_outputs(ffn))
+
+
+@torch.no_grad()
+def unit_norms(ffn: TiedKernelFFN) -> Tensor:
+    """(units,) ‖f_i‖² ‖v_i‖² of the functions that a layer of knots is the sum of.
+
+    f_i = Σ_p a_p κ(g·x, c_p) is in the space of the Brownian covariance, with ‖f_i‖² = aᵀ K a and
+    K_pq = min(|c_p|, |c_q|) for knots on one side of zero, 0 for others (Mörters and Peres 2010,
+    §1.1). Values that are a product multiply it by κ(u·x, far) − κ(u·x, −far), whose squared norm
+    is 2·far: norms of products are products of norms (Aronszajn 1950, §8).
+
+    Raises:
+        InputError: the layer has no knots.
+    """
+    if not (has_tied_rows(ffn) and ffn.kernel.uses_knot):
+        raise InputError(
+            f"found a {ffn.kernel.name} layer, expected one whose pieces have knots: convert with "
+            "rows 'tied' and kernel 'brownian'"
+        )
+    knot = ffn.pieces["knot"].double().T
+    amount = (ffn.pieces["amount"].double() * ffn.positive("scale").double()).T
+    gram = ffn.kernel.value(knot[:, :, None], None, knot=knot[:, None])
+    squares = torch.einsum("up,upq,uq->u", amount, gram, amount)
+    if ffn.config.settings.values == "product":
+        squares = squares * (2 * ffn.config.reference["far"])
+    outputs, _ = get_effective_weight(ffn.output_prototypes, _like(ffn))
+    return squares * outputs.double().square().sum(0)
 
 
 @torch.no_grad()
@@ -161,13 +194,13 @@ def token_geometry(readout: Readout) -> Tensor:
     return unit @ unit.T
 
 
-def _like(ffn: KernelFFN) -> Tensor:
+def _like(ffn: AnyKernelFFN) -> Tensor:
     """(1, d): an input of the layer."""
     weight = next(parameter for parameter in ffn.parameters() if parameter.is_floating_point())
     return weight.new_zeros(1, ffn.config.hidden_size)
 
 
-def _make_gram(ffn: KernelFFN, rows: Tensor, bias: Tensor) -> Tensor:
+def _make_gram(ffn: AnyKernelFFN, rows: Tensor, bias: Tensor) -> Tensor:
     """(P, P) the kernel of ``ffn`` between prototypes with ``rows`` (P, d) and ``bias`` (P,)."""
     score, distance2 = scores(rows, bias, rows, bias)
     distance2.fill_diagonal_(0)
@@ -181,7 +214,7 @@ def _measure_square(gram: Tensor, outputs: Tensor) -> float:
     return ((gram @ outputs) * outputs).sum().item()
 
 
-def _read_outputs(ffn: KernelFFN) -> Tensor:
+def _read_outputs(ffn: AnyKernelFFN) -> Tensor:
     """(P, d): output prototypes, the layer's scale inside."""
     weight, _ = get_effective_weight(ffn.output_prototypes, _like(ffn))
     return weight.T.double() * ffn.positive("scale").double()
@@ -192,12 +225,12 @@ def _require_positive_definite(kernel: Kernel, what: str) -> None:
     if not kernel.positive_definite:
         raise InputError(
             f"found kernel {kernel.name!r}, which is not positive definite, expected one that is: "
-            f"without it there is no Hilbert space and no {what}; convert with kernel 'yat', which "
-            "has one"
+            f"without it there is no Hilbert space and no {what}; convert with kernel "
+            "'brownian' or 'yat', which have one"
         )
 
 
-def _require_function(ffn: KernelFFN) -> None:
+def _require_function(ffn: AnyKernelFFN) -> None:
     """InputError unless ``ffn`` is a function in its kernel's space."""
     _require_positive_definite(ffn.kernel, "norm of the layer")
     reason = _why_it_is_no_function(ffn.config.settings)

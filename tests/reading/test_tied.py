@@ -5,22 +5,27 @@ import torch
 from letters import Letters
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert, trace
+from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
+from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
 from hf_kernel_ffn.reading.attribution import logit_split
 from hf_kernel_ffn.reading.editing import Addition, Edit, edit, edited
-from hf_kernel_ffn.reading.geometry import function_norm, prototype_kernel
+from hf_kernel_ffn.reading.geometry import function_norm, prototype_kernel, unit_norms
 from hf_kernel_ffn.reading.regimes import contributions, regime
 from hf_kernel_ffn.reading.support import support_scores
 
 PROMPT = "the prompt"
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(
+    scope="module",
+    params=[(family, kernel) for family in ("llama", "gpt2") for kernel in ("brownian", "yat")],
+    ids="-".join,
+)
 def student(request, make_teacher, ids):
-    values = "product" if request.param == "llama" else "fixed"
-    settings = KernelFFNConfig(kernel="root-half-yat", values=values, rows="tied")
-    return convert(make_teacher(request.param).double(), settings, calibration_ids=ids, copy=True)[
-        0
-    ]
+    family, kernel = request.param
+    values = "product" if family == "llama" else "fixed"
+    settings = KernelFFNConfig(kernel=kernel, values=values, rows="tied")
+    return convert(make_teacher(family).double(), settings, calibration_ids=ids, copy=True)[0]
 
 
 def test_a_layer_is_conic_and_its_parts_have_names(student):
@@ -68,8 +73,41 @@ def test_quantities_of_rows_are_refused(student):
     for ffn in student.kernel_ffns().values():
         with pytest.raises(InputError, match="rows 'tied'"):
             prototype_kernel(ffn)
-        with pytest.raises(InputError):
-            function_norm(ffn)
+        if not ffn.kernel.uses_knot:
+            with pytest.raises(InputError, match="rows 'tied'"):
+                function_norm(ffn)
+            with pytest.raises(InputError, match="convert with rows 'tied' and kernel 'brownian'"):
+                unit_norms(ffn)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_norm_of_a_unit_is_that_of_its_least_interpolant(gated):
+    """Among functions of the space with the unit's values at its knots f is the least:
+    ‖f‖² = yᵀ K⁻¹ y."""
+    knots = torch.tensor([0.5, 2.0, -1.0, -3.0], dtype=torch.float64)
+    values = "product" if gated else "fixed"
+    settings = KernelFFNConfig(kernel="brownian", values=values, rows="tied", pieces=4)
+    reference = {"scale": 1.5, "far": 5.0}
+    one = torch.ones(1, 1, dtype=torch.float64)
+    ffn = TiedKernelFFN.from_pieces(
+        LayerConfig(settings, 1, 1, reference, gated=gated),
+        rows=one,
+        row_bias=None,
+        values=one if gated else None,
+        value_bias=None,
+        outputs=3 * one,
+        output_bias=None,
+        pieces={"knot": knots[:, None], "amount": torch.tensor([[1.0], [-2], [0.5], [1]])},
+    ).double()
+    gram = torch.tensor([[0.5, 0.5, 0, 0], [0.5, 2, 0, 0], [0, 0, 1, 1], [0, 0, 1, 3]]).double()
+    y = ffn.coefficients(knots[:, None])[:, 0]
+    square = 9.0
+    if gated:  # the other factor is x itself, up to far: its space's norm at ±far is 2·far
+        y = y / knots
+        square = 9.0 * 2 * 5.0
+    expected = square * (y @ torch.linalg.solve(gram, y))
+    assert function_norm(ffn) == pytest.approx(expected.item())
+    assert unit_norms(ffn).shape == (1,)
 
 
 def test_support_is_scored(student):
