@@ -17,24 +17,26 @@ from torch import Tensor, nn
 
 from .compat import are_function_transforms_active
 from .decode import has_fixed_shapes, is_one_token
-from .kernels import HalfYat, Yat
+from .kernels import Brownian, HalfYat, Yat
 from .linears import is_plain
 
 if TYPE_CHECKING:
     from .ffn import KernelFFN
+    from .knots import KnotStep
+    from .tied import TiedKernelFFN
 
 
 class Form(Enum):
     """A way to compute a readout."""
 
     FUSED = "fused"
-    """A dense Yat by Triton kernels: hf_kernel_ffn.gpu.fused."""
+    """A dense Yat, or tied rows with knots, by Triton kernels: hf_kernel_ffn.gpu.fused."""
     FUSED_SUM = "fused sum"
     """Coefficients by the plain form, the sum over their output prototypes by a Triton kernel."""
     ONE_TOKEN = "one token"
     """A sparse readout at one token, by its active output prototypes alone: decode.py."""
     ONE_PASS = "one pass"
-    """A dense Yat in chunks of tokens: one_pass.py."""
+    """A dense Yat in chunks of tokens: one_pass.py; tied rows with knots: knots.py."""
     PLAIN = "plain"
     """Coefficients, and their product with the dictionary: ffn.py."""
 
@@ -70,6 +72,18 @@ class FusedKernels(Protocol):
         """Σ c_i v_i + b_out (..., hidden_size) from ``coefficients`` (..., prototypes)."""
         ...
 
+    def reason_against_tied(self, ffn: TiedKernelFFN, hidden_states: Tensor) -> str | None:
+        """Why they cannot serve ``ffn``, whose rows are tied; None if they can.
+
+        Raises:
+            InputError: they are required, and cannot.
+        """
+        ...
+
+    def knot_step(self) -> KnotStep:
+        """What they compute of tied rows with knots."""
+        ...
+
 
 def choose_form(ffn: KernelFFN, hidden_states: Tensor) -> Plan:
     """Which form serves ``ffn`` at ``hidden_states`` (..., hidden_size): the first that can."""
@@ -95,6 +109,39 @@ def choose_form(ffn: KernelFFN, hidden_states: Tensor) -> Plan:
         return Plan(Form.ONE_PASS, reasons)
     reasons[Form.ONE_PASS] = reason
     return Plan(Form.PLAIN, reasons)
+
+
+def choose_tied_form(ffn: TiedKernelFFN, hidden_states: Tensor) -> Plan:
+    """The same for a layer whose rows are tied."""
+    reasons = {Form.FUSED: "no Triton kernels asked for"}
+    if ffn.fused is not None:
+        reason = ffn.fused.reason_against_tied(ffn, hidden_states)
+        if reason is None:
+            return Plan(Form.FUSED, {})
+        reasons[Form.FUSED] = reason
+
+    reason = reason_against_knots(ffn)
+    if reason is None:
+        return Plan(Form.ONE_PASS, reasons)
+    reasons[Form.ONE_PASS] = reason
+    return Plan(Form.PLAIN, reasons)
+
+
+def reason_against_knots(ffn: TiedKernelFFN) -> str | None:
+    """Why one elementwise step between the stock products does not serve ``ffn``; None if it does.
+
+    Modules are called as modules there: adapters, quantised weights and hooks are seen.
+    """
+    settings = ffn.config.settings
+    if type(ffn.kernel) is not Brownian:
+        return f"kernel {settings.kernel!r}, expected 'brownian'"
+    if ffn.training and ffn.config.hidden_dropout:
+        return "dropout of hidden units, expected none or evaluation"
+    if are_function_transforms_active():
+        return "a transform of torch.func, expected none"
+    if torch.compiler.is_compiling():
+        return "a compiler, which makes one pass of the plain form by itself"
+    return None
 
 
 def reason_against_fused(ffn: KernelFFN, hidden_states: Tensor) -> str | None:

@@ -33,8 +33,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .ffn import ACTIVATION_BYTES, KernelFFN
 from .kernels import Kernel, get_kernel
+from .knots import BLOCKS, mix_knots
 from .linears import get_effective_weight
 from .parameters import ConstrainedParameters, fill_linear, to_at_least_float32
+from .plan import Form, FusedKernels, choose_tied_form
 from .record import Readout
 from .settings import PIECES, LayerConfig
 
@@ -83,6 +85,8 @@ class TiedKernelFFN(ConstrainedParameters):
         self.config = config
         self.kernel = get_kernel(settings.kernel)
         self.activation_bytes = ACTIVATION_BYTES
+        self.fused: FusedKernels | None = None
+        """Triton kernels that may serve this layer, put here by hf_kernel_ffn.gpu.fused.fuse()."""
 
         size = config.hidden_size
         units = config.prototypes
@@ -136,6 +140,12 @@ class TiedKernelFFN(ConstrainedParameters):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to (..., hidden_size), in the dtype of the input."""
+        form = choose_tied_form(self, hidden_states).form
+        if form is Form.FUSED and self.fused is not None:
+            return self.dropout(mix_knots(self, hidden_states, self.fused.knot_step()))
+        if form is Form.ONE_PASS:
+            return self.dropout(mix_knots(self, hidden_states, BLOCKS))
+
         coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
         hidden_dropout = self.config.hidden_dropout
         coefficients = nn.functional.dropout(coefficients, hidden_dropout, self.training)
@@ -179,10 +189,15 @@ class TiedKernelFFN(ConstrainedParameters):
             names=(*(f"{unit}+" for unit in units), *(f"{unit}-" for unit in units)),
         )
 
+    @property
+    def multiplies_by_up(self) -> bool:
+        """Whether values are a product: kernels times u·x."""
+        return self.config.gated and self.config.settings.values == "product"
+
     def _factor(self, scores: Scores) -> Tensor | None:
         """(..., units) what kernels are multiplied by where values are a product: u·x, clamped to
         ±far where the kernel has knots."""
-        if self.config.settings.values != "product" or scores.second is None:
+        if not self.multiplies_by_up or scores.second is None:
             return None
         if not self.kernel.uses_knot:
             return scores.second

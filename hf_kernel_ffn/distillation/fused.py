@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint_code.tied import TiedKernelFFN
 from ..gpu.fused import Fused
 from ..gpu.trial import choose_kernels
 from ..storage.loading import get_torch_dtype
@@ -43,9 +42,7 @@ def choose_fused_readouts(
     Raises:
         InputError: ``fused`` is always, and an FFN cannot be served (in its first call).
     """
-    # Tied rows have a form of their own, which no Triton kernel serves.
-    readouts = student.kernel_ffns().items()
-    ffns = {path: ffn for path, ffn in readouts if not isinstance(ffn, TiedKernelFFN)}
+    ffns = student.kernel_ffns()
     if before is not None and recipe.fused == "auto":
         verdict = FusedReadouts(list(before["served"]), dict(before["refused"]))
         for path, ffn in ffns.items():

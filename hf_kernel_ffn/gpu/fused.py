@@ -15,15 +15,19 @@ from torch import Tensor
 from ..checkpoint_code.compat import are_function_transforms_active
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
-from ..checkpoint_code.linears import lay_out_by_prototypes
+from ..checkpoint_code.knots import KnotStep
+from ..checkpoint_code.linears import is_plain, lay_out_by_prototypes
 from ..checkpoint_code.one_pass import mix_dense_yat
 from ..checkpoint_code.plan import (
     linears_of,
     reason_against_dense_yat,
+    reason_against_knots,
     reason_against_plain_weights,
 )
+from ..checkpoint_code.tied import TiedKernelFFN
 from .dense_mixture import fused_mixture
 from .sparse_mixture import active, gather
+from .tied_kernels import TRITON_STEP
 from .triton_kernels import INTERPRETED, triton
 
 FEW = 8
@@ -34,7 +38,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Fused:
-    """What a KernelFFN asks first when it is in ``ffn.fused``."""
+    """What a KernelFFN or TiedKernelFFN asks first when it is in ``ffn.fused``."""
 
     required: bool = False
     """Whether a call that the Triton kernels cannot serve is an error; otherwise the layer goes on
@@ -75,13 +79,36 @@ class Fused:
             lay_out_by_prototypes(linear)
         return gathered(ffn, coefficients) + linear.bias
 
+    def reason_against_tied(self, ffn: TiedKernelFFN, hidden_states: Tensor) -> str | None:
+        """Why they do not serve ``ffn``, whose rows are tied; None if they do.
+
+        A compiler makes such kernels by itself: then its own serve, required or not.
+
+        Raises:
+            InputError: ``required``, and they cannot serve the call.
+        """
+        if torch.compiler.is_compiling():
+            return "a compiler, which makes one pass of the plain form by itself"
+        if not (self.required or hidden_states.is_cuda):
+            return "a tensor off the GPU, expected one on it"
+        reason = reason_against_fused_tied(ffn, hidden_states)
+        if reason and self.required:
+            raise InputError(
+                f"found {reason}: call it so, or fuse without required, which steps aside"
+            )
+        return reason
+
+    def knot_step(self) -> KnotStep:
+        """What they compute of tied rows with knots."""
+        return TRITON_STEP
+
 
 def fuse(model: Any, required: bool = False) -> None:
     """Let every kernel readout of ``model`` run by the Triton kernels of this file where they can
     serve a call; ``required``: raise InputError in a call that they cannot. ``ffn.fused = None``
     forbids it again. Nothing of it is saved."""
     for ffn in model.kernel_ffns().values():
-        if isinstance(ffn, KernelFFN):
+        if isinstance(ffn, (KernelFFN, TiedKernelFFN)):
             ffn.fused = Fused(required)
 
 
@@ -129,6 +156,17 @@ def reason_against_fused_gather(ffn: KernelFFN, x: Tensor) -> str | None:
         return "a transform of torch.func, expected none"
     reason = reason_against_plain_weights([ffn.output_prototypes])
     return reason or _against(x, [ffn.output_prototypes])
+
+
+def reason_against_fused_tied(ffn: TiedKernelFFN, x: Tensor) -> str | None:
+    """Why ``ffn``, whose rows are tied, cannot be fused at ``x``; None if it can."""
+    reason = reason_against_knots(ffn)
+    if reason is not None:
+        return f"{reason} for the fused step"
+    linears = [ffn.input_prototypes, ffn.output_prototypes]
+    if ffn.multiplies_by_up:
+        linears.append(ffn.value_proj)
+    return _against(x, [linear for linear in linears if is_plain(linear)])
 
 
 def _against(x, linears) -> str | None:

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.modeling import KernelModelMixin
-from .fused import Fused, fuse, reason_against_fused_gather, reason_against_fused_readout
+from ..checkpoint_code.tied import AnyKernelFFN, TiedKernelFFN
+from .fused import (
+    Fused,
+    fuse,
+    reason_against_fused_gather,
+    reason_against_fused_readout,
+    reason_against_fused_tied,
+)
 from .measuring import interleaved
 
 TOKENS = 1024
@@ -82,7 +88,7 @@ def fuse_where_it_pays(
 
 
 def reason_against_kernels(
-    ffn: KernelFFN, autocast: torch.dtype | None = None, tokens: int = TOKENS
+    ffn: AnyKernelFFN, autocast: torch.dtype | None = None, tokens: int = TOKENS
 ) -> str | None:
     """Find why the Triton kernels are not to serve ``ffn``, or None. Its weights and gradients are
     left as they are."""
@@ -106,7 +112,7 @@ def reason_against_kernels(
 class _Trial:
     """The same call of one readout by the plain form and by the Triton kernels."""
 
-    def __init__(self, ffn: KernelFFN, tokens: int):
+    def __init__(self, ffn: AnyKernelFFN, tokens: int):
         self.ffn = ffn
         self.is_sparse = ffn.config.settings.sparse
         trained = [parameter for parameter in ffn.parameters() if parameter.requires_grad]
@@ -118,6 +124,8 @@ class _Trial:
 
     def reason_against_call(self) -> str | None:
         """Why the kernels cannot serve the call."""
+        if isinstance(self.ffn, TiedKernelFFN):
+            return reason_against_fused_tied(self.ffn, self.inputs)
         if self.is_sparse:
             return reason_against_fused_gather(self.ffn, self.inputs)
         return reason_against_fused_readout(self.ffn, self.inputs)
@@ -153,7 +161,7 @@ class _Trial:
         self.ffn.fused = fused
         return self._run(self.ffn, self.inputs, self.gradient)
 
-    def _run(self, ffn: KernelFFN, inputs: Tensor, gradient: Tensor) -> list[Tensor]:
+    def _run(self, ffn: AnyKernelFFN, inputs: Tensor, gradient: Tensor) -> list[Tensor]:
         """The output and, where something is trained, the gradients of all that is."""
         with torch.set_grad_enabled(self.has_gradients):
             output = ffn(inputs)
@@ -176,7 +184,6 @@ def _worst_error(tensors: list[Tensor], expected: list[Tensor]) -> float:
     return torch.stack(errors).max().item()
 
 
-def _kernel_ffns(model: PreTrainedModel) -> dict[str, KernelFFN]:
-    """The readouts that Triton kernels may serve: those with rows of their own."""
-    ffns = cast(KernelModelMixin, model).kernel_ffns()
-    return {path: ffn for path, ffn in ffns.items() if isinstance(ffn, KernelFFN)}
+def _kernel_ffns(model: PreTrainedModel) -> dict[str, AnyKernelFFN]:
+    """The readouts that Triton kernels may serve."""
+    return cast(KernelModelMixin, model).kernel_ffns()

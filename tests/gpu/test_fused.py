@@ -25,7 +25,8 @@ def python(*arguments, **environment):
     return done.stdout
 
 
-def test_cases():
+@pytest.mark.parametrize("cases", ["fused_cases.py", "fused_tied_cases.py"])
+def test_cases(cases):
     """On a GPU where there is one; elsewhere by Triton's interpreter, which must be asked for
     before Triton is imported."""
     pytest.importorskip("triton")
@@ -37,7 +38,7 @@ def test_cases():
             "-q",
             "-p",
             "no:cacheprovider",
-            str(HERE / "fused_cases.py"),
+            str(HERE / cases),
             **interpret,
         )
     )
@@ -48,15 +49,18 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hf_kernel_ffn.gpu import triton_kernels as fused_kernels
+from hf_kernel_ffn.gpu import tied_kernels, triton_kernels as fused_kernels
 
-HALF = ("x", "rows", "up", "bias", "up_bias", "coefficients", "gradient", "d_scores", "d_ups", "dictionary", "written")
-NUMBERS = ("tokens", "prototypes", "tiles", "width", "x_token", "row", "up_row", "slots", "size", "by_feature", "by_prototype")
+HALF = ("gate", "d_gate", "d_up", "x", "rows", "up", "bias", "up_bias", "coefficients", "gradient", "d_scores", "d_ups", "dictionary", "written")
+NUMBERS = ("tokens", "units", "prototypes", "tiles", "width", "x_token", "row", "up_row", "slots", "size", "by_feature", "by_prototype")
 
 def build(kernel, dtype, **constants):
     signature, divisible = {}, {}
     constants |= {name: 1 for name in ("x_feature", "row_feature", "up_feature") if name in kernel.arg_names}
     for place, name in enumerate(kernel.arg_names):
+        if name == "far":
+            signature[name] = "fp32"
+            continue
         kind = "*i64" if name in ("indices", "counts") else "*" + dtype if name in HALF else "*fp32"
         signature[name] = "constexpr" if name in constants else "i32" if name in NUMBERS else kind
         divisible[(place,)] = [["tt.divisibility", 16]]
@@ -76,13 +80,19 @@ for dtype in ("bf16", "fp32"):
             assert built.metadata.shared <= 232448, built.metadata.shared  # what one program may have on compute capability 9.0
             assert (dtype == "fp32") == ("wgmma" not in built.asm["ptx"])
             print(kernel.__name__, dtype, gated, convex, built.metadata.shared)
+    for gated in (False, True):
+        flags = dict(PIECES=8, GATED=gated, BLOCK_UNITS=tied_kernels.UNITS)
+        build(tied_kernels.knots_kernel, dtype, **flags, BLOCK_TOKENS=tied_kernels.TOKENS)
+        flags |= dict(OF_PIECES=True, BLOCK_TOKENS=tied_kernels.BACKWARD_TOKENS)
+        build(tied_kernels.knots_backward_kernel, dtype, **flags)
+        print("knots", dtype, gated)
 """
 
 
 def test_kernels_compile_for_hopper_without_one():
     pytest.importorskip("triton")
     environment = {"TRITON_INTERPRET": "0"}
-    assert len(python("-c", COMPILE, **environment).splitlines()) == 8
+    assert len(python("-c", COMPILE, **environment).splitlines()) == 12
 
 
 def test_without_triton_everything_else_runs():
