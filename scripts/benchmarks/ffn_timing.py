@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from hf_kernel_ffn.checkpoint_code.errors import InputError
 from hf_kernel_ffn.checkpoint_code.ffn import KernelFFN
-from hf_kernel_ffn.gpu.fused import Fused, reason_against_fused_gather, reason_against_fused_readout
+from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
+from hf_kernel_ffn.gpu.fused import (
+    Fused,
+    reason_against_fused_gather,
+    reason_against_fused_readout,
+    reason_against_fused_tied,
+)
 from hf_kernel_ffn.gpu.measuring import (
     Work,
     bytes_moved,
@@ -152,7 +158,7 @@ def measure_mode(
                 rows.append({"mode": mode, "phase": phase, **row})
         torch._dynamo.reset()
     for variant in variants.values():
-        if isinstance(variant.module, KernelFFN):
+        if isinstance(variant.module, (KernelFFN, TiedKernelFFN)):
             variant.module.fused = None
     return rows
 
@@ -177,11 +183,16 @@ def fuse_variants(variants: Variants, conditions: Conditions) -> Variants:
     reason = None
     for name, variant in variants.items():
         ffn = variant.module
-        if not isinstance(ffn, KernelFFN):
+        if not isinstance(ffn, (KernelFFN, TiedKernelFFN)):
             continue
-        check = reason_against_fused_gather if variant.sparse else reason_against_fused_readout
         with torch.no_grad():
-            own_reason = check(ffn, conditions.random(1, ffn.config.hidden_size))
+            x = conditions.random(1, ffn.config.hidden_size)
+            if isinstance(ffn, TiedKernelFFN):
+                own_reason = reason_against_fused_tied(ffn, x)
+            elif variant.sparse:
+                own_reason = reason_against_fused_gather(ffn, x)
+            else:
+                own_reason = reason_against_fused_readout(ffn, x)
         if own_reason is None:
             ffn.fused = Fused(required=True)
             served.add(name)

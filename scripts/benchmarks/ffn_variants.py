@@ -26,6 +26,7 @@ from hf_kernel_ffn.families.weights import read_stock_weights
 
 PHASES = ("forward", "forward+backward", "decode")
 TARGETS = {
+    "tied": {"forward": 1.05, "forward+backward": 1.05, "memory": 0.7},
     "gated": {"forward": 1.05, "forward+backward": 1.05, "memory": 1.0},
     "polarised 1.5m": {"forward": 1.05, "forward+backward": 1.05, "sparse decode": 0.6},
     "polarised 2m": {"forward": 1.4, "forward+backward": 1.4, "sparse decode": 0.8},
@@ -106,7 +107,7 @@ def make_variants(
     variants.update({name: Variant(module) for name, module in (own or {}).items()})
     tied = make_tied_readout(shape)
     settings = tied.config.settings
-    variants[f"tied {settings.values}, {settings.pieces} pieces"] = Variant(tied)
+    variants[f"tied {settings.values}, {settings.pieces} pieces"] = Variant(tied, target="tied")
 
     widths = {"single": m}
     if shape.gated:

@@ -21,8 +21,14 @@ from ffn_variants import ReadoutOptions, Shape, make_readout, make_tied_readout
 from torch import Tensor, nn
 
 from hf_kernel_ffn.checkpoint_code.ffn import KernelFFN
+from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
 from hf_kernel_ffn.gpu import dense_backward, dense_mixture
-from hf_kernel_ffn.gpu.fused import Fused, reason_against_fused_gather, reason_against_fused_readout
+from hf_kernel_ffn.gpu.fused import (
+    Fused,
+    reason_against_fused_gather,
+    reason_against_fused_readout,
+    reason_against_fused_tied,
+)
 from hf_kernel_ffn.gpu.measuring import copy_bandwidth, interleaved
 
 Device = Annotated[str, typer.Option()]
@@ -91,7 +97,7 @@ def accuracy(json_file: Json, device: Device = "cuda") -> None:
             write(json_file, found)
 
 
-def compare_with_float64(ffn: nn.Module) -> dict[str, Any]:
+def compare_with_float64(ffn: KernelFFN | TiedKernelFFN) -> dict[str, Any]:
     """Worst relative errors of the output and of any gradient, ``plain`` and ``fused``; or why the
     Triton kernels do not serve ``ffn``."""
     weight = ffn.input_prototypes.weight
@@ -99,11 +105,8 @@ def compare_with_float64(ffn: nn.Module) -> dict[str, Any]:
     x = 3 * torch.randn(8 if sparse else 200, SMALL.hidden_size).to(weight)
     expected = run(copy.deepcopy(ffn).double(), x.double(), gradients=not sparse)
     found: dict[str, Any] = {"plain": errors(run(ffn, x, gradients=not sparse), expected)}
-    if not isinstance(ffn, KernelFFN):
-        return found | {"not fused": "no Triton kernel is for it"}
-    check = reason_against_fused_gather if sparse else reason_against_fused_readout
     with torch.set_grad_enabled(not sparse):
-        reason = check(ffn, x)
+        reason = find_reason(ffn, x)
     if reason is not None:
         return found | {"not fused": reason}
     ffn.fused = Fused(required=True)
@@ -112,6 +115,15 @@ def compare_with_float64(ffn: nn.Module) -> dict[str, Any]:
     except Exception as error:  # of Triton or a driver; the others go on
         found["failed"] = f"{type(error).__name__}: {error}"[-600:]
     return found
+
+
+def find_reason(ffn: KernelFFN | TiedKernelFFN, x: Tensor) -> str | None:
+    """Why no Triton kernel serves ``ffn`` at ``x``; None if one does."""
+    if isinstance(ffn, TiedKernelFFN):
+        return reason_against_fused_tied(ffn, x)
+    if ffn.config.settings.sparse:
+        return reason_against_fused_gather(ffn, x)
+    return reason_against_fused_readout(ffn, x)
 
 
 def run(ffn: nn.Module, x: Tensor, *, gradients: bool) -> dict[str, Tensor]:
@@ -223,7 +235,8 @@ def tests(json_file: Json, device: Device = "cuda") -> None:
     runs = {"tests/gpu": ["tests/gpu"]}
     if device == "cuda" and importlib.util.find_spec("xdist"):
         runs["tests/gpu"] += ["--deselect", "tests/gpu/test_fused.py::test_cases"]
-        runs["fused cases"] = ["tests/support/fused_cases.py", "-n", "8"]
+        cases = ["tests/support/fused_cases.py", "tests/support/fused_tied_cases.py"]
+        runs["fused cases"] = [*cases, "-n", "8"]
     if marked:
         runs["marked gpu"] = [*marked, "-m", "gpu"]
     found: dict[str, Any] = {}
