@@ -32,7 +32,8 @@ def convert(
         ),
     ] = None,
     pieces: Annotated[
-        Optional[int], typer.Option(help="kernels per unit of tied rows  [default: 8]")
+        Optional[int],
+        typer.Option(help="kernels per unit of tied rows  [default: 8, or 7 without a gate]"),
     ] = None,
     kernel: Annotated[
         Optional[str],

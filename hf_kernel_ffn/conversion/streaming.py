@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.kernels import get_kernel
-from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig, name_reference_values
 from ..compat import get_tied_parameter_names
 from ..families.lookup import StockFFN
 from ..families.student import make_config_entry, make_meta_student
@@ -223,8 +222,7 @@ def _expect_layer(
 ) -> LayerConfig:
     """What config.json is to say of the readout for ``stock``, but for reference values."""
     up = read_stock_weights(teacher, stock).up
-    parameters = get_kernel(settings.kernel).parameters
-    reference = dict.fromkeys((*parameters, "scale", "temperature", "threshold"), 1.0)
+    reference = dict.fromkeys(name_reference_values(settings), 1.0)
     prototypes = round((settings.expansion or 1.0) * len(up))
     layer = make_layer_config(teacher, stock, settings, up.shape[1], prototypes, reference)
     return replace(layer, gated=settings.rows == "tied" and stock.shape.gated)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...checkpoint_code.errors import InputError
 from ...checkpoint_code.kernels import Kernel, get_kernel
-from ...checkpoint_code.settings import KernelFFNConfig
+from ...checkpoint_code.settings import PIECES, KernelFFNConfig
 from ...families.weights import FFNWeights
 from .planes import (
     DESIGN_WEIGHT,
@@ -96,7 +96,7 @@ def fit_pieces(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
             parameters=tensors,
             scale=scale,
         )
-        found.append(_fit_units(problem, in_plane, settings.pieces or 1))
+        found.append(_fit_units(problem, in_plane, settings.pieces or PIECES))
 
     return FittedPieces(_join_units(found), parameters, scale, far)
 
