@@ -25,9 +25,9 @@ from .parameters import to_at_least_float32
 if TYPE_CHECKING:
     from .tied import TiedKernelFFN
 
-FORWARD_NUMBERS = 2**15
+FORWARD_NUMBERS = 2**17
 """Coefficients that are worked on at once on a CPU, so that they stay in its cache."""
-BACKWARD_NUMBERS = 2**15
+BACKWARD_NUMBERS = 2**17
 """The same in the backward pass."""
 DEVICE_NUMBERS = 2**24
 """Coefficients that are worked on at once elsewhere: what temporaries in float32 may take."""
@@ -67,9 +67,21 @@ class KnotStep(Protocol):
         ...
 
     def backward(
-        self, gradient: Tensor, gate: Tensor, up: Tensor | None, knots: Knots, of_pieces: bool
+        self,
+        gradient: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        knots: Knots,
+        *,
+        of_gate: Tensor,
+        of_pieces: bool,
     ) -> KnotGradients:
-        """Gradients by that of c, ``gradient``, which may be overwritten."""
+        """Gradients by that of c, ``gradient``.
+
+        Args:
+            of_gate: where the gradient of g is written, for which ``gradient`` itself may be given.
+            of_pieces: whether those of the pieces are wanted.
+        """
         ...
 
 
@@ -167,7 +179,7 @@ def _differentiate(
     gate, up, knot, amount, weight, bias = tensors
     assert gate is not None and knot is not None and amount is not None
     flat = _flat(gradient)
-    through = flat.clone() if weight is None else flat @ weight.to(flat.dtype)
+    through = flat if weight is None else flat @ weight.to(flat.dtype)
     of_weight = None
     found = None
     if any(wanted[:5]):
@@ -176,6 +188,7 @@ def _differentiate(
             _flat(gate),
             None if up is None else _flat(up),
             Knots(knot, amount, far),
+            of_gate=torch.empty_like(gate) if weight is None else through,
             of_pieces=wanted[2] or wanted[3],
         )
         if weight is not None and wanted[4]:
@@ -216,56 +229,101 @@ class BlockStep:
 
     def forward(self, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
         """c, by two operations per piece."""
-        knot, amount, far = knots
-        signed = amount * knot.sign()
-        low = knot.clamp_max(0)
-        high = knot.clamp_min(0)
+        pieces = _Pieces(knots)
+        dtype = knots.knot.dtype
         written = torch.empty_like(gate)
-        total: Tensor = knot
-        clamped: Tensor = knot
+        buffers = _Buffers(gate, dtype, 2)
         for part in _blocks(gate, FORWARD_NUMBERS):
-            score = gate[part].to(knot.dtype)
-            if len(total) != len(score) or total is knot:
-                total = torch.empty_like(score)
-                clamped = torch.empty_like(score)
-            total.zero_()
-            for piece in range(len(knot)):
-                torch.clamp(score, low[piece], high[piece], out=clamped)
-                total.addcmul_(clamped, signed[piece])
-            if up is None or far is None:
+            score = gate[part].to(dtype)
+            total, clamped = buffers.take(len(score))
+            if written.dtype == dtype:
+                total = written[part]
+            for place, (low, high, signed) in enumerate(pieces):
+                torch.clamp(score, low, high, out=clamped)
+                _add_product(total, clamped, signed, first=place == 0)
+            if up is not None and knots.far is not None:
+                torch.clamp(up[part].to(dtype), -knots.far, knots.far, out=clamped)
+                total.mul_(clamped)
+            if written.dtype != dtype:
                 written[part] = total
-                continue
-            torch.clamp(up[part].to(knot.dtype), -far, far, out=clamped)
-            if written.dtype == knot.dtype:
-                torch.mul(total, clamped, out=written[part])
-            else:
-                written[part] = total.mul_(clamped)
         return written
 
     def backward(
-        self, gradient: Tensor, gate: Tensor, up: Tensor | None, knots: Knots, of_pieces: bool
+        self,
+        gradient: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        knots: Knots,
+        *,
+        of_gate: Tensor,
+        of_pieces: bool,
     ) -> KnotGradients:
-        """All gradients; that of g takes the place of ``gradient``."""
+        """All gradients, by eight operations per piece."""
+        dtype = knots.knot.dtype
         blocks = _BackwardBlocks(gate, knots, of_pieces)
+        buffers = _Buffers(gate, dtype, 3)
         of_up = None if up is None else torch.empty_like(up)
         written = torch.empty_like(gate)
+        far = knots.far
         for part in _blocks(gate, BACKWARD_NUMBERS):
-            blocks.read(gate[part])
-            far = knots.far
-            change = gradient[part].to(knots.knot.dtype)
-            if up is not None and of_up is not None and far is not None:
-                raw = up[part].to(knots.knot.dtype)
-                factor = raw.clamp(-far, far)
-                by_gate = change * factor
-                blocks.add(by_gate)
-                written[part] = blocks.total * factor
-                of_up[part] = (change * blocks.total).mul_(factor == raw)
-            else:
-                by_gate = change
-                blocks.add(by_gate)
-                written[part] = blocks.total
-            gradient[part] = blocks.slope.mul_(by_gate)
-        return KnotGradients(gradient, of_up, written, *blocks.finish())
+            change = gradient[part].to(dtype)
+            if up is None or of_up is None or far is None:
+                total, slope = blocks.add(gate[part], change)
+                written[part] = total
+                _multiply(slope, change, of_gate[part])
+                continue
+            raw = up[part].to(dtype)
+            factor, by_gate, by_up = buffers.take(len(raw))
+            torch.clamp(raw, -far, far, out=factor)
+            torch.eq(factor, raw, out=by_up).mul_(change)
+            torch.mul(change, factor, out=by_gate)
+            total, slope = blocks.add(gate[part], by_gate)
+            _multiply(slope, by_gate, of_gate[part])
+            _multiply(by_up, total, of_up[part])
+            _multiply(total, factor, written[part])
+        return KnotGradients(of_gate, of_up, written, *blocks.finish())
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """Add left · right to ``total``; the first is written there."""
+    if first:
+        torch.mul(left, right, out=total)
+    else:
+        total.addcmul_(left, right)
+
+
+def _multiply(left: Tensor, right: Tensor, product: Tensor) -> None:
+    """Write left · right to ``product``, of any dtype; ``left`` may be overwritten."""
+    if product.dtype == left.dtype:
+        torch.mul(left, right, out=product)
+    else:
+        product.copy_(left.mul_(right))
+
+
+class _Pieces:
+    """Of every piece (units,): where its clamp begins and ends, and its amount on g's side."""
+
+    def __init__(self, knots: Knots):
+        knot = knots.knot
+        self.signed = knots.amount * knot.sign()
+        numbers = (knot.clamp_max(0), knot.clamp_min(0), self.signed)
+        self.rows = list(zip(*(number.unbind() for number in numbers), strict=True))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return iter(self.rows)
+
+
+class _Buffers:
+    """Tensors of the size of a block, made once: all blocks but the last have one size."""
+
+    def __init__(self, gate: Tensor, dtype: torch.dtype, count: int):
+        self.new = [gate.new_empty(0, gate.shape[-1], dtype=dtype) for _ in range(count)]
+
+    def take(self, tokens: int) -> list[Tensor]:
+        """(tokens, units) each, of any content."""
+        if len(self.new[0]) < tokens:
+            self.new = [old.new_empty(tokens, old.shape[-1]) for old in self.new]
+        return [buffer[:tokens] for buffer in self.new]
 
 
 class _BackwardBlocks:
@@ -277,48 +335,39 @@ class _BackwardBlocks:
 
     def __init__(self, gate: Tensor, knots: Knots, of_pieces: bool):
         self.knot = knots.knot
-        self.signed = knots.amount * knots.knot.sign()
-        self.low = knots.knot.clamp_max(0)
-        self.high = knots.knot.clamp_min(0)
+        self.pieces = _Pieces(knots)
         self.of_pieces = of_pieces
-        self.sums = torch.zeros(2, *self.knot.shape, dtype=self.knot.dtype, device=gate.device)
-        self.all_signed = self.signed.sum(0)
-        self.total = self.score = self.knot[:0]
-        self.slope = self.clamped = self.outside = self.knot[:0]
+        shape = (len(self.knot), 1, gate.shape[-1])
+        self.all_of_them = self.knot.new_zeros(shape).unbind()
+        self.within = self.knot.new_zeros(shape).unbind()
+        self.buffers = _Buffers(gate, self.knot.dtype, 4)
+        self.ones = self.knot.new_empty(0)
 
-    def read(self, gate: Tensor) -> None:
-        """Take the scores of a block."""
-        self.score = gate.to(self.knot.dtype)
-        if len(self.total) != len(gate):
-            self.total, self.slope, self.clamped, self.outside = (
-                torch.empty_like(self.score) for _ in range(4)
-            )
-
-    def add(self, by_gate: Tensor) -> None:
-        """Compute f and f' at a block, and add what ``by_gate``, ∂/∂f, gives to the sums."""
-        clamped = self.clamped
-        outside = self.outside
-        self.total.zero_()
-        self.slope.copy_(self.all_signed.expand_as(self.slope))
-        for piece in range(len(self.knot)):
-            torch.clamp(self.score, self.low[piece], self.high[piece], out=clamped)
-            self.total.addcmul_(clamped, self.signed[piece])
-            torch.ne(clamped, self.score, out=outside)
-            self.slope.addcmul_(outside, self.signed[piece], value=-1)
+    def add(self, gate: Tensor, by_gate: Tensor) -> tuple[Tensor, Tensor]:
+        """f and f' at a block; what ``by_gate``, ∂/∂f, gives to the pieces is added up."""
+        score = gate.to(self.knot.dtype)
+        total, slope, clamped, inside = self.buffers.take(len(gate))
+        if self.ones.numel() != len(gate):
+            self.ones = score.new_ones(1, len(gate))
+        for place, (low, high, signed) in enumerate(self.pieces):
+            torch.clamp(score, low, high, out=clamped)
+            _add_product(total, clamped, signed, first=place == 0)
+            torch.eq(clamped, score, out=inside)
+            _add_product(slope, inside, signed, first=place == 0)
             if self.of_pieces:
-                clamped.mul_(by_gate)
-                self.sums[0, piece] += clamped.sum(0)
-                self.sums[1, piece] += clamped.mul_(outside).sum(0)
-        self.slope.mul_(torch.ne(self.score, 0, out=outside))
+                self.all_of_them[place].addmm_(self.ones, clamped.mul_(by_gate))
+                self.within[place].addmm_(self.ones, clamped.mul_(inside))
+        slope.mul_(torch.ne(score, 0, out=inside))
+        return total, slope
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of knot and amount: the sums of ∂/∂f · t, beyond the knot and everywhere."""
         if not self.of_pieces:
             return None, None
         knot = self.knot
-        there = knot != 0
-        beyond = self.sums[1] / knot.where(there, torch.ones_like(knot))
-        return beyond * there * self.signed, self.sums[0] * knot.sign()
+        of_all = torch.cat(self.all_of_them)
+        beyond = (of_all - torch.cat(self.within)) / knot.where(knot != 0, torch.ones_like(knot))
+        return beyond * self.pieces.signed, of_all * knot.sign()
 
 
 def _blocks(gate: Tensor, numbers: int) -> Iterator[slice]:

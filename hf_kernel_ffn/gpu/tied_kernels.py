@@ -218,9 +218,16 @@ class TritonStep:
         return written
 
     def backward(
-        self, gradient: Tensor, gate: Tensor, up: Tensor | None, knots: Knots, of_pieces: bool
+        self,
+        gradient: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        knots: Knots,
+        *,
+        of_gate: Tensor,
+        of_pieces: bool,
     ) -> KnotGradients:
-        """All gradients; that of g takes the place of ``gradient``."""
+        """All gradients by one kernel, and a sum over its blocks of tokens."""
         written = torch.empty_like(gate)
         of_up = None if up is None else torch.empty_like(up)
         block = _choose_tokens(gate, BACKWARD_UNITS, BACKWARD_TOKENS)
@@ -236,8 +243,8 @@ class TritonStep:
                     knot,
                     knots.amount.contiguous(),
                     written,
-                    gradient,
-                    gradient if of_up is None else of_up,
+                    of_gate,
+                    of_gate if of_up is None else of_up,
                     sums[0],
                     sums[1],
                     knots.far or 0.0,
@@ -251,9 +258,9 @@ class TritonStep:
                     num_warps=WARPS,
                 )
         if not of_pieces:
-            return KnotGradients(gradient, of_up, written, None, None)
+            return KnotGradients(of_gate, of_up, written, None, None)
         of_knot, of_amount = sums.sum(1)
-        return KnotGradients(gradient, of_up, written, of_knot, of_amount)
+        return KnotGradients(of_gate, of_up, written, of_knot, of_amount)
 
 
 def _choose_tokens(gate: Tensor, units_at_once: int, bounds: tuple[int, int]) -> int:

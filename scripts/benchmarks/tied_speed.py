@@ -107,7 +107,9 @@ def sweep(size: int, units: int, like: Tensor, tokens: int, repeats: int) -> lis
                         setattr(tied_kernels, name, (value, value) if is_bounds else value)
                 work = partial(step.forward, gate, up, knots)
                 if phase == "backward":
-                    work = partial(step.backward, gradient, gate, up, knots, True)
+                    work = partial(
+                        step.backward, gradient, gate, up, knots, of_gate=gradient, of_pieces=True
+                    )
                 times = interleaved({"step": work}, repeats, like.device)
                 found[chosen] = 1e3 * times["step"]["median"]
         for chosen, milliseconds in sorted(found.items(), key=lambda pair: pair[1]):
