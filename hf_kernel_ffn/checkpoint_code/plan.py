@@ -121,6 +121,8 @@ def choose_tied_form(ffn: TiedKernelFFN, hidden_states: Tensor) -> Plan:
         reasons[Form.FUSED] = reason
 
     reason = reason_against_knots(ffn)
+    if reason is None and torch.compiler.is_compiling() and hidden_states.device.type != "cpu":
+        reason = "a compiler on a device, which makes one pass of the plain form by itself"
     if reason is None:
         return Plan(Form.ONE_PASS, reasons)
     reasons[Form.ONE_PASS] = reason
@@ -139,8 +141,6 @@ def reason_against_knots(ffn: TiedKernelFFN) -> str | None:
         return "dropout of hidden units, expected none or evaluation"
     if are_function_transforms_active():
         return "a transform of torch.func, expected none"
-    if torch.compiler.is_compiling():
-        return "a compiler, which makes one pass of the plain form by itself"
     return None
 
 

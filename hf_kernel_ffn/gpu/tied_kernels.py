@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checkpoint_code.knots import KnotGradients, Knots
+from ..checkpoint_code.knots import KnotGradients, Knots, make_operator
 from .triton_kernels import _jit, tl
 
 UNITS = 256
@@ -193,6 +193,9 @@ def knots_backward_kernel(
 class TritonStep:
     """The step by the kernels of this file; see :class:`checkpoint_code.knots.KnotStep`."""
 
+    def __init__(self) -> None:
+        self.operator = make_operator(__name__, self)
+
     def forward(self, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
         """c (tokens, units), in the dtype of ``gate``."""
         written = torch.empty_like(gate)
@@ -259,8 +262,8 @@ class TritonStep:
                 )
         if not of_pieces:
             return KnotGradients(of_gate, of_up, written, None, None)
-        of_knot, of_amount = sums.sum(1)
-        return KnotGradients(of_gate, of_up, written, of_knot, of_amount)
+        # Two tensors: an operator may not return views of one.
+        return KnotGradients(of_gate, of_up, written, sums[0].sum(0), sums[1].sum(0))
 
 
 def _choose_tokens(gate: Tensor, units_at_once: int, bounds: tuple[int, int]) -> int:

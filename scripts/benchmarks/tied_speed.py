@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_kernel_ffn.checkpoint_code.knots import BLOCKS, Knots
+from hf_kernel_ffn.checkpoint_code.knot_blocks import BLOCKS
+from hf_kernel_ffn.checkpoint_code.knots import Knots
 from hf_kernel_ffn.checkpoint_code.plan import choose_tied_form
 from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, LayerConfig
 from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
