@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .knots import KnotGradients, Knots, make_operator
+from .knots import KnotGradients, Knots, differentiate_knots
 
 FORWARD_NUMBERS = 2**17
 """Coefficients that are worked on at once on a CPU, so that they stay in its cache."""
@@ -23,8 +23,7 @@ DEVICE_NUMBERS = 2**24
 class BlockStep:
     """The step by operations of torch, in blocks of tokens that stay in a CPU's cache."""
 
-    def __init__(self) -> None:
-        self.operator = make_operator(__name__, self)
+    compiled_backward = staticmethod(differentiate_knots)
 
     def forward(self, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
         """c, by two operations per piece."""

@@ -17,10 +17,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, library, nn
+from torch import Tensor, nn
 
 from .linears import is_plain
-from .operators import namespace
 from .parameters import to_at_least_float32
 
 if TYPE_CHECKING:
@@ -56,8 +55,8 @@ class KnotGradients(NamedTuple):
 class KnotStep(Protocol):
     """A way to compute the step; g, u and gradients are contiguous and (tokens, units)."""
 
-    operator: Callable[..., tuple[Tensor, ...]]
-    """``backward`` by :func:`make_operator`, which a compiler calls and does not look into."""
+    compiled_backward: Callable[..., tuple[Tensor, ...]]
+    """``backward`` as :func:`differentiate_knots`, for a compiler."""
 
     def forward(self, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
         """c (tokens, units), in the dtype of ``gate``."""
@@ -89,44 +88,54 @@ def sum_knots(gate: Tensor, knot: Tensor, amount: Tensor) -> Tensor:
         gate: (..., units) float32 at least.
         knot, amount: (pieces, units).
     """
-    signed = amount * knot.sign()
-    low = knot.clamp_max(0)
-    high = knot.clamp_min(0)
     total = torch.zeros_like(gate)
     for piece in range(len(knot)):
-        total = torch.addcmul(total, gate.clamp(low[piece], high[piece]), signed[piece])
+        place = knot[piece]
+        clamped = gate.clamp(place.clamp_max(0), place.clamp_min(0))
+        total = torch.addcmul(total, clamped.abs(), amount[piece])
     return total
 
 
-def make_operator(module: str, step: KnotStep) -> Callable[..., tuple[Tensor, ...]]:
-    """The backward pass of ``step`` as an operator of torch: gradients of g, u, knot and amount.
-
-    Those that do not exist, or are not wanted, are empty.
-    """
-
-    @library.custom_op(
-        f"{namespace(module)}::knots_backward",
-        mutates_args=(),
-        schema="(Tensor gradient, Tensor gate, Tensor? up, Tensor knot, Tensor amount, float? far, "
-        "bool of_pieces) -> (Tensor, Tensor, Tensor, Tensor)",
-    )
-    def operator(*arguments: Any) -> tuple[Tensor, ...]:
-        gradient, gate, up, knot, amount, far, of_pieces = arguments
-        knots = Knots(knot, amount, far)
-        of_gate = torch.empty_like(gate)
-        found = step.backward(gradient, gate, up, knots, of_gate=of_gate, of_pieces=of_pieces)
-        every = (found.gate, found.up, found.knot, found.amount)
-        return tuple(gate.new_empty(0) if tensor is None else tensor for tensor in every)
-
-    @operator.register_fake
-    def _(*arguments: Any) -> tuple[Tensor, ...]:
-        _, gate, up, knot, amount, _, of_pieces = arguments
-        every = (gate, up, knot if of_pieces else None, amount if of_pieces else None)
-        return tuple(
-            gate.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in every
-        )
-
-    return operator
+def differentiate_knots(
+    gradient: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    knot: Tensor,
+    amount: Tensor,
+    far: float | None,
+    of_pieces: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of g, u, knot and amount by that of c, all (tokens, units), as a compiler fuses
+    them: one loop. Those that do not exist, or are not wanted, are empty."""
+    change = gradient.to(knot.dtype)
+    score = gate.to(knot.dtype)
+    nothing = gate.new_empty(0)
+    of_up = nothing
+    by_gate = change
+    if up is not None and far is not None:
+        raw = up.to(knot.dtype)
+        factor = raw.clamp(-far, far)
+        by_gate = change * factor
+        by_up = change * sum_knots(score, knot, amount)
+        of_up = by_up.where(factor == raw, 0.0).to(up.dtype)
+    signed = amount * knot.sign()
+    low = knot.clamp_max(0)
+    high = knot.clamp_min(0)
+    slope = torch.zeros_like(score)
+    beyond = []
+    everywhere = []
+    for piece in range(len(knot)):
+        clamped = score.clamp(low[piece], high[piece])
+        inside = clamped == score
+        slope = slope + torch.where(inside, signed[piece], 0.0)
+        share = by_gate * clamped
+        beyond.append(share.masked_fill(inside, 0.0).sum(0))
+        everywhere.append(share.sum(0))
+    of_gate = (by_gate * slope.where(score != 0, 0.0)).to(gate.dtype)
+    if not of_pieces:
+        return of_gate, of_up, nothing, nothing
+    of_knot = torch.stack(beyond) / knot.where(knot != 0, 1.0) * signed
+    return of_gate, of_up, of_knot, torch.stack(everywhere) * knot.sign()
 
 
 def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tensor:
@@ -232,8 +241,8 @@ def _differentiate(
 
 
 class _CompiledKnots(torch.autograd.Function):
-    """c by the formula, which a compiler fuses; its backward pass, with sums over tokens that it
-    would make a loop each of, by a step's operator."""
+    """c by the formula, which a compiler fuses. Derived by itself it would become a loop for each
+    sum over tokens."""
 
     @staticmethod
     def forward(
@@ -254,7 +263,7 @@ class _CompiledKnots(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, knot, amount = ctx.saved_tensors
         of_pieces = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        of_gate, of_up, of_knot, of_amount = ctx.step.operator(
+        of_gate, of_up, of_knot, of_amount = ctx.step.compiled_backward(
             _flat(gradients[0]),
             _flat(gate),
             None if up is None else _flat(up),

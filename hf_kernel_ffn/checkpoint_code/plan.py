@@ -121,8 +121,6 @@ def choose_tied_form(ffn: TiedKernelFFN, hidden_states: Tensor) -> Plan:
         reasons[Form.FUSED] = reason
 
     reason = reason_against_knots(ffn)
-    if reason is None and torch.compiler.is_compiling() and hidden_states.device.type != "cpu":
-        reason = "a compiler on a device, which makes one pass of the plain form by itself"
     if reason is None:
         return Plan(Form.ONE_PASS, reasons)
     reasons[Form.ONE_PASS] = reason

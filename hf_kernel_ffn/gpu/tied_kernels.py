@@ -13,10 +13,14 @@ by torch afterwards, so that it is the same every time.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
 
-from ..checkpoint_code.knots import KnotGradients, Knots, make_operator
+import torch
+from torch import Tensor, library
+
+from ..checkpoint_code.knots import KnotGradients, Knots
+from ..checkpoint_code.operators import namespace
 from .triton_kernels import _jit, tl
 
 UNITS = 256
@@ -194,7 +198,7 @@ class TritonStep:
     """The step by the kernels of this file; see :class:`checkpoint_code.knots.KnotStep`."""
 
     def __init__(self) -> None:
-        self.operator = make_operator(__name__, self)
+        self.compiled_backward = _make_operator(self)
 
     def forward(self, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
         """c (tokens, units), in the dtype of ``gate``."""
@@ -264,6 +268,35 @@ class TritonStep:
             return KnotGradients(of_gate, of_up, written, None, None)
         # Two tensors: an operator may not return views of one.
         return KnotGradients(of_gate, of_up, written, sums[0].sum(0), sums[1].sum(0))
+
+
+def _make_operator(step: TritonStep) -> Callable[..., tuple[Tensor, ...]]:
+    """The backward pass of ``step`` as an operator of torch, which a compiler calls and does not
+    look into."""
+
+    @library.custom_op(
+        f"{namespace(__name__)}::knots_backward",
+        mutates_args=(),
+        schema="(Tensor gradient, Tensor gate, Tensor? up, Tensor knot, Tensor amount, float? far, "
+        "bool of_pieces) -> (Tensor, Tensor, Tensor, Tensor)",
+    )
+    def operator(*arguments: Any) -> tuple[Tensor, ...]:
+        gradient, gate, up, knot, amount, far, of_pieces = arguments
+        knots = Knots(knot, amount, far)
+        of_gate = torch.empty_like(gate)
+        found = step.backward(gradient, gate, up, knots, of_gate=of_gate, of_pieces=of_pieces)
+        every = (found.gate, found.up, found.knot, found.amount)
+        return tuple(gate.new_empty(0) if tensor is None else tensor for tensor in every)
+
+    @operator.register_fake
+    def _(*arguments: Any) -> tuple[Tensor, ...]:
+        _, gate, up, knot, amount, _, of_pieces = arguments
+        every = (gate, up, knot if of_pieces else None, amount if of_pieces else None)
+        return tuple(
+            gate.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in every
+        )
+
+    return operator
 
 
 def _choose_tokens(gate: Tensor, units_at_once: int, bounds: tuple[int, int]) -> int:
