@@ -13,7 +13,7 @@ This file travels inside converted checkpoints: it imports nothing but torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -24,13 +24,6 @@ from .parameters import to_at_least_float32
 
 if TYPE_CHECKING:
     from .tied import TiedKernelFFN
-
-FORWARD_NUMBERS = 2**15
-"""Coefficients that are worked on at once on a CPU, so that they stay in its cache."""
-BACKWARD_NUMBERS = 2**15
-"""The same in the backward pass."""
-DEVICE_NUMBERS = 2**24
-"""Coefficients that are worked on at once elsewhere: what temporaries in float32 may take."""
 
 
 class Knots(NamedTuple):
@@ -62,14 +55,29 @@ class KnotGradients(NamedTuple):
 class KnotStep(Protocol):
     """A way to compute the step; g, u and gradients are contiguous and (tokens, units)."""
 
+    compiled_backward: Callable[..., tuple[Tensor, ...]]
+    """``backward`` as :func:`differentiate_knots`, for a compiler."""
+
     def forward(self, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
         """c (tokens, units), in the dtype of ``gate``."""
         ...
 
     def backward(
-        self, gradient: Tensor, gate: Tensor, up: Tensor | None, knots: Knots, of_pieces: bool
+        self,
+        gradient: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        knots: Knots,
+        *,
+        of_gate: Tensor,
+        of_pieces: bool,
     ) -> KnotGradients:
-        """Gradients by that of c, ``gradient``, which may be overwritten."""
+        """Gradients by that of c, ``gradient``.
+
+        Args:
+            of_gate: where the gradient of g is written, for which ``gradient`` itself may be given.
+            of_pieces: whether those of the pieces are wanted.
+        """
         ...
 
 
@@ -80,13 +88,54 @@ def sum_knots(gate: Tensor, knot: Tensor, amount: Tensor) -> Tensor:
         gate: (..., units) float32 at least.
         knot, amount: (pieces, units).
     """
+    total = torch.zeros_like(gate)
+    for piece in range(len(knot)):
+        place = knot[piece]
+        clamped = gate.clamp(place.clamp_max(0), place.clamp_min(0))
+        total = torch.addcmul(total, clamped.abs(), amount[piece])
+    return total
+
+
+def differentiate_knots(
+    gradient: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    knot: Tensor,
+    amount: Tensor,
+    far: float | None,
+    of_pieces: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of g, u, knot and amount by that of c, all (tokens, units), as a compiler fuses
+    them: one loop. Those that do not exist, or are not wanted, are empty."""
+    change = gradient.to(knot.dtype)
+    score = gate.to(knot.dtype)
+    nothing = gate.new_empty(0)
+    of_up = nothing
+    by_gate = change
+    if up is not None and far is not None:
+        raw = up.to(knot.dtype)
+        factor = raw.clamp(-far, far)
+        by_gate = change * factor
+        by_up = change * sum_knots(score, knot, amount)
+        of_up = by_up.where(factor == raw, 0.0).to(up.dtype)
     signed = amount * knot.sign()
     low = knot.clamp_max(0)
     high = knot.clamp_min(0)
-    total = torch.zeros_like(gate)
+    slope = torch.zeros_like(score)
+    beyond = []
+    everywhere = []
     for piece in range(len(knot)):
-        total = torch.addcmul(total, gate.clamp(low[piece], high[piece]), signed[piece])
-    return total
+        clamped = score.clamp(low[piece], high[piece])
+        inside = clamped == score
+        slope = slope + torch.where(inside, signed[piece], 0.0)
+        share = by_gate * clamped
+        beyond.append(share.masked_fill(inside, 0.0).sum(0))
+        everywhere.append(share.sum(0))
+    of_gate = (by_gate * slope.where(score != 0, 0.0)).to(gate.dtype)
+    if not of_pieces:
+        return of_gate, of_up, nothing, nothing
+    of_knot = torch.stack(beyond) / knot.where(knot != 0, 1.0) * signed
+    return of_gate, of_up, of_knot, torch.stack(everywhere) * knot.sign()
 
 
 def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tensor:
@@ -104,6 +153,8 @@ def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tens
     amount = to_at_least_float32(ffn.pieces["amount"]) * ffn.positive("scale")
 
     output = ffn.output_prototypes
+    if torch.compiler.is_compiling():
+        return output(_CompiledKnots.apply(gate, up, knot, amount, far, step))
     if not torch.is_grad_enabled():
         return output(_apply(step, gate, up, Knots(knot, amount, far)))
     if is_plain(output):
@@ -167,7 +218,7 @@ def _differentiate(
     gate, up, knot, amount, weight, bias = tensors
     assert gate is not None and knot is not None and amount is not None
     flat = _flat(gradient)
-    through = flat.clone() if weight is None else flat @ weight.to(flat.dtype)
+    through = flat if weight is None else flat @ weight.to(flat.dtype)
     of_weight = None
     found = None
     if any(wanted[:5]):
@@ -176,6 +227,7 @@ def _differentiate(
             _flat(gate),
             None if up is None else _flat(up),
             Knots(knot, amount, far),
+            of_gate=torch.empty_like(gate) if weight is None else through,
             of_pieces=wanted[2] or wanted[3],
         )
         if weight is not None and wanted[4]:
@@ -188,6 +240,56 @@ def _differentiate(
     return [tensor if want else None for tensor, want in zip(every, wanted, strict=True)]
 
 
+class _CompiledKnots(torch.autograd.Function):
+    """c by the formula, which a compiler fuses. Derived by itself it would become a loop for each
+    sum over tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor | None,
+        knot: Tensor,
+        amount: Tensor,
+        far: float | None,
+        step: KnotStep,
+    ) -> Tensor:
+        ctx.save_for_backward(gate, up, knot, amount)
+        ctx.far = far
+        ctx.step = step
+        return _compute_formula(gate, up, Knots(knot, amount, far)).to(gate.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, knot, amount = ctx.saved_tensors
+        of_pieces = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        of_gate, of_up, of_knot, of_amount = ctx.step.compiled_backward(
+            _flat(gradients[0]),
+            _flat(gate),
+            None if up is None else _flat(up),
+            knot,
+            amount,
+            ctx.far,
+            of_pieces,
+        )
+        return (
+            of_gate.view(gate.shape),
+            None if up is None else of_up.view(up.shape),
+            of_knot if of_pieces else None,
+            of_amount if of_pieces else None,
+            None,
+            None,
+        )
+
+
+def _compute_formula(gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
+    """c, in float32 at least."""
+    coefficients = sum_knots(to_at_least_float32(gate), knots.knot, knots.amount)
+    if up is None or knots.far is None:
+        return coefficients
+    return coefficients * to_at_least_float32(up).clamp(-knots.far, knots.far)
+
+
 def _differentiate_formula(
     gradient: Tensor,
     tensors: tuple[Tensor | None, ...],
@@ -197,9 +299,7 @@ def _differentiate_formula(
     """The same, with a graph of their own."""
     gate, up, knot, amount, weight, bias = tensors
     assert gate is not None and knot is not None and amount is not None
-    coefficients = sum_knots(to_at_least_float32(gate), knot, amount)
-    if up is not None and far is not None:
-        coefficients = coefficients * to_at_least_float32(up).clamp(-far, far)
+    coefficients = _compute_formula(gate, up, Knots(knot, amount, far))
     output = coefficients.to(gradient.dtype)
     if weight is not None:
         of_output = None if bias is None else bias.to(gradient.dtype)
@@ -209,125 +309,3 @@ def _differentiate_formula(
     ]
     found = iter(torch.autograd.grad(output, inputs, gradient, create_graph=True))
     return [next(found) if want else None for want in wanted]
-
-
-class BlockStep:
-    """The step by operations of torch, in blocks of tokens that stay in a CPU's cache."""
-
-    def forward(self, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
-        """c, by two operations per piece."""
-        knot, amount, far = knots
-        signed = amount * knot.sign()
-        low = knot.clamp_max(0)
-        high = knot.clamp_min(0)
-        written = torch.empty_like(gate)
-        total: Tensor = knot
-        clamped: Tensor = knot
-        for part in _blocks(gate, FORWARD_NUMBERS):
-            score = gate[part].to(knot.dtype)
-            if len(total) != len(score) or total is knot:
-                total = torch.empty_like(score)
-                clamped = torch.empty_like(score)
-            total.zero_()
-            for piece in range(len(knot)):
-                torch.clamp(score, low[piece], high[piece], out=clamped)
-                total.addcmul_(clamped, signed[piece])
-            if up is None or far is None:
-                written[part] = total
-                continue
-            torch.clamp(up[part].to(knot.dtype), -far, far, out=clamped)
-            if written.dtype == knot.dtype:
-                torch.mul(total, clamped, out=written[part])
-            else:
-                written[part] = total.mul_(clamped)
-        return written
-
-    def backward(
-        self, gradient: Tensor, gate: Tensor, up: Tensor | None, knots: Knots, of_pieces: bool
-    ) -> KnotGradients:
-        """All gradients; that of g takes the place of ``gradient``."""
-        blocks = _BackwardBlocks(gate, knots, of_pieces)
-        of_up = None if up is None else torch.empty_like(up)
-        written = torch.empty_like(gate)
-        for part in _blocks(gate, BACKWARD_NUMBERS):
-            blocks.read(gate[part])
-            far = knots.far
-            change = gradient[part].to(knots.knot.dtype)
-            if up is not None and of_up is not None and far is not None:
-                raw = up[part].to(knots.knot.dtype)
-                factor = raw.clamp(-far, far)
-                by_gate = change * factor
-                blocks.add(by_gate)
-                written[part] = blocks.total * factor
-                of_up[part] = (change * blocks.total).mul_(factor == raw)
-            else:
-                by_gate = change
-                blocks.add(by_gate)
-                written[part] = blocks.total
-            gradient[part] = blocks.slope.mul_(by_gate)
-        return KnotGradients(gradient, of_up, written, *blocks.finish())
-
-
-class _BackwardBlocks:
-    """f, its derivative, and sums over tokens, of one block after the other.
-
-    With t = clamp(g, ·, ·), t ≠ g wherever g is outside of what a piece is linear on: there t is
-    k beyond the knot and 0 on the other side of zero.
-    """
-
-    def __init__(self, gate: Tensor, knots: Knots, of_pieces: bool):
-        self.knot = knots.knot
-        self.signed = knots.amount * knots.knot.sign()
-        self.low = knots.knot.clamp_max(0)
-        self.high = knots.knot.clamp_min(0)
-        self.of_pieces = of_pieces
-        self.sums = torch.zeros(2, *self.knot.shape, dtype=self.knot.dtype, device=gate.device)
-        self.all_signed = self.signed.sum(0)
-        self.total = self.score = self.knot[:0]
-        self.slope = self.clamped = self.outside = self.knot[:0]
-
-    def read(self, gate: Tensor) -> None:
-        """Take the scores of a block."""
-        self.score = gate.to(self.knot.dtype)
-        if len(self.total) != len(gate):
-            self.total, self.slope, self.clamped, self.outside = (
-                torch.empty_like(self.score) for _ in range(4)
-            )
-
-    def add(self, by_gate: Tensor) -> None:
-        """Compute f and f' at a block, and add what ``by_gate``, ∂/∂f, gives to the sums."""
-        clamped = self.clamped
-        outside = self.outside
-        self.total.zero_()
-        self.slope.copy_(self.all_signed.expand_as(self.slope))
-        for piece in range(len(self.knot)):
-            torch.clamp(self.score, self.low[piece], self.high[piece], out=clamped)
-            self.total.addcmul_(clamped, self.signed[piece])
-            torch.ne(clamped, self.score, out=outside)
-            self.slope.addcmul_(outside, self.signed[piece], value=-1)
-            if self.of_pieces:
-                clamped.mul_(by_gate)
-                self.sums[0, piece] += clamped.sum(0)
-                self.sums[1, piece] += clamped.mul_(outside).sum(0)
-        self.slope.mul_(torch.ne(self.score, 0, out=outside))
-
-    def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of knot and amount: the sums of ∂/∂f · t, beyond the knot and everywhere."""
-        if not self.of_pieces:
-            return None, None
-        knot = self.knot
-        there = knot != 0
-        beyond = self.sums[1] / knot.where(there, torch.ones_like(knot))
-        return beyond * there * self.signed, self.sums[0] * knot.sign()
-
-
-def _blocks(gate: Tensor, numbers: int) -> Iterator[slice]:
-    """Slices of the tokens of ``gate``, of about ``numbers`` scores each on a CPU."""
-    tokens, units = gate.shape
-    at_once = numbers if gate.device.type == "cpu" else DEVICE_NUMBERS
-    size = max(1, at_once // max(1, units))
-    for low in range(0, tokens, size):
-        yield slice(low, min(low + size, tokens))
-
-
-BLOCKS = BlockStep()

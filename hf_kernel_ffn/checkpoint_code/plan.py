@@ -139,8 +139,6 @@ def reason_against_knots(ffn: TiedKernelFFN) -> str | None:
         return "dropout of hidden units, expected none or evaluation"
     if are_function_transforms_active():
         return "a transform of torch.func, expected none"
-    if torch.compiler.is_compiling():
-        return "a compiler, which makes one pass of the plain form by itself"
     return None
 
 

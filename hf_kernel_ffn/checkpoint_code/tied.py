@@ -33,7 +33,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .ffn import ACTIVATION_BYTES, KernelFFN
 from .kernels import Kernel, get_kernel
-from .knots import BLOCKS, mix_knots
+from .knot_blocks import BLOCKS
+from .knots import mix_knots
 from .linears import get_effective_weight
 from .parameters import ConstrainedParameters, fill_linear, to_at_least_float32
 from .plan import Form, FusedKernels, choose_tied_form

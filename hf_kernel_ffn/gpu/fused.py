@@ -82,13 +82,9 @@ class Fused:
     def reason_against_tied(self, ffn: TiedKernelFFN, hidden_states: Tensor) -> str | None:
         """Why they do not serve ``ffn``, whose rows are tied; None if they do.
 
-        A compiler makes such kernels by itself: then its own serve, required or not.
-
         Raises:
             InputError: ``required``, and they cannot serve the call.
         """
-        if torch.compiler.is_compiling():
-            return "a compiler, which makes one pass of the plain form by itself"
         if not (self.required or hidden_states.is_cuda):
             return "a tensor off the GPU, expected one on it"
         reason = reason_against_fused_tied(ffn, hidden_states)

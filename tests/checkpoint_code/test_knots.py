@@ -8,13 +8,16 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_kernel_ffn.checkpoint_code import knots
-from hf_kernel_ffn.checkpoint_code.knots import BLOCKS, Knots, mix_knots, sum_knots
+from hf_kernel_ffn.checkpoint_code import knot_blocks
+from hf_kernel_ffn.checkpoint_code.knot_blocks import BLOCKS
+from hf_kernel_ffn.checkpoint_code.knots import Knots, mix_knots, sum_knots
 from hf_kernel_ffn.checkpoint_code.plan import Form, choose_tied_form
 from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, LayerConfig
 from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
 
 SIZE, UNITS, PIECES, FAR = 8, 12, 3, 1.0
+TORCH_WARNS = "ignore:.*Function'> should not be instantiated:DeprecationWarning"
+"""Dynamo does what it warns of, whenever it traces a torch.autograd.Function (torch 2.13)."""
 gating = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 
 
@@ -94,7 +97,7 @@ def test_blocks_change_nothing(gated, monkeypatch):
     layer, x = make_layer(gated), make_inputs(11)
     whole = find_gradients(layer, x, layer)
     for name in ("FORWARD_NUMBERS", "BACKWARD_NUMBERS"):
-        monkeypatch.setattr(knots, name, 3 * UNITS)
+        monkeypatch.setattr(knot_blocks, name, 3 * UNITS)
     assert_same(find_gradients(layer, x, layer), whole)
 
 
@@ -197,15 +200,19 @@ def test_the_backward_pass_keeps_less_than_that_of_swiglu(size, units):
 
 
 @gating
+@pytest.mark.filterwarnings(TORCH_WARNS)
 def test_a_compiler_makes_one_graph_for_any_number_of_tokens(gated):
     layer = make_layer(gated)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
     for tokens in (7, 5, 12):
         x = make_inputs(2, tokens)
         assert_same(find_gradients(layer, x, compiled), find_gradients(layer, x, layer))
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
+    torch._dynamo.reset()
 
 
 def test_reasons_against_one_pass():

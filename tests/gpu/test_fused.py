@@ -81,10 +81,11 @@ for dtype in ("bf16", "fp32"):
             assert (dtype == "fp32") == ("wgmma" not in built.asm["ptx"])
             print(kernel.__name__, dtype, gated, convex, built.metadata.shared)
     for gated in (False, True):
-        flags = dict(PIECES=8, GATED=gated, BLOCK_UNITS=tied_kernels.UNITS)
-        build(tied_kernels.knots_kernel, dtype, **flags, BLOCK_TOKENS=tied_kernels.TOKENS)
-        flags |= dict(OF_PIECES=True, BLOCK_TOKENS=tied_kernels.BACKWARD_TOKENS)
-        build(tied_kernels.knots_backward_kernel, dtype, **flags)
+        flags = dict(PIECES=8, GATED=gated, BLOCK_TOKENS=64)
+        forward = dict(BLOCK_UNITS=tied_kernels.UNITS, TOGETHER=tied_kernels.TOGETHER)
+        build(tied_kernels.knots_kernel, dtype, **flags, **forward)
+        backward = dict(BLOCK_UNITS=tied_kernels.BACKWARD_UNITS, TOGETHER=tied_kernels.BACKWARD_TOGETHER)
+        build(tied_kernels.knots_backward_kernel, dtype, **flags, **backward, OF_PIECES=True)
         print("knots", dtype, gated)
 """
 
