@@ -16,7 +16,7 @@ FORWARD_NUMBERS = 2**17
 """Coefficients that are worked on at once on a CPU, so that they stay in its cache."""
 BACKWARD_NUMBERS = 2**17
 """The same in the backward pass."""
-DEVICE_NUMBERS = 2**24
+DEVICE_NUMBERS = 2**23
 """Coefficients that are worked on at once elsewhere: what temporaries in float32 may take."""
 
 
