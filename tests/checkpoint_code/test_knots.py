@@ -16,8 +16,6 @@ from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, LayerConfig
 from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
 
 SIZE, UNITS, PIECES, FAR = 8, 12, 3, 1.0
-TORCH_WARNS = "ignore:.*Function'> should not be instantiated:DeprecationWarning"
-"""Dynamo does what it warns of, whenever it traces a torch.autograd.Function (torch 2.13)."""
 gating = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 
 
@@ -200,7 +198,6 @@ def test_the_backward_pass_keeps_less_than_that_of_swiglu(size, units):
 
 
 @gating
-@pytest.mark.filterwarnings(TORCH_WARNS)
 def test_a_compiler_makes_one_graph_for_any_number_of_tokens(gated):
     layer = make_layer(gated)
     torch._dynamo.reset()
