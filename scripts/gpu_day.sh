@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-site=/tmp/gpu_day_site
+site=$(mktemp -d)
 if ! "$python" -c 'import pydantic, evaluate' 2>/dev/null && compgen -G '.gpu_wheels/*.whl' >/dev/null; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .gpu_wheels/*.whl
     PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}

@@ -19,11 +19,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from .kernels import get_kernel
 from .linears import is_plain
 from .parameters import to_at_least_float32
 
 if TYPE_CHECKING:
     from .tied import TiedKernelFFN
+
+
+BROWNIAN = get_kernel("brownian")
 
 
 class Knots(NamedTuple):
@@ -90,9 +94,8 @@ def sum_knots(gate: Tensor, knot: Tensor, amount: Tensor) -> Tensor:
     """
     total = torch.zeros_like(gate)
     for piece in range(len(knot)):
-        place = knot[piece]
-        clamped = gate.clamp(place.clamp_max(0), place.clamp_min(0))
-        total = torch.addcmul(total, clamped.abs(), amount[piece])
+        kernel = BROWNIAN.value(gate, None, knot=knot[piece])
+        total = torch.addcmul(total, kernel, amount[piece])
     return total
 
 

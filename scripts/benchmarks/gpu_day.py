@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +72,10 @@ class Plan:
 def main(
     out: Annotated[Path, typer.Argument(help="folder for gpu_day.json, .txt and .log")],
     model: Annotated[str, typer.Option(help="folder of the stock model")] = "runs/smollm2",
-    work: Annotated[Path, typer.Option(help="folder for models made on the way")] = Path(
-        "/tmp/gpu_day"
-    ),
+    work: Annotated[
+        Optional[Path],
+        typer.Option(help="new folder for models made on the way  [default: a temporary one]"),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="for all parts together")] = 480,
     train_seconds: Annotated[float, typer.Option(help="of training in a distillation")] = 35,
     only: Annotated[
@@ -83,10 +85,9 @@ def main(
 ) -> None:
     """Run every part, and print a table of what was found."""
     out.mkdir(parents=True, exist_ok=True)
-    # Models of a run before would stand in the way.
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    plan = Plan(model, work.resolve(), dry_run, 2 if dry_run else train_seconds)
+    folder = Path(tempfile.mkdtemp(prefix="gpu_day_")) if work is None else work
+    folder.mkdir(parents=True, exist_ok=work is None)
+    plan = Plan(model, folder.resolve(), dry_run, 2 if dry_run else train_seconds)
     parts = make_parts(plan)
     if only is not None:
         parts = [part for part in parts if part.name.startswith(tuple(only.split(",")))]
@@ -100,6 +101,8 @@ def main(
         (out / "gpu_day.json").write_text(json.dumps(report, indent=1) + "\n")
         (out / "gpu_day.txt").write_text(format_table(found) + "\n")
     typer.echo((out / "gpu_day.txt").read_text())
+    if work is None:
+        shutil.rmtree(folder)
 
 
 def make_parts(plan: Plan) -> list[Part]:
