@@ -23,6 +23,9 @@ def record(
         int, typer.Option(min=1, help="tokens to record at every position; the others count as one")
     ] = 64,
     processes: Annotated[int, typer.Option(min=1, help="that the distillation will run on")] = 1,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="probabilities in float32, in three times the bytes")
+    ] = False,
 ) -> None:
     """Run the teacher of RECIPE over what its logits stages will read, and write its likeliest
     tokens to OUT_DIR."""
@@ -30,7 +33,8 @@ def record(
     from ..distillation.recording import record
 
     quieten()
-    record(load_recipe(recipe, overrides), out_dir, top_k, processes, typer.echo)
+    loaded = load_recipe(recipe, overrides)
+    record(loaded, out_dir, top_k, processes, exact=exact, say=typer.echo)
     typer.echo(f"saved in {out_dir}")
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..families.lookup import StockFFN, get_family_name
 from ..families.registry import get_architecture
-from .calibration_set import CalibrationSet, Purpose, thin_fit_tokens
+from .calibration_set import CalibrationSet, Purpose
 from .sampling import (
     Reached,
     collect_ffn_inputs,
@@ -65,8 +65,8 @@ class BlockSource:
         return collect_ffn_inputs(self.model, ffn.path, passes)
 
     def read_fit_sample(self, ffn: StockFFN) -> Tensor:
-        """Read (tokens, hidden_size) float32: evenly spaced inputs of ``ffn``, about FIT_TOKENS."""
-        return thin_batches(self.read(ffn, "fit"), thin_fit_tokens(self.calibration.fit))
+        """Read (tokens, hidden_size) float32: evenly spaced inputs of ``ffn`` to fit on."""
+        return thin_batches(self.read(ffn, "fit"), self.calibration.fit_every)
 
     def close_blocks(self, last: int) -> None:
         """End the blocks up to number ``last``: none of their FFNs is read or changed any more."""

@@ -39,7 +39,7 @@ def find_reason_against_replay(model: PreTrainedModel, calibration: CalibrationS
         return reason
 
     row = select_rows(calibration.fit, slice(1))
-    row_alone = CalibrationSet(tokens=0, fit=row, ridge=row, held_out=row)
+    row_alone = CalibrationSet(tokens=0, fit=row, ridge=row, held_out=row, fit_every=1)
     with keep_as_it_was(model):
         replay = Replay(model, row_alone)
         calls = _record_block_calls(replay, len(replay.blocks))

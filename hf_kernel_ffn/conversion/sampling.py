@@ -18,7 +18,7 @@ from ..families.lookup import get_family_name
 from ..families.registry import get_architecture
 from ..progress import track_progress
 from ..text.inputs import Inputs, accepts_argument, make_forward_arguments, make_random_inputs
-from .calibration_set import select_fit_rows, split_batches, thin_fit_tokens
+from .calibration_set import FIT_TOKENS, select_fit_rows, split_batches, thin_tokens
 
 OWN_TEXT_LENGTH = 128
 """Tokens in a row of the model's own making."""
@@ -167,7 +167,7 @@ def read_fit_sample(model: PreTrainedModel, path: str, ids: Inputs) -> Tensor:
         (tokens, hidden_size) float32, the same on every process.
     """
     rows = select_fit_rows(ids)
-    return thin_batches(read_ffn_inputs(model, path, rows), thin_fit_tokens(rows))
+    return thin_batches(read_ffn_inputs(model, path, rows), thin_tokens(rows, FIT_TOKENS))
 
 
 def thin_batches(batches: Iterable[Tensor], every: int) -> Tensor:

@@ -24,14 +24,16 @@ from .accelerator import autocast, make_accelerator
 from .batches import open_text
 from .divergence import to_at_least_float32, top_and_rest_log_probs
 from .recipe import Recipe
+from .record_forms import ExactForm, PackedForm, RecordForm
 from .records import (
+    EXACT,
     FACTS,
+    PACKED,
     Facts,
     digest,
     refuse_masked,
     shard_file,
     teacher_fingerprint,
-    token_bytes,
 )
 from .run import teacher_of
 from .stages import stage_parts, steps_and_sequences
@@ -46,6 +48,8 @@ def record(
     out_dir: str | Path,
     top_k: int = 64,
     processes: int = 1,
+    *,
+    exact: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
     """Write to ``out_dir`` what the teacher of ``recipe`` predicts in what its logits stages read.
@@ -53,6 +57,7 @@ def record(
     Args:
         top_k: tokens to record at every position; the others count as one.
         processes: that the distillation will run on. Each sequence is recorded once.
+        exact: probabilities in float32, and not packed in a third of the bytes.
         say: is told the size before and after.
 
     Raises:
@@ -68,9 +73,11 @@ def record(
     length = recipe.data.sequence_length
     spans = spans_of_logits_stages(recipe, teacher, processes)
     count = sum(map(len, spans))
-    sequence_bytes = token_bytes(top_k) * length
+    vocabulary = teacher.config.get_text_config().vocab_size
+    form = (ExactForm if exact else PackedForm)(top_k, vocabulary)
+    sequence_bytes = form.token_bytes * length
     say(
-        f"at most {count:,} sequences of {length:,} tokens, {token_bytes(top_k):,} bytes per "
+        f"at most {count:,} sequences of {length:,} tokens, {form.token_bytes:,} bytes per "
         f"token: {_format_size(count * sequence_bytes)} in all"
     )
 
@@ -82,19 +89,21 @@ def record(
         teacher,
         _without_repeats(shown),
         rows=rows,
-        top_k=top_k,
+        form=form,
         temperature=temperature,
     )
     batches_per_shard = max(1, SHARD_BYTES // (sequence_bytes * rows))
     with new_folder(out_dir) as folder:
         written = _write_shards(answers, folder, batches_per_shard)
         facts = Facts(
+            format=EXACT if exact else PACKED,
             teacher=recipe.teacher,
             fingerprint=teacher_fingerprint(teacher),
             temperature=temperature,
             sequence_length=length,
             top_k=top_k,
             shards=written.shards,
+            vocabulary=None if exact else vocabulary,
         )
         content = facts.model_dump_json(indent=1) + "\n"
         (folder / FACTS).write_text(content, encoding="utf-8")
@@ -126,6 +135,15 @@ def spans_of_logits_stages(recipe: Recipe, teacher: PreTrainedModel, processes: 
     return spans
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What a record has of some sequences."""
+
+    tensors: dict[str, Tensor]
+    unrecorded: float
+    """Probability of the other tokens, over all positions."""
+
+
 @dataclass
 class _Written:
     """What has been written of a record."""
@@ -136,18 +154,19 @@ class _Written:
     """Probability of the other tokens, over all positions."""
 
 
-def _write_shards(
-    answers: Iterator[dict[str, Tensor]], folder: Path, batches_per_shard: int
-) -> _Written:
+def _write_shards(answers: Iterator[_Answer], folder: Path, batches_per_shard: int) -> _Written:
     """Write the tensors of ``answers``, so many batches to a file."""
     written = _Written()
     while batches := list(islice(answers, batches_per_shard)):
-        tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        tensors = {
+            name: torch.cat([batch.tensors[name] for batch in batches])
+            for name in batches[0].tensors
+        }
         save_file(tensors, shard_file(folder, written.shards))
         written.shards += 1
         for batch in batches:
-            written.sequences += len(batch["input_ids"])
-            written.unrecorded += batch["log_probabilities"][..., -1].exp().sum().item()
+            written.sequences += len(batch.tensors["input_ids"])
+            written.unrecorded += batch.unrecorded
     return written
 
 
@@ -187,10 +206,11 @@ def _record_batches(
     sequences: Iterator[Tensor],
     *,
     rows: int,
-    top_k: int,
+    form: RecordForm,
     temperature: float,
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[_Answer]:
     """The tensors of a record, so many ``rows`` at a time."""
+    top_k = form.top_k
     while batch := list(islice(sequences, rows)):
         ids = torch.stack(batch)
         with torch.no_grad(), autocast(recipe.dtype, teacher.device):
@@ -203,12 +223,12 @@ def _record_batches(
                 "give a language model, or a smaller --top-k"
             )
         top = logits.topk(top_k).indices.sort().values
-        tensors = {
-            "input_ids": ids.int(),
-            "top": top.int(),
-            "log_probabilities": top_and_rest_log_probs(logits, top).float(),
-        }
-        yield {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        log_probabilities = top_and_rest_log_probs(logits, top).float()
+        tensors = {"input_ids": ids.int(), **form.encode(top, log_probabilities)}
+        yield _Answer(
+            tensors={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+            unrecorded=log_probabilities[..., -1].exp().sum().item(),
+        )
 
 
 def _format_size(size: int) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,7 +16,11 @@ from ..checkpoint_code.errors import InputError
 from ..storage.exporting import fingerprint_model
 from ..text.prediction import predicts_masked
 from .recipe import Recipe, Stage
+from .record_forms import ExactForm, PackedForm, RecordForm
 
+EXACT: Literal[1] = 1
+PACKED: Literal[2] = 2
+"""Formats of a record."""
 FACTS = "record.json"
 """The file of a record that says what it is."""
 LARGEST_ROUNDING = 1e-3
@@ -30,7 +34,8 @@ class Facts(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal[1] = 1
+    format: Literal[1, 2]
+    """1: exact; 2: packed."""
     teacher: str
     """As the recipe names it; its weights are known by their fingerprint."""
     fingerprint: str
@@ -38,25 +43,30 @@ class Facts(BaseModel):
     sequence_length: int = Field(ge=2)
     top_k: int = Field(ge=1)
     shards: int = Field(ge=1)
+    vocabulary: int | None = Field(None, ge=1)
+    """Tokens that the teacher chooses from; a packed record says so."""
+
+    @model_validator(mode="after")
+    def _packed_has_vocabulary(self) -> Facts:
+        if self.format == PACKED and self.vocabulary is None:
+            raise ValueError("a packed record without its vocabulary")
+        return self
+
+    @property
+    def form(self) -> RecordForm:
+        """How predictions stand in the files."""
+        form = PackedForm if self.format == PACKED else ExactForm
+        return form(self.top_k, self.vocabulary or 0)
 
 
 def shard_file(folder: Path, shard: int) -> Path:
     """Where a shard is.
 
-    For each of its n sequences it has ``input_ids`` (n, length) int32, ``top`` (n, length, k)
-    int32, token ids in ascending order, and ``log_probabilities`` (n, length, k + 1) float32: of
+    For each of its n sequences it has ``input_ids`` (n, length) int32, and in the columns of the
+    record's form k token ids in ascending order and k + 1 log-probabilities at every position: of
     these tokens at the record's temperature and, last, of all other tokens as one.
     """
     return folder / f"{shard:05}.safetensors"
-
-
-def token_bytes(top_k: int) -> int:
-    """Bytes of a record per token of text.
-
-    Probabilities in float16 would save a quarter of them, for a KL of 2e-7 (shipped Llama, k = 64),
-    but then a record of the whole vocabulary would no longer be the running teacher.
-    """
-    return 4 + 4 * top_k + 4 * (top_k + 1)
 
 
 def digest(ids: Tensor) -> bytes:
@@ -109,37 +119,35 @@ class Record:
                 f"found a sequence that {self.folder} does not have, expected all that the stages "
                 "read: record again, by the same recipe, text and number of processes"
             )
-        tops = []
-        log_probabilities = []
+        form = self.facts.form
+        rows: dict[str, list[Tensor]] = {name: [] for name in form.columns}
         try:
             for shard, row in known_places:
                 with safe_open(shard_file(self.folder, shard), "pt") as tensors:
-                    tops.append(tensors.get_slice("top")[row])
-                    log_probabilities.append(tensors.get_slice("log_probabilities")[row])
-        except (OSError, SafetensorError) as error:
+                    for name, found in rows.items():
+                        found.append(tensors.get_slice(name)[row])
+            top, known = form.decode({name: torch.stack(found) for name, found in rows.items()})
+        except (OSError, ValueError, SafetensorError) as error:
             raise self._damaged(error) from error
 
-        top = torch.stack(tops)
-        known = torch.stack(log_probabilities)
         self._check(top, known, vocabulary)
-        return top.long().to(ids.device), known.to(ids.device)
+        return top.to(ids.device), known.to(ids.device)
 
     def _read_input_ids(self, shard: int) -> Tensor:
         """The sequences of a shard (n, length); ValueError if a tensor of it has another shape than
         the record says."""
         length = self.facts.sequence_length
-        top_k = self.facts.top_k
         with safe_open(shard_file(self.folder, shard), "pt") as tensors:
             shapes = {}
             for name in tensors.keys():  # noqa: SIM118 (no mapping)
                 part = tensors.get_slice(name)
                 shapes[name] = (part.get_dtype(), *part.get_shape())
             count = next(iter(shapes.get("input_ids", ())[1:]), 0)
-            expected = {
-                "input_ids": ("I32", count, length),
-                "top": ("I32", count, length, top_k),
-                "log_probabilities": ("F32", count, length, top_k + 1),
+            expected: dict[str, tuple[object, ...]] = {
+                name: (dtype, count, length, numbers)
+                for name, (dtype, numbers) in self.facts.form.columns.items()
             }
+            expected["input_ids"] = ("I32", count, length)
             if shapes != expected:
                 raise ValueError(f"{shapes} in shard {shard}")
             return tensors.get_tensor("input_ids")

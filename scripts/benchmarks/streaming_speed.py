@@ -17,22 +17,14 @@ import time
 from pathlib import Path
 from typing import Annotated, Optional
 
-import torch
 import typer
-from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from random_llama import SHAPES, save_random_llama
 
 from hf_kernel_ffn import KernelFFNConfig
 from hf_kernel_ffn.conversion.streaming import convert_streamed
 from hf_kernel_ffn.storage.files import write_text
 
-HIDDEN_SIZE = 2048
-INTERMEDIATE_SIZE = 8192
-"""Of Llama-3.2-1B, with the hidden size."""
-BYTES_PER_LAYER = 2 * (4 * HIDDEN_SIZE**2 + 3 * HIDDEN_SIZE * INTERMEDIATE_SIZE)
-"""In bfloat16: four matrices of attention, three of the FFN."""
-NOISE = 2**20
-"""Random numbers that are repeated: filling gigabytes with new ones takes longer than the rest."""
+SHAPE = SHAPES["llama-3.2-1b"]
 
 
 def main(
@@ -50,7 +42,8 @@ def main(
     if convert:  # in a process of its own, whose peak is its own
         typer.echo(json.dumps(convert_once(folder, layers, values)))
         return
-    size = make_teacher(folder / "teacher", gib)
+    layers_of_size = round(gib * 2**30 / SHAPE.bytes_per_block) + 1
+    size = save_random_llama(folder / "teacher", SHAPE, layers_of_size)
     copying = time_copy(folder)
     command = [sys.executable, __file__, str(folder), "--values", values, "--convert"]
     if layers:
@@ -103,36 +96,6 @@ def read_peak_memory() -> int:
     parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def make_teacher(folder: Path, gib: float) -> int:
-    """Save a random Llama with Llama-3.2-1B's sizes and as many layers as make ``gib``; its
-    bytes."""
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=INTERMEDIATE_SIZE,
-        num_hidden_layers=round(gib * 2**30 / BYTES_PER_LAYER) + 1,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        tie_word_embeddings=True,
-        dtype=torch.bfloat16,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    for parameter in model.parameters():
-        noise = torch.randn(NOISE) * 0.02 if parameter.ndim > 1 else torch.ones(NOISE)
-        fill(parameter.data.view(-1), noise)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained("recipes/teachers/llama").save_pretrained(folder)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def fill(numbers: Tensor, noise: Tensor) -> None:
-    """Repeat ``noise`` over ``numbers``."""
-    for low in range(0, len(numbers), len(noise)):
-        numbers[low : low + len(noise)] = noise[: len(numbers) - low]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from hf_kernel_ffn import KernelFFNConfig, convert
-from hf_kernel_ffn.conversion import calibration_set, layer
+from hf_kernel_ffn.conversion import calibration_set, layer, sampling
 from hf_kernel_ffn.conversion import ridge as calibration
 from hf_kernel_ffn.conversion.block_source import BlockSource
 from hf_kernel_ffn.conversion.calibration_set import CalibrationSet, split_fitted_and_held
@@ -144,8 +144,19 @@ def test_the_rows_of_a_conversion_are_chosen_once():
     assert sum(map(len, chosen.batches("ridge"))) == 30
 
 
+def test_pieces_are_fitted_on_all_rows_that_are_not_held_out(monkeypatch):
+    ids = torch.arange(64 * 256).view(64, 256)
+    chosen = CalibrationSet.choose_for_pieces(ids, ids.numel())
+    assert torch.equal(chosen.fit, ids[:48]) and torch.equal(chosen.held_out, ids[48:])
+    assert chosen.fit_every == 1 and len(chosen.ridge) == 0
+    assert CalibrationSet.choose(ids, ids.numel()).fit_every == 4  # rows are long to fit on
+    monkeypatch.setattr(calibration_set, "PIECES_FIT_TOKENS", 4096)
+    chosen = CalibrationSet.choose_for_pieces(ids, ids.numel())
+    assert len(chosen.fit) == 32 and chosen.fit_every == 2
+
+
 def test_the_sample_is_spread_over_the_text(llama, text, monkeypatch):
-    monkeypatch.setattr(calibration_set, "FIT_TOKENS", 64)
+    monkeypatch.setattr(sampling, "FIT_TOKENS", 64)
     monkeypatch.setattr(calibration_set, "FIT_ROWS", 8)
     path = "layers.1.mlp"
     rows = [

@@ -30,7 +30,8 @@ SHIPPED, TEXT = RECIPES / "teachers" / "llama", RECIPES / "text"
 VOCABULARY = 4096
 LOGITS = {"name": "logits", "tokens": 384, "learning_rate": 0.002, "batch_size": 2}  # six steps
 STEPS = 6
-quietly = partial(record, say=lambda line: None)
+quietly = partial(record, exact=True, say=lambda line: None)
+pack = partial(record, say=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -266,18 +267,29 @@ def test_a_record_is_the_teachers_predictions(recipe, folder, stock):
     )
 
 
-def test_the_command_states_the_size(recipe, short_text, tokenizer, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "each", "total"), [(["--exact"], 32, "0.1 MiB"), ([], 14, "0.0 MiB")]
+)
+def test_the_command_states_the_size(
+    recipe, short_text, tokenizer, capsys, tmp_path, options, each, total
+):
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe(tmp_path / "out", {"tokens": 6400}).model_dump_json())  # JSON is YAML
     cli.app(
-        ["record", str(file), str(tmp_path / "record"), "stages.0.tokens=3200", "--top-k", "3"],
+        [
+            "record",
+            str(file),
+            str(tmp_path / "record"),
+            "stages.0.tokens=3200",
+            "--top-k",
+            "3",
+            *options,
+        ],
         standalone_mode=False,
     )
     printed = capsys.readouterr().out
-    assert (
-        "at most 100 sequences of 32 tokens, 32 bytes per token" in printed
-        and "0.1 MiB in all" in printed
-    )
+    assert f"at most 100 sequences of 32 tokens, {each} bytes per token" in printed
+    assert f"{total} in all" in printed
     count = len(list(pack_blocks(tokenizer, [str(short_text)], 32)))
     assert (
         "the recorded tokens hold" in printed
@@ -285,7 +297,7 @@ def test_the_command_states_the_size(recipe, short_text, tokenizer, capsys, tmp_
         and f"saved in {tmp_path / 'record'}" in printed
     )
     size = (tmp_path / "record" / "00000.safetensors").stat().st_size
-    assert 0 < size - count * 32 * 32 < 1000  # a header
+    assert 0 < size - count * 32 * each < 1000  # a header
 
 
 # what is learnt from it
@@ -328,10 +340,41 @@ def test_all_of_the_vocabulary_is_the_running_teacher(
             assert way > 0 and (ended - parameter).norm() < 1e-3 * way, (path, name)
 
 
-def test_64_tokens_of_4096_teach_nearly_as_much(recipe, student_folder, stock, tokenizer, tmp_path):
+def test_a_packed_record_is_the_exact_one_to_a_millionth_of_a_nat(recipe, folder, tmp_path):
+    pack(recipe("nowhere"), tmp_path / "packed", 16)
+    exact, packed = Record(folder), Record(tmp_path / "packed")
+    assert packed.places == exact.places
+    ids = load_file(folder / "00000.safetensors")["input_ids"].long()
+    top, log_probabilities = packed.look_up(ids, VOCABULARY)
+    expected_top, expected = exact.look_up(ids, VOCABULARY)
+    assert torch.equal(top, expected_top)
+    assert 0 < kl(log_probabilities, expected).mean() < 2e-6
+    sizes = [(out / "00000.safetensors").stat().st_size for out in (tmp_path / "packed", folder)]
+    assert sizes[0] < 0.45 * sizes[1]
+
+
+@pytest.mark.parametrize("name", ["top", "probabilities"])
+def test_a_tampered_packed_record_is_refused(recipe, tmp_path, name):
+    folder = tmp_path / "packed"
+    pack(recipe("nowhere"), folder, 16)
+    file = folder / "00000.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[name][..., 1:].contiguous()}, file)
+    assert f"found {folder} damaged" in refusal(Record, folder)
+    if name == "top":  # other bits, of the right shape
+        save_file({**tensors, name: torch.zeros_like(tensors[name])}, file)
+        ids = tensors["input_ids"][:2].long()
+        assert f"found {folder} damaged" in refusal(Record(folder).look_up, ids, VOCABULARY)
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "packed"])
+def test_64_tokens_of_4096_teach_nearly_as_much(
+    recipe, student_folder, stock, tokenizer, tmp_path, exact
+):
     data = {"train": str(TEXT / "books-distil.txt"), "sequence_length": 64, "shuffle_buffer": 64}
     stage = {"tokens": 8192, "batch_size": 8, "learning_rate": 0.01}
-    quietly(recipe("nowhere", stage, data=data), tmp_path / "record", 64)
+    make = quietly if exact else pack
+    make(recipe("nowhere", stage, data=data), tmp_path / "record", 64)
     held_out = read_token_ids(tokenizer, [str(TEXT / "books-test.txt")], 64, 2048)
 
     def divergence(student):

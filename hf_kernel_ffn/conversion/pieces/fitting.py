@@ -38,10 +38,9 @@ NUMBERS_AT_ONCE = 2**21
 """Kernel values of candidates that are worked on at once: 8 MiB of float32, about what a cache
 holds."""
 TOKENS_OF_PURSUIT = 1536
-"""Tokens that choose among the candidates in a plane, of which there are many; all tokens refine
-them."""
-
-
+"""Tokens that choose among the candidates in a plane, of which there are many."""
+TOKENS_OF_REFINEMENT = 2048
+"""Tokens that refine them, in several steps."""
 FAR = 16.0
 """Where the products' other factor is clamped, in the layer's largest |u·x| of the sample."""
 
@@ -70,13 +69,15 @@ def fit_pieces(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
         InputError: the kernel reads no score, or has a parameter that nothing here starts.
     """
     kernel = get_kernel(settings.kernel)
+    in_plane = weights.gate is not None and settings.values == "fixed"
+    if in_plane:
+        inputs = inputs[:: max(1, len(inputs) // TOKENS_OF_REFINEMENT)]
     parameters, scale = _start_parameters(kernel, inputs)
     tensors = {name: inputs.new_tensor(value) for name, value in parameters.items()}
     planes = see_planes(weights, inputs)
     outputs = weights.coefficients(inputs) @ weights.down
     token_weights = weigh_tokens(outputs)
 
-    in_plane = weights.gate is not None and settings.values == "fixed"
     candidates = ANGLES * len(SHIFTS) if in_plane else 2 * len(OUTWARD_KNOTS)
     units_at_once = max(1, NUMBERS_AT_ONCE // (candidates * len(inputs)))
     far = None if planes.second is None else FAR * planes.second.abs().max().item()
