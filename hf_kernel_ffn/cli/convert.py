@@ -22,7 +22,9 @@ ROW_LENGTH = 256
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="local folder or hub id of a stock model")],
+    model: Annotated[
+        str, typer.Argument(help="local folder, .gguf file or hub id of a stock model")
+    ],
     out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
     rows: Annotated[
         Optional[str],
@@ -101,7 +103,7 @@ def convert(
 ) -> None:
     """Replace the FFNs of MODEL by kernel readouts and save the student in OUT_DIR.
 
-    It is saved in the dtype that MODEL is stored in.
+    It is saved in the dtype that MODEL is stored in; that of a .gguf file in --dtype.
     """
     from ..checkpoint_code.errors import InputError
     from ..conversion import convert as conversion

@@ -14,7 +14,9 @@ from .tables import print_report
 
 def evaluate(
     student: Annotated[str, typer.Argument(help="local folder or hub id of a converted model")],
-    teacher: Annotated[str, typer.Option(help="local folder or hub id of its stock model")],
+    teacher: Annotated[
+        str, typer.Option(help="local folder, .gguf file or hub id of its stock model")
+    ],
     text: Annotated[str, typer.Option(help="text that neither was trained on")],
     max_tokens: Annotated[int, typer.Option(min=2, help="tokens of the text to read")] = 65_536,
     sequence_length: Annotated[

@@ -13,7 +13,9 @@ from .tables import print_reading
 
 
 def read(
-    model: Annotated[str, typer.Argument(help="local folder or hub id, converted or stock")],
+    model: Annotated[
+        str, typer.Argument(help="local folder, .gguf file or hub id, converted or stock")
+    ],
     prompt: Annotated[str, typer.Option(help="text to read the model at")],
     position: Annotated[
         int, typer.Option(help="token of the prompt to read at, negative from the end")

@@ -135,7 +135,7 @@ class Recipe(_Section):
     """A distillation. Paths are relative to the current directory."""
 
     teacher: str
-    """Local folder or hub id of the stock model."""
+    """Local folder, .gguf file or hub id of the stock model."""
     student: str | None = None
     """Local folder of a converted model; None: the teacher is converted by ``kernel_ffn``."""
     trust_remote_code: bool = False
