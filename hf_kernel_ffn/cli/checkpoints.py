@@ -50,9 +50,7 @@ def apply(
     file: Annotated[Path, typer.Argument(help="FILE.safetensors written by export")],
     teacher: Annotated[
         str,
-        typer.Argument(
-            help="local folder, .gguf file or hub id that it was made from"
-        ),
+        typer.Argument(help="local folder, .gguf file or hub id that it was made from"),
     ],
     out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
 ) -> None:

@@ -254,6 +254,23 @@ def check_vocabularies(student: str, teacher: str) -> None:
         )
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Check that ``model`` has an embedding of every token of ``tokenizer``.
+
+    Tokens that were added to it count when a text has them.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    tokens = getattr(tokenizer, "vocab_size", None)
+    if isinstance(size, int) and isinstance(tokens, int) and tokens > size:
+        raise InputError(
+            f"found {tokens} tokens in the tokenizer of {tokenizer.name_or_path}, expected at most "
+            f"{size}, the vocabulary of the model: give the model its own tokenizer"
+        )
+
+
 def read_stored_dtype(name: str) -> torch.dtype:
     """Return the dtype in which the stock model at ``name`` is stored.
 
