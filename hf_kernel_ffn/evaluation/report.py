@@ -74,7 +74,7 @@ def evaluate_student(
           tokens. Up to version 0.1 it was over all tokens, and where an FFN has spikes said
           nothing of any other token;
         * ``fvu_spikes``: the same over spikes alone, tokens whose output is more than
-          :data:`~hf_kernel_ffn.evaluation.accumulators.SPIKE_RATIO` times as long as the median;
+          :data:`~hf_kernel_ffn.evaluation.spike_units.SPIKE_RATIO` times as long as the median;
           None if there is none;
         * ``spike_tokens``: how many there are, and ``spike_positions``: at which positions of their
           rows, as pairs of a position and a count, the most first, at most eight; None for a
@@ -84,7 +84,10 @@ def evaluate_student(
           ``write_mass_ratio``, on the teacher's inputs;
         * ``active_prototypes_student_inputs``: how many a token reads when the student runs;
         * ``dead_prototypes``: how many fire on no token of ``ids``;
-        * ``teacher``: the same of the teacher's own FFN, but for spikes.
+        * ``spike_units``: the units that write most of the FFN's own output at spikes, as pairs of
+          a unit and its share, at most
+          :data:`~hf_kernel_ffn.evaluation.spike_units.SPIKE_UNITS`; empty without spikes;
+        * ``teacher``: the same of the teacher's own FFN, but for the errors at spikes.
 
         An FFN that several layers share is measured at the tokens of all of them.
 
