@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "get_attention_implementation",
     "get_model_conversion_mapping",
     "get_tied_parameter_names",
+    "hide_gguf_bar",
     "initialize_module",
     "make_gguf_options",
     "make_model_from_config",
@@ -157,6 +159,16 @@ def make_gguf_options() -> dict[str, Any]:
     except ImportError:
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def hide_gguf_bar() -> None:
+    """Let ``transformers.logging.disable_progress_bar`` hide the bar of the reader of GGUF files.
+
+    The reader takes its bar from tqdm itself, which does not know that setting.
+    """
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    vars(reader)["tqdm"] = logging.tqdm
 
 
 def forget_quantizer(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file
 
 from ..checkpoint_code.errors import CheckpointError, InputError
 from ..checkpoint_code.integrity import read_json
-from ..compat import find_cached_file
+from ..compat import find_cached_file, hide_gguf_bar
 from ..families.registry import get_architecture
 from ..families.task_classes import get_stock_heads
 from .gguf_header import is_gguf, read_gguf_header
@@ -98,6 +98,7 @@ def _load_gguf(
     It is read in a folder of its own: transformers would take a tokenizer's class from a
     tokenizer_config.json beside it, which may be another model's.
     """
+    hide_gguf_bar()
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder, file.name)
         link.symlink_to(file.absolute())

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 import yaml
 from gguf_files import write_gguf
 from safetensors.torch import load_file
@@ -97,6 +98,14 @@ def test_families_look_into_it(cli, file):
     assert code == 0 and "ok" in printed, error
     code, printed, error = cli("families", "--explain", file)
     assert code == 0 and "mlp" in printed, error
+
+
+def test_what_is_found_while_it_is_read_is_one_line_too(cli, tokenizer, tmp_path):
+    llama = tiny_teacher("llama", vocab_size=4096, intermediate_size=64)
+    more = {"rope_freqs.weight": torch.ones(4)}
+    bad = write_gguf(tmp_path / "more.gguf", llama, tokenizer, more=more)
+    code, _, error = cli("convert", bad, tmp_path / "out", *FEW)
+    assert code == 2 and len(error.splitlines()) == 1 and "rope_freqs" in error
 
 
 @pytest.mark.parametrize("command", ["stream", "absent", "cut", "other"])
