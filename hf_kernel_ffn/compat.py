@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 __all__ = [
@@ -34,10 +35,14 @@ __all__ = [
     "find_cached_file",
     "find_class_names",
     "find_relative_imports",
+    "find_unread_gguf_tensors",
+    "forget_quantizer",
     "get_attention_implementation",
     "get_model_conversion_mapping",
     "get_tied_parameter_names",
+    "hide_gguf_bar",
     "initialize_module",
+    "make_gguf_options",
     "make_model_from_config",
     "rename_source_key",
     "run_with_cache",
@@ -112,6 +117,71 @@ def set_attention_implementation(config: PreTrainedConfig, name: str | None) -> 
     None included.
     """
     config._attn_implementation = name
+
+
+def find_unread_gguf_tensors(
+    model: PreTrainedModel, architecture: str, names: Iterable[str]
+) -> list[str]:
+    """Return which tensors of a GGUF file transformers leaves out when it reads ``model`` from it.
+
+    Its reader says nothing of them. Architectures with a reader of their own name what they miss.
+
+    Args:
+        architecture: of the file, as llama.cpp names it.
+        names: of the tensors in it.
+    """
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    if architecture in _find_own_gguf_readers():
+        return []
+    processor = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)()
+    known = reader.get_gguf_hf_weights_map(model, processor)
+    # Experts are known without the ending.
+    return [name for name in names if not {name, name.removesuffix(".weight")} & known.keys()]
+
+
+def _find_own_gguf_readers() -> set[str]:
+    """Architectures of GGUF files that a newer reader of transformers serves, if there is one."""
+    try:
+        from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+    except ImportError:
+        return set()
+    return set(GGUF_ARCHS)
+
+
+def make_gguf_options() -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that make it unpack the weights of a GGUF file.
+
+    Transformers 5.24 can keep some packed; older ones have no such setting, and unpack all.
+    """
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def hide_gguf_bar() -> None:
+    """Let ``transformers.logging.disable_progress_bar`` hide the bar of the reader of GGUF files.
+
+    The reader takes its bar from tqdm itself, which does not know that setting.
+    """
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    vars(reader)["tqdm"] = logging.tqdm
+
+
+def forget_quantizer(model: PreTrainedModel) -> None:
+    """Make a model that was dequantised while it was loaded one like any other.
+
+    It may then be moved to other dtypes and saved.
+    """
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(name, None)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            for name in ("quantization_config", "_is_quantized"):
+                vars(module.config).pop(name, None)
 
 
 def make_model_from_config(

@@ -144,3 +144,11 @@ def test_a_module_is_initialized(make_teacher):
     rotary.inv_freq.fill_(0)
     compat.initialize_module(model, rotary)
     assert torch.equal(rotary.inv_freq, expected)
+
+
+def test_the_reader_of_gguf_files_has_what_is_used_of_it():
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    for name in ("TENSOR_PROCESSORS", "TensorProcessor", "get_gguf_hf_weights_map", "tqdm"):
+        assert hasattr(reader, name)
+    assert isinstance(compat.make_gguf_options(), dict)

@@ -49,7 +49,8 @@ def export(
 def apply(
     file: Annotated[Path, typer.Argument(help="FILE.safetensors written by export")],
     teacher: Annotated[
-        str, typer.Argument(help="local folder or hub id of the model that it was made from")
+        str,
+        typer.Argument(help="local folder, .gguf file or hub id that it was made from"),
     ],
     out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
 ) -> None:

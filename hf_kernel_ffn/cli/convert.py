@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from .options import Device, Dtype, quieten
+from .options import Bos, Chat, Device, Dtype, make_text_format, quieten
 from .tables import print_conversion
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ ROW_LENGTH = 256
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="local folder or hub id of a stock model")],
+    model: Annotated[
+        str, typer.Argument(help="local folder, .gguf file or hub id of a stock model")
+    ],
     out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
     rows: Annotated[
         Optional[str],
@@ -82,6 +84,8 @@ def convert(
     calibration_tokens: Annotated[
         int, typer.Option(min=0, help="tokens to calibrate on; 0: no calibration")
     ] = 16_384,
+    chat: Chat = False,
+    bos: Bos = "auto",
     stream: Annotated[
         bool,
         typer.Option(
@@ -101,7 +105,7 @@ def convert(
 ) -> None:
     """Replace the FFNs of MODEL by kernel readouts and save the student in OUT_DIR.
 
-    It is saved in the dtype that MODEL is stored in.
+    It is saved in the dtype that MODEL is stored in; that of a .gguf file in --dtype.
     """
     from ..checkpoint_code.errors import InputError
     from ..conversion import convert as conversion
@@ -110,9 +114,17 @@ def convert(
     from ..storage.checkpoint import save_converted
     from ..storage.files import new_folder, require_empty
     from ..storage.kernel_files import import_kernel
-    from ..storage.loading import load_stock_on_meta, load_teacher, load_tokenizer
+    from ..storage.loading import (
+        check_tokenizer,
+        load_stock_on_meta,
+        load_teacher,
+        load_tokenizer,
+    )
+    from ..storage.model_files import read_stock_config
     from ..text.packing import read_token_ids
     from ..text.prediction import make_inputs_for_prediction
+    from ..text.row_frame import find_row_frame
+    from ..text.text_format import TextFormat
 
     quieten()
     # Large tensors in huge pages: fresh ones take a third of the time.
@@ -125,6 +137,12 @@ def convert(
         )
     if stream and device != "cpu":
         raise InputError(f"found --stream with device {device!r}, expected cpu: it computes there")
+    text_format = make_text_format(chat, bos)
+    if calibration_text is None and text_format != TextFormat():
+        raise InputError(
+            "found --chat or --bos without a text that they are of, expected --calibration-text: "
+            "give one, or leave them out"
+        )
     fields = {
         "rows": rows,
         "pieces": pieces,
@@ -140,15 +158,20 @@ def convert(
     given = {name: value for name, value in fields.items() if value is not None}
     choose_settings(given, gated=True)  # refuses before the model is loaded
 
+    tokenizer = None
+    if calibration_text is not None:
+        read_stock_config(model)
+        tokenizer = load_tokenizer(model)
+        find_row_frame(tokenizer, text_format)  # refuses before the model is loaded
     teacher = load_stock_on_meta(model) if stream else load_teacher(model, dtype, device)
     settings = choose_settings(given, gated=get_architecture_of_model(teacher).gated)
     ids = None
-    if calibration_text is not None:
+    if calibration_text is not None and tokenizer is not None:
+        check_tokenizer(tokenizer, teacher)
         positions = getattr(teacher.config, "max_position_embeddings", None) or ROW_LENGTH
         length = min(ROW_LENGTH, positions)
-        tokenizer = load_tokenizer(model)
         text = read_token_ids(
-            tokenizer, [calibration_text], length, calibration_tokens, spread=True
+            tokenizer, [calibration_text], length, calibration_tokens, text_format, spread=True
         )
         ids = make_inputs_for_prediction(teacher, tokenizer, text, seed)
     options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)

@@ -8,13 +8,15 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import Device, Dtype, Trust, quieten
+from .options import Bos, Chat, Device, Dtype, Trust, make_text_format, quieten
 from .tables import print_report
 
 
 def evaluate(
     student: Annotated[str, typer.Argument(help="local folder or hub id of a converted model")],
-    teacher: Annotated[str, typer.Option(help="local folder or hub id of its stock model")],
+    teacher: Annotated[
+        str, typer.Option(help="local folder, .gguf file or hub id of its stock model")
+    ],
     text: Annotated[str, typer.Option(help="text that neither was trained on")],
     max_tokens: Annotated[int, typer.Option(min=2, help="tokens of the text to read")] = 65_536,
     sequence_length: Annotated[
@@ -28,8 +30,14 @@ def evaluate(
     ] = 2048,
     prompts: Annotated[
         int,
-        typer.Option(min=0, help="beginnings of rows that both continue by 32 tokens, to compare"),
+        typer.Option(
+            min=0,
+            help="beginnings of rows that both continue by 32 tokens, to compare; with --chat the "
+            "conversations or lines, which both answer",
+        ),
     ] = 0,
+    chat: Chat = False,
+    bos: Bos = "auto",
     json_file: Annotated[
         Optional[Path], typer.Option("--json", help="where to write the report")
     ] = None,
@@ -42,10 +50,19 @@ def evaluate(
     from ..checkpoint_code.errors import InputError
     from ..families.student import check_pair, share_equal_parameters
     from ..storage.files import require_place, write_text
-    from ..storage.loading import check_vocabularies, load_student, load_teacher, load_tokenizer
+    from ..storage.loading import (
+        check_tokenizer,
+        check_vocabularies,
+        load_student,
+        load_teacher,
+        load_tokenizer,
+    )
+    from ..storage.model_files import read_config, read_stock_config
     from ..text.packing import read_token_ids
+    from ..text.row_frame import find_row_frame
 
     try:
+        from ..evaluation.generation import read_chat_prompts
         from ..evaluation.report import evaluate_student
     except ImportError as error:
         raise InputError(
@@ -54,6 +71,11 @@ def evaluate(
     if json_file is not None:
         require_place(json_file)
     quieten()
+    text_format = make_text_format(chat, bos)
+    read_config(student)
+    read_stock_config(teacher)
+    tokenizer = load_tokenizer(teacher)
+    find_row_frame(tokenizer, text_format)  # refuses before the models are loaded
     converted, stock = (
         load_student(student, dtype, device, trust_remote_code),
         load_teacher(teacher, dtype, device),
@@ -67,15 +89,18 @@ def evaluate(
         raise InputError(
             f"found sequence length {sequence_length}, expected at most the teacher's {limit}"
         )
-    tokenizer = load_tokenizer(teacher)
-    ids = read_token_ids(tokenizer, [text], sequence_length, max_tokens)
+    check_tokenizer(tokenizer, stock)
+    ids = read_token_ids(tokenizer, [text], sequence_length, max_tokens, text_format)
+    is_asked = chat and prompts > 0
     report = evaluate_student(
         converted,
         stock,
         ids,
         tokenizer=tokenizer,
         batch_tokens=batch_tokens,
-        prompts=prompts,
+        prompts=read_chat_prompts(stock, tokenizer, text, prompts, text_format)
+        if is_asked
+        else prompts,
         progress=True,
     )
     report = {
@@ -83,6 +108,8 @@ def evaluate(
         "teacher_path": teacher,
         "text": text,
         "sequence_length": sequence_length,
+        "chat": chat,
+        "bos": bos,
         **report,
     }
     if json_file is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
+
+if TYPE_CHECKING:
+    from ..text.text_format import BosChoice, TextFormat
 
 Dtype = Annotated[
     str,
@@ -14,9 +17,33 @@ Dtype = Annotated[
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 
+Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="read text through the tokenizer's chat template: the messages of rows, or lines as a "
+        "user's turns",
+    ),
+]
+
+Bos = Annotated[
+    str,
+    typer.Option(
+        help="auto, always or never: begin a text with the start token; auto: as the tokenizer or "
+        "the chat template does it"
+    ),
+]
+
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")
 ]
+
+
+def make_text_format(chat: bool, bos: str) -> TextFormat:
+    """Return the format that --chat and --bos ask for; InputError if it is none."""
+    from ..text.text_format import TextFormat
+
+    return TextFormat(chat=chat, bos=cast("BosChoice", bos))
 
 
 def quieten() -> None:

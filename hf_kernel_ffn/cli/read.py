@@ -8,12 +8,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import Device, Dtype, Trust, quieten
+from .options import Bos, Chat, Device, Dtype, Trust, make_text_format, quieten
 from .tables import print_reading
 
 
 def read(
-    model: Annotated[str, typer.Argument(help="local folder or hub id, converted or stock")],
+    model: Annotated[
+        str, typer.Argument(help="local folder, .gguf file or hub id, converted or stock")
+    ],
     prompt: Annotated[str, typer.Option(help="text to read the model at")],
     position: Annotated[
         int, typer.Option(help="token of the prompt to read at, negative from the end")
@@ -44,28 +46,39 @@ def read(
             "minutes if wide",
         ),
     ] = 3,
+    chat: Chat = False,
+    bos: Bos = "auto",
     trust_remote_code: Trust = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> None:
     """Read MODEL at one token: what every FFN chose and how loudly, what it wrote, and who wrote
     the next token's logit."""
+    import torch
+
     from ..families.lookup import parse_layers
     from ..reading import trace
     from ..reading.summary import summary
     from ..reading.support import Support
     from ..reading.tracing import list_last_positions, tokenize_prompt
     from ..storage.files import require_place, write_text
-    from ..storage.loading import load_model, load_teacher, load_tokenizer
+    from ..storage.loading import check_tokenizer, load_model, load_teacher, load_tokenizer
+    from ..storage.model_files import read_config
     from ..text.packing import read_token_ids
+    from ..text.prediction import require_embedded
+    from ..text.prompts import encode_prompt
 
     for file in (json_file, html):
         if file is not None:
             require_place(file)
     quieten()
-    loaded = load_model(model, dtype, device, trust_remote_code)
+    text_format = make_text_format(chat, bos)
+    read_config(model)
     tokenizer = load_tokenizer(model)
-    ids = tokenize_prompt(tokenizer, prompt)
+    ids = tokenize_prompt(tokenizer, torch.tensor(encode_prompt(tokenizer, prompt, text_format)))
+    loaded = load_model(model, dtype, device, trust_remote_code)
+    check_tokenizer(tokenizer, loaded)
+    require_embedded(loaded, ids)
     positions = [position] if html is None else [*list_last_positions(len(ids)), position]
     passed = trace(loaded, tokenizer, ids, positions)
 
@@ -73,7 +86,7 @@ def read(
     support = None
     if text is not None:
         length = min(256, getattr(loaded.config, "max_position_embeddings", None) or 256)
-        support = Support(loaded, read_token_ids(tokenizer, [text], length, 16_384))
+        support = Support(loaded, read_token_ids(tokenizer, [text], length, 16_384, text_format))
     found = summary(passed, tokenizer, position, layers=chosen, top=top, support=support)
     if json_file is not None:
         write_text(

@@ -48,6 +48,25 @@ def print_report(report: dict) -> None:
             ]
             rows.append([who, *cells])
     print_table(["layer", *(title for title, _ in columns.values())], rows)
+    print_spike_units(report["layers"])
+
+
+def print_spike_units(layers: list[dict]) -> None:
+    """Print which units write the spikes of every layer that has some; nothing if none has."""
+    rows = []
+    for layer in layers:
+        if layer["spike_tokens"]:
+            positions = layer["spike_positions"] or []
+            where = ", ".join(f"{position} ({count}x)" for position, count in positions)
+            units = [_format_units(whose["spike_units"]) for whose in (layer["teacher"], layer)]
+            rows.append([layer["path"], where or "–", *units])
+    if rows:
+        print_table(["spikes of", "at positions", "written by units: teacher", "student"], rows)
+
+
+def _format_units(units: list) -> str:
+    """Units with their shares of a spike."""
+    return ", ".join(f"{unit}: {share:.0%}" for unit, share in units) or "no few"
 
 
 def print_reading(found: dict) -> None:

@@ -21,7 +21,7 @@ def open_text(tokenizer: PreTrainedTokenizerBase, data: Data, seed: int) -> Pack
         tokenizer,
         data.sources,
         data.sequence_length,
-        text_field=data.text_field,
+        text_format=data.text_format,
         shuffle_buffer=data.shuffle_buffer,
         seed=seed,
     )

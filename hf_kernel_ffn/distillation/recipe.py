@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..checkpoint_code.settings import KernelFFNConfig
+from ..text.text_format import BosChoice, TextFormat
 
 
 def describe_unknown_key(key: object, known: list[str]) -> str:
@@ -43,6 +44,12 @@ class Data(_Section):
     """Tokens per packed sequence."""
     text_field: str = "text"
     """Field of a row that holds the text."""
+    chat: bool = False
+    """Read the text through the tokenizer's chat template: the ``messages`` of a row, or a line or
+    a row's text as a user's turn."""
+    bos: BosChoice = "auto"
+    """Whether every sequence begins with the start token: as the tokenizer or the chat template
+    does it, always, or never."""
     shuffle_buffer: int = Field(2048, ge=1)
     """Sequences among which the next one is drawn; 1 keeps the text's order."""
     validation: str | list[str] | None = None
@@ -52,6 +59,11 @@ class Data(_Section):
     """Tokens of it to read, from its beginning; at least one sequence."""
     validate_every_tokens: int = Field(500_000, ge=1)
     """How often; and after the last step of a stage."""
+
+    @property
+    def text_format(self) -> TextFormat:
+        """How the text is turned into token ids."""
+        return TextFormat(self.text_field, self.chat, self.bos)
 
     @property
     def sources(self) -> list[str]:
@@ -135,7 +147,7 @@ class Recipe(_Section):
     """A distillation. Paths are relative to the current directory."""
 
     teacher: str
-    """Local folder or hub id of the stock model."""
+    """Local folder, .gguf file or hub id of the stock model."""
     student: str | None = None
     """Local folder of a converted model; None: the teacher is converted by ``kernel_ffn``."""
     trust_remote_code: bool = False

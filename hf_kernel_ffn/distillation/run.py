@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,13 +23,16 @@ from ..families.student import check_pair, make_student_from_entry, share_equal_
 from ..storage.checkpoint import save_converted
 from ..storage.files import explain_write_errors, require_empty, sync_to_disk
 from ..storage.loading import (
+    check_tokenizer,
     check_vocabularies,
     load_student,
     load_teacher,
     load_tokenizer,
 )
+from ..storage.model_files import read_stock_config
 from ..text.packing import read_token_ids
 from ..text.prediction import make_inputs_for_prediction
+from ..text.row_frame import find_row_frame
 from .accelerator import check_trackers, make_accelerator
 from .fused import choose_fused_readouts
 from .metrics import METRICS, Listener, MetricsFile, Trackers
@@ -151,6 +156,9 @@ def _find_start(recipe: Recipe, resume: bool) -> Path | None:
 
 
 def _require_same_recipe(before: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """InputError unless the run before had the recipe of ``now``, what is new in it by default."""
+    with suppress(ValidationError):
+        before = json.loads(Recipe.model_validate(before).model_dump_json())
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key):
             raise InputError(
@@ -190,10 +198,14 @@ def teacher_of(
     """The tokenizer and the model that ``recipe`` names.
 
     Raises:
-        InputError: they cannot be loaded, or cannot read sequences as long as the recipe's.
+        InputError: they cannot be loaded, or cannot read what the recipe gives them: sequences as
+            long, a chat, the start token, or all tokens.
     """
+    read_stock_config(recipe.teacher)
     tokenizer = load_tokenizer(recipe.teacher)
+    find_row_frame(tokenizer, recipe.data.text_format)  # refuses before the model is loaded
     teacher = load_teacher(recipe.teacher, recipe.dtype, device)
+    check_tokenizer(tokenizer, teacher)
     limit = getattr(teacher.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.sequence_length > limit:
         raise InputError(
@@ -230,7 +242,7 @@ def student_of(
         data.sources,
         data.sequence_length,
         recipe.calibration_tokens,
-        data.text_field,
+        data.text_format,
         spread=True,
     )
     student, _ = convert(

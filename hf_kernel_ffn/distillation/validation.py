@@ -31,7 +31,7 @@ class HeldOutText:
             data.validation_sources,
             data.sequence_length,
             data.validation_tokens,
-            data.text_field,
+            data.text_format,
         )
         """(sequences, sequence_length)."""
 

@@ -12,12 +12,8 @@ from ..checkpoint_code.tied import AnyKernelFFN
 from ..families.lookup import StockFFN
 from ..families.weights import FFNWeights, read_teacher_readout
 from .readability import Readability, readability
+from .spike_units import SPIKE_RATIO, SpikeUnits
 
-SPIKE_RATIO = 10.0
-"""A token is a spike of an FFN whose output there is more than so many times as long as its median
-over the text. Trained models write such massive activations at few tokens, most often a row's first
-(Sun et al. 2024, arXiv:2402.17762). In SmolLM2-135M that one is 780 times the median in layer 11
-and 75 times in layer 28, 99% of their variance; in most layers no token is 7 times as long."""
 COEFFICIENT_BYTES = 2**28
 """Bytes that all float64 matrices of (tokens, prototypes) may take together."""
 MATRICES = 12
@@ -164,6 +160,7 @@ class FFNAccumulator:
         """The same on what the student's FFN reads when the whole student runs."""
         self._active_at_student_inputs = 0
         self._coefficients = {"student": CoefficientSums(), "teacher": CoefficientSums()}
+        self._spike_units = {"student": SpikeUnits(), "teacher": SpikeUnits()}
         self._figures: dict[str, dict[str, list[Tensor]]] = {
             "student": defaultdict(list),
             "teacher": defaultdict(list),
@@ -188,6 +185,9 @@ class FFNAccumulator:
         wrote, again."""
         spikes = self.errors.select_spikes(len(inputs))
         self.errors.add_spikes(outputs[spikes])
+        if len(spikes):
+            for name, record in self._records(inputs[spikes]).items():
+                self._spike_units[name].add(record)
         for tokens in self._split(inputs):
             for name, record in self._records(tokens).items():
                 mean_write = self._coefficients[name].mean_write(record.dictionary)
@@ -213,11 +213,13 @@ class FFNAccumulator:
             **self._mean_readability("student"),
             "active_prototypes_student_inputs": self._active_at_student_inputs / own_tokens,
             "dead_prototypes": self._coefficients["student"].dead_prototypes(),
+            "spike_units": self._list_spike_units("student"),
             "teacher": {
                 "fvu": 0.0,
                 "fvu_student_inputs": 0.0,
                 **self._mean_readability("teacher"),
                 "dead_prototypes": self._coefficients["teacher"].dead_prototypes(),
+                "spike_units": self._list_spike_units("teacher"),
             },
         }
 
@@ -229,6 +231,10 @@ class FFNAccumulator:
             f"spike_tokens{suffix}": errors.spike_tokens(),
             f"spike_positions{suffix}": errors.spike_positions(length) if whole_rows else None,
         }
+
+    def _list_spike_units(self, name: str) -> list[list[str | float]]:
+        """Pairs of a unit and its share, as JSON has them."""
+        return [[unit, round(share, 4)] for unit, share in self._spike_units[name].list_largest()]
 
     def _split(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """The ``inputs`` in parts whose coefficients take no more than COEFFICIENT_BYTES."""

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..checkpoint_code.errors import InputError
+from ..text import prompts as chat_prompts
+from ..text.text_format import TextFormat
 
 PROMPT_TOKENS = 32
 """Tokens of a row that are its prompt: enough to say what the text is about."""
@@ -39,36 +48,71 @@ def select_prompts(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
         InputError: ``model`` does not write text, has no room for a continuation, or there are
             fewer rows.
     """
-    if not model.can_generate():
-        raise InputError(
-            f"found {count} prompts for a {type(model).__name__}, which does not continue a text, "
-            "expected a causal language model: leave the prompts out"
-        )
+    _require_writer(model, count)
     if count > len(ids):
         raise InputError(
             f"found {len(ids)} rows of text for {count} prompts, expected at least as many: "
             "give more text or fewer prompts"
         )
     length = min(PROMPT_TOKENS, ids.shape[1])
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and length + NEW_TOKENS > limit:
+    longest = _find_longest_prompt(model)
+    if longest is not None and length > longest:
         raise InputError(
-            f"found a model with {limit} positions, expected at least {length + NEW_TOKENS} for a "
-            "prompt and its continuation: leave the prompts out"
+            f"found a model with {longest + NEW_TOKENS} positions, expected at least "
+            f"{length + NEW_TOKENS} for a prompt and its continuation: leave the prompts out"
         )
     rows = torch.arange(count) * len(ids) // count
     return ids[rows, :length]
 
 
+def read_chat_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    count: int,
+    text_format: TextFormat,
+) -> list[Tensor]:
+    """Read ``count`` prompts (length,) of a text that ``model`` is to answer.
+
+    Those that leave it no room for an answer are left out; see
+    :func:`hf_kernel_ffn.text.prompts.read_chat_prompts`.
+
+    Raises:
+        InputError: ``model`` does not write text, or there are fewer.
+    """
+    _require_writer(model, count)
+    longest = _find_longest_prompt(model)
+    return chat_prompts.read_chat_prompts(tokenizer, source, count, text_format, longest=longest)
+
+
+def _require_writer(model: PreTrainedModel, count: int) -> None:
+    """InputError unless ``model`` continues a text."""
+    if not model.can_generate():
+        raise InputError(
+            f"found {count} prompts for a {type(model).__name__}, which does not continue a text, "
+            "expected a causal language model: leave the prompts out"
+        )
+
+
+def _find_longest_prompt(model: PreTrainedModel) -> int | None:
+    """How many tokens a prompt may have that ``model`` can continue; None: any number."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return None if limit is None else limit - NEW_TOKENS
+
+
 @torch.no_grad()
 def compare_continuations(
-    student: PreTrainedModel, teacher: PreTrainedModel, prompts: Tensor, batch_size: int = 32
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    prompts: Sequence[Tensor] | Tensor,
+    batch_size: int = 32,
 ) -> dict[str, float]:
-    """Compare what ``student`` and ``teacher`` write after ``prompts`` (count, length), greedily.
+    """Compare what ``student`` and ``teacher`` write after ``prompts``, greedily.
 
     A continuation has NEW_TOKENS tokens, or ends with the teacher's end token.
 
     Args:
+        prompts: (length,) token ids each; those of one length are continued together.
         batch_size: prompts that are continued at once.
 
     Returns:
@@ -79,7 +123,7 @@ def compare_continuations(
     """
     end_tokens = _find_end_tokens(teacher)
     shares: list[float] = []
-    for batch in prompts.split(batch_size):
+    for batch in _group_by_length(prompts, batch_size):
         expected = _continue_greedily(teacher, batch, end_tokens)
         written = _continue_greedily(student, batch, end_tokens)
         length = (expected != ENDED).sum(-1)
@@ -91,6 +135,15 @@ def compare_continuations(
         "tokens_until_difference": sum(shares) / len(shares),
         "equal_continuations": sum(share == 1 for share in shares) / len(shares),
     }
+
+
+def _group_by_length(prompts: Sequence[Tensor] | Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Yield (count, length) batches of prompts of one length, which need no padding."""
+    by_length: dict[int, list[Tensor]] = defaultdict(list)
+    for prompt in prompts:
+        by_length[len(prompt)].append(prompt)
+    for group in by_length.values():
+        yield from torch.stack(group).split(batch_size)
 
 
 def _continue_greedily(model: PreTrainedModel, prompts: Tensor, end_tokens: list[int]) -> Tensor:

@@ -49,7 +49,7 @@ def evaluate_student(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_tokens: int = BATCH_TOKENS,
-    prompts: int = 0,
+    prompts: int | Sequence[Tensor] = 0,
     progress: bool = False,
 ) -> dict:
     """Compare ``student`` with ``teacher`` over a text, and measure how readable its FFNs are.
@@ -60,7 +60,7 @@ def evaluate_student(
     Args:
         ids: (rows, length) token ids of text that neither model was trained on.
         batch_tokens: how many tokens are read at once.
-        prompts: how many rows' beginnings both continue.
+        prompts: how many rows' beginnings both continue; or the prompts, (length,) token ids each.
         progress: whether to show a progress bar.
 
     Returns:
@@ -74,7 +74,7 @@ def evaluate_student(
           tokens. Up to version 0.1 it was over all tokens, and where an FFN has spikes said
           nothing of any other token;
         * ``fvu_spikes``: the same over spikes alone, tokens whose output is more than
-          :data:`~hf_kernel_ffn.evaluation.accumulators.SPIKE_RATIO` times as long as the median;
+          :data:`~hf_kernel_ffn.evaluation.spike_units.SPIKE_RATIO` times as long as the median;
           None if there is none;
         * ``spike_tokens``: how many there are, and ``spike_positions``: at which positions of their
           rows, as pairs of a position and a count, the most first, at most eight; None for a
@@ -84,7 +84,10 @@ def evaluate_student(
           ``write_mass_ratio``, on the teacher's inputs;
         * ``active_prototypes_student_inputs``: how many a token reads when the student runs;
         * ``dead_prototypes``: how many fire on no token of ``ids``;
-        * ``teacher``: the same of the teacher's own FFN, but for spikes.
+        * ``spike_units``: the units that write most of the FFN's own output at spikes, as pairs of
+          a unit and its share, at most
+          :data:`~hf_kernel_ffn.evaluation.spike_units.SPIKE_UNITS`; empty without spikes;
+        * ``teacher``: the same of the teacher's own FFN, but for the errors at spikes.
 
         An FFN that several layers share is measured at the tokens of all of them.
 
@@ -95,7 +98,7 @@ def evaluate_student(
     check_pair(student, teacher)
     student.eval()
     teacher.eval()
-    texts = select_prompts(teacher, ids, prompts) if prompts else None
+    texts = _choose_prompts(teacher, ids, prompts)
     rows = max(1, batch_tokens // ids.shape[1])
     inputs = make_inputs_for_prediction(teacher, tokenizer, ids)
     batches = [select_rows(inputs, slice(i, i + rows)) for i in range(0, len(ids), rows)]
@@ -119,8 +122,8 @@ def evaluate_student(
         cosines = compare_pooled_states(student, teacher, ids.split(rows))
         report["teacher"]["pooled_cosine_of_neighbours"] = cosines.pop("of_neighbours")
         report.update(cosines)
-    if texts is not None:
-        size = max(1, batch_tokens // (texts.shape[1] + NEW_TOKENS))
+    if texts:
+        size = max(1, batch_tokens // (max(map(len, texts)) + NEW_TOKENS))
         report["generation"] = compare_continuations(student, teacher, texts, size)
     length = ids.shape[1]
     report["layers"] = [accumulator.summarise(length) for accumulator in accumulators.values()]
@@ -150,6 +153,15 @@ def compare_pooled_states(
         "pooled_cosine_centred": mean(cosine(of_teacher - centre, of_student - centre)),
         "of_neighbours": mean(cosine(of_teacher, of_teacher.roll(1, 0))),
     }
+
+
+def _choose_prompts(
+    teacher: PreTrainedModel, ids: Tensor, prompts: int | Sequence[Tensor]
+) -> list[Tensor]:
+    """The prompts that are to be continued: those given, or the beginnings of so many rows."""
+    if not isinstance(prompts, int):
+        return list(prompts)
+    return list(select_prompts(teacher, ids, prompts)) if prompts else []
 
 
 def _make_accumulators(

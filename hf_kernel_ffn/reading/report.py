@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.linears import get_effective_weight
 from ..checkpoint_code.record import Readout
+from ..evaluation.spike_units import list_spike_units
 from ..storage.files import write_text
 from .decompositions import alternatives as alternative_shares
 from .model_parts import get_layer_number, is_kernel_ffn
@@ -203,6 +204,8 @@ def _describe_model(
         ffn = trace.model.base_model.get_submodule(path)
         for cell, support in zip(cells, _measure_support(ffn, inputs), strict=True):
             cell["support"] = support
+        for place, units in list_spike_units(record).items():
+            cells[place]["spike"] = [[unit, _shorten(share, 3)] for unit, share in units]
 
         shown = set(shown_anyway.get(path, ()))
         shown.update(prototype for cell in cells for prototype in cell["i"])

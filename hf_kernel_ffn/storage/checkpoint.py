@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..checkpoint_code.integrity import record_checksums
 from .files import write_text
+from .gguf_header import is_gguf
 from .loading import load_tokenizer, read_stored_dtype
 from .publishing import write_model_card
 
@@ -47,11 +48,13 @@ def save_converted(student: ConvertedModel, source: str, out: Path, **reports: R
     """Save ``student`` with all that belongs to it in the folder ``out``.
 
     Args:
-        source: of its teacher, a local folder or a hub id. The student is saved in the dtype in
-            which that is stored, and is in it afterwards.
+        source: of its teacher, a local folder, a GGUF file or a hub id. The student is saved in the
+            dtype in which that is stored, and is in it afterwards; in its own if it is from a GGUF
+            file, which has several.
         reports: each is saved as JSON under its name.
     """
-    student.to(dtype=read_stored_dtype(source)).save_pretrained(out)
+    dtype = student.dtype if is_gguf(source) else read_stored_dtype(source)
+    student.to(dtype=dtype).save_pretrained(out)
     save_companions(source, out, **reports)
 
 

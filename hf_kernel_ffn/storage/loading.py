@@ -1,13 +1,13 @@
-"""Teachers, students and tokenizers from a local folder or a hub id.
+"""Teachers, students and tokenizers from a local folder, a GGUF file or a hub id.
 
 Whatever is wrong with them becomes one InputError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -23,14 +23,21 @@ from transformers import (
 
 from ..checkpoint_code.errors import CheckpointError, InputError
 from ..checkpoint_code.modeling import KernelModelMixin
-from ..compat import make_model_from_config
+from ..compat import (
+    find_unread_gguf_tensors,
+    forget_quantizer,
+    make_gguf_options,
+    make_model_from_config,
+)
 from ..families.registry import get_architecture
 from ..families.task_classes import get_stock_heads, get_task_classes
+from .gguf_header import is_gguf, read_gguf_header
 from .kernel_files import CUSTOM_KERNEL, has_custom_kernel
 from .model_files import (
     find_file,
     first_line,
     get_auto_class,
+    load_pretrained,
     read_config,
     read_stock_config,
     read_unconverted_config,
@@ -41,8 +48,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What weights may be computed with, by name."""
-
-Loaded = TypeVar("Loaded")
 
 
 def get_torch_dtype(name: str) -> torch.dtype:
@@ -61,9 +66,10 @@ def load_teacher(
     """Load the stock model at ``name``.
 
     It has the head it is stored with, or that of a causal language model if it has none. Its config
-    remembers the dtype it is stored in.
+    remembers the dtype it is stored in. The weights of a GGUF file are dequantised.
 
     Args:
+        name: local folder, local file that ends in .gguf, or hub id.
         trust_remote_code: needed for a family that transformers does not have.
 
     Returns:
@@ -74,18 +80,21 @@ def load_teacher(
             family, or the device is unusable.
     """
     entry = read_stock_config(name)
+    options = make_gguf_options() if is_gguf(name) else {"use_safetensors": True}
     model, missing, _ = _load_model_and_check_keys(
         _get_teacher_class(entry, name, trust_remote_code),
         name,
         trust_remote_code=trust_remote_code,
         dtype=get_torch_dtype(dtype),
-        use_safetensors=True,
+        **options,
     )
     if missing:
         raise CheckpointError(
             f"found {len(missing)} tensors missing at {name}, the first {missing[0]!r}, "
             "expected a whole model: they would be random; copy it again"
         )
+    if is_gguf(name):
+        _finish_gguf(model, name)
     return _move_to_device(model, device)
 
 
@@ -93,8 +102,14 @@ def load_stock_on_meta(name: str, dtype: str = "float32") -> PreTrainedModel:
     """Load the stock model at ``name`` without its weights, on the meta device.
 
     Raises:
-        InputError: as :func:`load_teacher`; the family must be one that transformers has.
+        InputError: as :func:`load_teacher`; the family must be one that transformers has, and the
+            weights safetensors.
     """
+    if is_gguf(name):
+        raise InputError(
+            f"found the GGUF file {name} for a streamed conversion, expected a folder of "
+            "safetensors: leave out --stream"
+        )
     model_class = _get_teacher_class(read_stock_config(name), name, trust_remote_code=False)
     config = load_pretrained(AutoConfig.from_pretrained, name)
     with torch.device("meta"):
@@ -189,22 +204,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def load_pretrained(from_pretrained: Callable[..., Loaded], name: str, **options: object) -> Loaded:
-    """Return ``from_pretrained(name, **options)``.
-
-    Raises:
-        InputError: whatever goes wrong.
-    """
-    try:
-        return from_pretrained(name, **options)
-    except InputError:
-        raise
-    except Exception as error:  # the libraries raise many kinds for a damaged or absent checkpoint
-        raise CheckpointError(
-            f"could not load {name} ({first_line(error)}): check that it is complete"
-        ) from error
-
-
 def get_student_class(
     entry: Mapping[str, Any], name: str
 ) -> tuple[type[ConvertedModel] | None, str]:
@@ -255,6 +254,23 @@ def check_vocabularies(student: str, teacher: str) -> None:
         )
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Check that ``model`` has an embedding of every token of ``tokenizer``.
+
+    Tokens that were added to it count when a text has them.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    tokens = getattr(tokenizer, "vocab_size", None)
+    if isinstance(size, int) and isinstance(tokens, int) and tokens > size:
+        raise InputError(
+            f"found {tokens} tokens in the tokenizer of {tokenizer.name_or_path}, expected at most "
+            f"{size}, the vocabulary of the model: give the model its own tokenizer"
+        )
+
+
 def read_stored_dtype(name: str) -> torch.dtype:
     """Return the dtype in which the stock model at ``name`` is stored.
 
@@ -288,6 +304,25 @@ def _get_teacher_class(entry: Mapping[str, Any], name: str, trust_remote_code: b
             "read it, then allow it by --trust-remote-code"
         )
     return get_auto_class(entry, head)
+
+
+def _finish_gguf(model: PreTrainedModel, name: str) -> None:
+    """Make ``model``, read from the GGUF file ``name``, one like any other.
+
+    Raises:
+        InputError: the file has weights that transformers' reader has left out.
+    """
+    header = read_gguf_header(name)
+    unread = find_unread_gguf_tensors(model, header.architecture, header.tensors)
+    if unread:
+        raise InputError(
+            f"found {len(unread)} tensors in {name} that transformers does not read, the first "
+            f"{unread[0]!r}, expected none: without them it is another model; convert it from its "
+            "safetensors"
+        )
+    forget_quantizer(model)
+    model.config.name_or_path = name
+    model.name_or_path = name
 
 
 def _is_student_class(candidate: object) -> bool:

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
-from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.errors import CheckpointError, InputError
 from ..checkpoint_code.integrity import read_json
-from ..compat import find_cached_file
+from ..compat import find_cached_file, hide_gguf_bar
 from ..families.registry import get_architecture
+from ..families.task_classes import get_stock_heads
+from .gguf_header import is_gguf, read_gguf_header
+
+LANGUAGE_HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+"""Which heads a model has whose file does not say: the first that its family has."""
+
+Loaded = TypeVar("Loaded")
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """Return config.json at ``name`` as a mapping; InputError if it cannot be read."""
+    """Return config.json at ``name`` as a mapping; InputError if it cannot be read.
+
+    Of a GGUF file it is what config.json would say.
+    """
+    if is_gguf(name):
+        return _read_gguf_config(name)
     if Path(name).exists() and not Path(name, "config.json").is_file():
         raise InputError(
             f"found no config.json in {name}, expected the folder of a saved model: check the path"
@@ -55,6 +68,64 @@ def read_stock_config(name: str) -> dict[str, Any]:
             f"found quantised weights at {name}, expected floating-point ones: "
             "load the unquantised model"
         )
+    return entry
+
+
+def load_pretrained(from_pretrained: Callable[..., Loaded], name: str, **options: object) -> Loaded:
+    """Return ``from_pretrained(name, **options)``; a GGUF file is read by transformers' reader.
+
+    Raises:
+        InputError: whatever goes wrong.
+    """
+    try:
+        if not is_gguf(name):
+            return from_pretrained(name, **options)
+        read_gguf_header(name)  # says what is wrong with it
+        return _load_gguf(from_pretrained, Path(name), options)
+    except InputError:
+        raise
+    except Exception as error:  # the libraries raise many kinds for a damaged or absent checkpoint
+        raise CheckpointError(
+            f"could not load {name} ({first_line(error)}): check that it is complete"
+        ) from error
+
+
+def _load_gguf(
+    from_pretrained: Callable[..., Loaded], file: Path, options: Mapping[str, object]
+) -> Loaded:
+    """Load from a GGUF ``file`` alone.
+
+    It is read in a folder of its own: transformers would take a tokenizer's class from a
+    tokenizer_config.json beside it, which may be another model's.
+    """
+    hide_gguf_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, file.name)
+        link.symlink_to(file.absolute())
+        return from_pretrained(folder, gguf_file=file.name, **options)
+
+
+def _read_gguf_config(name: str) -> dict[str, Any]:
+    """Return what a config.json of the model in the GGUF file ``name`` would say.
+
+    Raises:
+        InputError: it is no whole GGUF file, or of an architecture that transformers' reader does
+            not know.
+    """
+    header = read_gguf_header(name)
+    try:
+        config = _load_gguf(AutoConfig.from_pretrained, Path(name), {})
+    except Exception as error:  # ValueError, KeyError, …: whatever the reader stumbles over
+        raise InputError(
+            f"found a GGUF file of architecture {header.architecture!r} at {name} "
+            f"({first_line(error)}), expected one that transformers reads, such as 'llama', "
+            "'qwen3' or 'gemma3': convert the model from its safetensors"
+        ) from error
+    entry = config.to_dict()
+    heads = get_stock_heads(str(entry.get("model_type")))
+    if not entry.get("architectures"):
+        entry["architectures"] = [heads[auto] for auto in LANGUAGE_HEADS if auto in heads][:1]
+    entry.pop("quantization_config", None)  # of the file, not of the model that is read
     return entry
 
 

@@ -20,7 +20,8 @@ from ..checkpoint_code.integrity import (
 )
 from ..checkpoint_code.settings import FORMAT
 from .kernel_files import CUSTOM_KERNEL, has_custom_kernel
-from .loading import get_student_class, load_pretrained
+from .loading import get_student_class
+from .model_files import load_pretrained
 
 if TYPE_CHECKING:
     from ..families.student import ConvertedModel

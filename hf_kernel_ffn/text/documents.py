@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from ..checkpoint_code.errors import InputError, MissingPackage
 
 LOCAL = (".txt", ".jsonl", ".parquet")
 """Ends of the names of local files that can be read."""
+MESSAGES = "messages"
+"""The field of a row that is a conversation."""
 PARQUET_ROWS = 1000
 """Rows of a parquet file read at once: some megabytes of ordinary text."""
+
+
+class Item(NamedTuple):
+    """What a source is read by: a line of a .txt file, or a row of another."""
+
+    place: str
+    """Where it is, to be named in errors."""
+    line: str | None
+    row: object
 
 
 def read_documents(source: str, text_field: str = "text") -> Iterator[tuple[str, bool]]:
@@ -25,16 +37,32 @@ def read_documents(source: str, text_field: str = "text") -> Iterator[tuple[str,
     Raises:
         InputError: the source cannot be read, or a row has no such field.
     """
+    for item in read_items(source):
+        if item.line is not None:
+            yield item.line, False
+        else:
+            yield get_text(item, text_field), True
+
+
+def read_items(source: str) -> Iterator[Item]:
+    """Yield the lines of a .txt file, or the rows of another source, in order.
+
+    Args:
+        source: as :func:`read_documents` has it.
+
+    Raises:
+        InputError: the source cannot be read.
+    """
     path = Path(source)
     try:
         if path.suffix == ".txt":
             yield from _read_lines(path)
         elif path.suffix == ".jsonl":
-            yield from _read_jsonl(source, text_field)
+            yield from _read_jsonl(source)
         else:
             rows = _read_parquet(path) if path.suffix == ".parquet" else _load_dataset(source)
             for number, row in enumerate(rows, 1):
-                yield _get_text(row, text_field, f"{source}, row {number}"), True
+                yield Item(f"{source}, row {number}", None, row)
     except InputError:
         raise
     except (OSError, ValueError) as error:
@@ -45,20 +73,20 @@ def read_documents(source: str, text_field: str = "text") -> Iterator[tuple[str,
         ) from error
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, bool]]:
-    """Yield the lines of a .txt file, none of which ends a document."""
+def _read_lines(path: Path) -> Iterator[Item]:
+    """Yield the lines of a .txt file."""
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield line, False
+        for number, line in enumerate(file, 1):
+            yield Item(f"{path}, line {number}", line, None)
 
 
-def _read_jsonl(source: str, text_field: str) -> Iterator[tuple[str, bool]]:
-    """Yield the text of every row of a .jsonl file; blank lines are no rows."""
+def _read_jsonl(source: str) -> Iterator[Item]:
+    """Yield every row of a .jsonl file; blank lines are no rows."""
     with Path(source).open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 place = f"{source}, line {number}"
-                yield _get_text(_parse_json(line, place), text_field, place), True
+                yield Item(place, None, _parse_json(line, place))
 
 
 def _parse_json(line: str, place: str) -> object:
@@ -116,11 +144,17 @@ def _load_dataset(source: str) -> Iterable[object]:
         ) from error
 
 
-def _get_text(row: object, text_field: str, place: str) -> str:
-    """Return the text of ``row``; InputError that names the ``place`` if it has none."""
-    text = row.get(text_field) if isinstance(row, dict) else None
-    if not isinstance(text, str):
+def get_text(item: Item, text_field: str) -> str:
+    """Return the text of the row in ``item``; InputError that names its place if it has none."""
+    fields = item.row if isinstance(item.row, dict) else {}
+    text = fields.get(text_field)
+    if isinstance(text, str):
+        return text
+    if MESSAGES in fields:
         raise InputError(
-            f"found no text field {text_field!r} in {place}: name the right one as text_field"
+            f"found {MESSAGES} in {item.place}, expected a text field {text_field!r}: read them "
+            "through the chat template by --chat (in a recipe: data.chat)"
         )
-    return text
+    raise InputError(
+        f"found no text field {text_field!r} in {item.place}: name the right one as text_field"
+    )

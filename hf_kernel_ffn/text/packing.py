@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
+from .chat import read_conversations
 from .documents import read_documents
-from .row_frame import find_row_frame
+from .row_frame import RowFrame, find_row_frame
+from .text_format import PLAIN, TextFormat
 
 SPREAD = 32
 """How much more text than it uses a spread sample reads."""
@@ -24,17 +26,20 @@ They are enough for its threads, and few enough to be held in memory.
 """
 
 
+MOST_UNKNOWN = 0.5
+"""Share of unknown tokens with which a text is none for its tokenizer."""
+
+
 def stream_tokens(
-    tokenizer: PreTrainedTokenizerBase, sources: list[str], text_field: str = "text"
+    tokenizer: PreTrainedTokenizerBase, sources: list[str], text_format: TextFormat = PLAIN
 ) -> Iterator[int]:
     """Yield the token ids of all sources in order.
 
     After every document comes the tokenizer's end token, if it has one.
     """
-    for source in sources:
-        pieces = read_documents(source, text_field)
-        while batch := list(islice(pieces, PIECES_AT_ONCE)):
-            yield from encode_pieces(tokenizer, batch)
+    reader = TokenReader(tokenizer, sources, text_format)
+    while ids := reader.take(PIECES_AT_ONCE):
+        yield from ids
 
 
 def encode_pieces(
@@ -50,27 +55,40 @@ def encode_pieces(
 
 
 def pack_blocks(
-    tokenizer: PreTrainedTokenizerBase, sources: list[str], length: int, text_field: str = "text"
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[str],
+    length: int,
+    text_format: TextFormat = PLAIN,
 ) -> Iterator[Tensor]:
     """Yield consecutive rows of ``length`` token ids, int64; what is left at the end is dropped.
 
-    Each row begins and ends as the tokenizer begins and ends a text.
+    Each row begins and ends as the tokenizer begins and ends a text, or its chat template a
+    conversation.
 
     Raises:
         InputError: the text is shorter than one row.
     """
-    frame = find_row_frame(tokenizer)
+    frame = find_row_frame(tokenizer, text_format)
     room = frame.count_text_tokens(length)
-    stream = stream_tokens(tokenizer, sources, text_field)
+    reader = TokenReader(tokenizer, sources, text_format)
     is_empty = True
-    while len(block := list(islice(stream, room))) == room:
+    while len(block := reader.take_text(frame, room)) == room:
         is_empty = False
         yield frame.put_around(block)
     if is_empty:
-        raise InputError(
-            f"found {len(block)} tokens in {', '.join(sources)}, expected at least {room}: "
-            "give a longer text"
-        )
+        raise _make_short_text_error(len(block), sources, frame, room)
+
+
+def _make_short_text_error(
+    found: int, sources: list[str], frame: RowFrame, room: int
+) -> InputError:
+    """What to say of a text of ``found`` tokens, which has not ``room`` of them for one row."""
+    special = len(frame.prefix) + len(frame.suffix)
+    beside = f" beside {special} special ones in a row" if special else ""
+    return InputError(
+        f"found {found} tokens in {', '.join(sources)}, expected at least {room}{beside}: "
+        "give a longer text"
+    )
 
 
 def read_token_ids(
@@ -78,7 +96,7 @@ def read_token_ids(
     sources: list[str],
     length: int,
     max_tokens: int,
-    text_field: str = "text",
+    text_format: TextFormat = PLAIN,
     *,
     spread: bool = False,
 ) -> Tensor:
@@ -86,7 +104,7 @@ def read_token_ids(
 
     Args:
         max_tokens: how many tokens at most, but at least one block.
-        text_field: which field of a row is the text.
+        text_format: how the text is turned into token ids.
         spread: whether the blocks are evenly spaced over the first ``SPREAD`` times as many tokens,
             instead of being the first blocks of the text.
 
@@ -95,7 +113,7 @@ def read_token_ids(
     """
     rows = max(1, max_tokens // length)
     limit = rows * SPREAD if spread else rows
-    blocks = list(islice(pack_blocks(tokenizer, sources, length, text_field), limit))
+    blocks = list(islice(pack_blocks(tokenizer, sources, length, text_format), limit))
 
     rows = min(rows, len(blocks))
     return torch.stack([blocks[row * len(blocks) // rows] for row in range(rows)])
@@ -105,11 +123,14 @@ class TokenReader:
     """Reads the token ids of several texts in order, from a place that can be saved."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, sources: list[str], text_field: str = "text"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        sources: list[str],
+        text_format: TextFormat = PLAIN,
     ):
         self.tokenizer = tokenizer
         self.sources = sources
-        self.text_field = text_field
+        self.text_format = text_format
         self.rewind()
 
     def rewind(self) -> None:
@@ -122,6 +143,18 @@ class TokenReader:
             pass
         ids = self._waiting[self._taken : self._taken + count]
         self._taken += len(ids)
+        return ids
+
+    def take_text(self, frame: RowFrame, room: int) -> list[int]:
+        """The next ``room`` token ids, to stand in ``frame``; fewer where the text ends.
+
+        If they begin with what the frame puts before them, that is left out, so that no row has it
+        twice.
+        """
+        ids = self.take(room)
+        if frame.prefix and not frame.missing_prefix(ids):
+            count = len(frame.prefix)
+            ids = ids[count:] + self.take(count)
         return ids
 
     def state_dict(self) -> dict[str, int | Tensor]:
@@ -149,7 +182,10 @@ class TokenReader:
     def _open_source(self) -> Iterator[tuple[str, bool]]:
         if self._source >= len(self.sources):
             return iter(())
-        return read_documents(self.sources[self._source], self.text_field)
+        source = self.sources[self._source]
+        if self.text_format.chat:
+            return read_conversations(self.tokenizer, source, self.text_format.text_field)
+        return read_documents(source, self.text_format.text_field)
 
     def _encode_more(self) -> bool:
         """Tokenise the next pieces; False where the last text ends."""
@@ -161,11 +197,26 @@ class TokenReader:
             self._pieces_read = 0
             self._pieces = self._open_source()
             return True
+        ids = list(encode_pieces(self.tokenizer, pieces))
+        if not self._pieces_read:
+            self._require_known(ids)
         self._pieces_read += len(pieces)
         self._waiting = self._waiting[self._taken :]
-        self._waiting.extend(encode_pieces(self.tokenizer, pieces))
+        self._waiting.extend(ids)
         self._taken = 0
         return True
+
+    def _require_known(self, ids: list[int]) -> None:
+        """InputError if the tokenizer does not know most of the beginning of a source."""
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        if unknown is None or unknown == self.tokenizer.eos_token_id:
+            return
+        share = ids.count(unknown) / max(1, len(ids))
+        if share > MOST_UNKNOWN:
+            raise InputError(
+                f"found {share:.0%} unknown tokens in {self.sources[self._source]}, expected few: "
+                "give the model's own tokenizer, or a text in a script that it has read"
+            )
 
 
 class PackedText(Iterator[Tensor]):
@@ -182,13 +233,13 @@ class PackedText(Iterator[Tensor]):
         sources: list[str],
         length: int,
         *,
-        text_field: str = "text",
+        text_format: TextFormat = PLAIN,
         shuffle_buffer: int = 1,
         seed: int = 0,
     ):
-        self.reader = TokenReader(tokenizer, sources, text_field)
+        self.reader = TokenReader(tokenizer, sources, text_format)
         self.length = length
-        self.frame = find_row_frame(tokenizer)
+        self.frame = find_row_frame(tokenizer, text_format)
         self.room = self.frame.count_text_tokens(length)
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
@@ -206,7 +257,7 @@ class PackedText(Iterator[Tensor]):
                 if self._held:
                     return self._held.pop()
                 self._start_pass(self._pass + 1)
-            ids = self.reader.take(self.room)
+            ids = self.reader.take_text(self.frame, self.room)
             if len(ids) < self.room:
                 self._end_pass(len(ids))
                 continue
@@ -250,11 +301,7 @@ class PackedText(Iterator[Tensor]):
     def _end_pass(self, left_over: int) -> None:
         """Put the sequences that are still held in a random order, the next one last."""
         if self._empty:
-            sources = ", ".join(self.reader.sources)
-            raise InputError(
-                f"found {left_over} tokens in {sources}, expected at least {self.room}: "
-                "give a longer text"
-            )
+            raise _make_short_text_error(left_over, self.reader.sources, self.frame, self.room)
         self._at_end = True
         self._random.shuffle(self._held)
         self._held.reverse()

@@ -53,8 +53,10 @@ def make_inputs_for_prediction(
         ``ids``; for a masked language model what :func:`mask_tokens` makes of them.
 
     Raises:
-        InputError: masks are needed, and the tokenizer is None or has no mask token.
+        InputError: masks are needed, and the tokenizer is None or has no mask token; or there are
+            ids (on the CPU) that the model has no embedding of.
     """
+    require_embedded(model, ids)
     if not predicts_masked(model):
         return ids
     mask_token_id = getattr(tokenizer, "mask_token_id", None)
@@ -65,8 +67,24 @@ def make_inputs_for_prediction(
         )
     if isinstance(seed, str):
         seed = random.Random(seed).getrandbits(63)
-    frame = NO_FRAME if tokenizer is None else find_row_frame(tokenizer)
+    frame = NO_FRAME if tokenizer is None else find_row_frame(tokenizer).fit(ids)
     return mask_tokens(ids, mask_token_id, seed, frame=frame)
+
+
+def require_embedded(model: PreTrainedModel, ids: Tensor) -> None:
+    """InputError if ``ids``, on the CPU, has one that ``model`` has no embedding of.
+
+    Those on another device would have to be waited for.
+    """
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    if size is None or ids.device.type != "cpu" or not ids.numel():
+        return
+    largest = int(ids.max())
+    if largest >= size:
+        raise InputError(
+            f"found token {largest} in the text, expected numbers below {size}, the vocabulary of "
+            "the model: give its own tokenizer"
+        )
 
 
 def mask_tokens(

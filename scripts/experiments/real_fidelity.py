@@ -20,14 +20,14 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_kernel_ffn import convert, load_teacher, load_tokenizer
 from hf_kernel_ffn.cli.convert import choose_settings
 from hf_kernel_ffn.storage.files import write_text
 from hf_kernel_ffn.storage.kernel_files import import_kernel
 from hf_kernel_ffn.text.packing import read_token_ids
-from hf_kernel_ffn.text.row_frame import find_row_frame
+from hf_kernel_ffn.text.text_format import BosChoice, TextFormat
 
 ROW_LENGTH = 256
 ROWS_AT_ONCE = 4
@@ -53,9 +53,13 @@ def main(
     given = {name: value for name, value in given.items() if value is not None}
     teacher = load_teacher(model)
     tokenizer = load_tokenizer(model)
+    bos: BosChoice = "auto" if tokenizer.bos_token_id is None else "always"
+    text_format = TextFormat(bos=bos)
     ids = None
     if calibration_text is not None:
-        ids = begin_rows(teacher, tokenizer, calibration_text, 16_384, spread=True)
+        ids = read_token_ids(
+            tokenizer, [calibration_text], ROW_LENGTH, 16_384, text_format, spread=True
+        )
 
     start = time.process_time()
     student, report = convert(
@@ -73,26 +77,10 @@ def main(
         "texts": {},
     }
     for file in text:
-        held_out = begin_rows(teacher, tokenizer, file, tokens)
+        held_out = read_token_ids(tokenizer, [file], ROW_LENGTH, tokens, text_format)
         figures["texts"][Path(file).name] = compare(student, teacher, held_out)
         typer.echo(f"{Path(file).name}: {figures['texts'][Path(file).name]}")
     write_text(out, json.dumps(figures, indent=1) + "\n")
-
-
-def begin_rows(
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    file: str,
-    tokens: int,
-    *,
-    spread: bool = False,
-) -> Tensor:
-    """(rows, length) token ids of a text, each row with the model's start token before it."""
-    start = teacher.config.bos_token_id
-    if find_row_frame(tokenizer).prefix or start is None:
-        return read_token_ids(tokenizer, [file], ROW_LENGTH, tokens, spread=spread)
-    body = read_token_ids(tokenizer, [file], ROW_LENGTH - 1, tokens, spread=spread)
-    return torch.cat([body.new_full((len(body), 1), start), body], 1)
 
 
 def count_parameters(model: PreTrainedModel) -> int:

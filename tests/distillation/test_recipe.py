@@ -1,5 +1,7 @@
 """Recipes: what is shipped validates, and whatever is wrong is named before anything is loaded."""
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from teachers import FAMILIES
 
 from hf_kernel_ffn import InputError
 from hf_kernel_ffn.distillation import load_recipe
+from hf_kernel_ffn.distillation.run import _require_same_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 MINIMAL = {
@@ -240,3 +243,13 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
 def test_a_file_that_is_not_there_is_named(tmp_path, name):
     with pytest.raises(InputError, match="unreadable"):
         load_recipe(tmp_path / name)
+
+
+def test_a_state_of_an_earlier_version_lacks_what_is_new_in_a_recipe(recipe):
+    now = json.loads(recipe().model_dump_json())
+    before = copy.deepcopy(now)
+    for name in ("chat", "bos"):
+        del before["data"][name]
+    _require_same_recipe(before, now)
+    with pytest.raises(InputError, match="use the same recipe"):
+        _require_same_recipe(before, {**now, "data": {**now["data"], "chat": True}})

@@ -31,6 +31,8 @@ from hf_kernel_ffn.evaluation.readability import Readability, readability
 from hf_kernel_ffn.families.lookup import find_stock_ffn
 from hf_kernel_ffn.families.registry import get_architecture_of_model
 from hf_kernel_ffn.families.weights import read_ffn_weights, read_teacher_readout
+from hf_kernel_ffn.reading import trace
+from hf_kernel_ffn.reading.report import report_data
 from hf_kernel_ffn.text.packing import read_token_ids
 from hf_kernel_ffn.text.prediction import make_inputs_for_prediction
 
@@ -136,8 +138,8 @@ def test_the_report_has_every_key(case):
     assert [layer["path"] for layer in report["layers"]] == list(student.kernel_ffns())
     for layer in report["layers"]:
         own = {"path", "teacher", "active_prototypes_student_inputs"}
-        assert set(layer) == LAYER | SPIKES | own
-        assert set(layer["teacher"]) == LAYER
+        assert set(layer) == LAYER | SPIKES | own | {"spike_units"}
+        assert set(layer["teacher"]) == LAYER | {"spike_units"}
         assert layer["fvu_spikes"] is layer["fvu_spikes_student_inputs"] is None
         assert layer["spike_tokens"] == layer["spike_tokens_student_inputs"] == 0
         assert layer["spike_positions"] == layer["spike_positions_student_inputs"] == []
@@ -395,6 +397,42 @@ def test_spikes_are_reported_apart(spiked, batch_tokens):
         assert layer[f"fvu{suffix}"] == pytest.approx(ordinary, rel=1e-4)
         expected = fvu_of_spikes(estimate, truth, spikes)
         assert layer[f"fvu_spikes{suffix}"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_units_that_write_spikes_are_named(spiked):
+    """By a loop over units; tied and free rows name the teacher's own."""
+    teacher, ids = spiked
+    for settings in (None, KernelFFNConfig()):
+        student, _ = convert(
+            teacher, settings, calibration_ids=ids, calibration_tokens=256, copy=True
+        )
+        layers = evaluate_student(student, teacher, ids, batch_tokens=64)["layers"]
+        assert [layer["spike_units"] for layer in (layers[0], layers[2])] == [[], []]
+        path = layers[1]["path"]
+        stock = stock_ffns(teacher, student)[path]
+        x = inputs_of(teacher, {path: stock}, ids)[path]
+        with torch.no_grad():
+            y = stock(x)
+            spikes = y.norm(dim=-1) > 10 * y.norm(dim=-1).median()
+            hidden = stock.act(stock.c_fc(x[spikes]))
+        expected = {}
+        for unit in range(hidden.shape[1]):
+            written = hidden[:, unit, None] * stock.c_proj.weight[unit]
+            expected[str(unit)] = ((written * y[spikes]).sum() / y[spikes].square().sum()).item()
+        assert set(dict(layers[1]["teacher"]["spike_units"])) >= {"0", "1"}
+        for unit, share in layers[1]["teacher"]["spike_units"]:
+            assert share == pytest.approx(expected[unit], abs=1e-3)
+        of_student = dict(layers[1]["spike_units"])
+        assert {"0", "1"} <= set(of_student)
+        assert of_student["0"] == pytest.approx(expected["0"], abs=0.2)
+
+
+def test_the_page_of_a_prompt_names_them_too(spiked, tokenizer):
+    teacher, ids = spiked
+    passed = trace(teacher, tokenizer, ids[0])
+    cells = report_data(passed)["student"]["layers"][1]["cells"]
+    assert [place for place, cell in enumerate(cells) if "spike" in cell] == [0, 1]
+    assert cells[0]["spike"][0][0] == "0" and cells[1]["spike"][0][0] == "1"
 
 
 def test_a_spike_does_not_hide_an_error_elsewhere(spiked):

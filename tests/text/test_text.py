@@ -14,6 +14,7 @@ from hf_kernel_ffn import InputError
 from hf_kernel_ffn.checkpoint_code.errors import MissingPackage
 from hf_kernel_ffn.text.documents import read_documents
 from hf_kernel_ffn.text.packing import SPREAD, pack_blocks, read_token_ids, stream_tokens
+from hf_kernel_ffn.text.text_format import TextFormat
 
 ROWS = ["A whale\nof a tale.", "Once – upon a time,\n\n", "the end"]
 
@@ -125,7 +126,7 @@ def test_a_spread_sample_covers_the_text_evenly(text_file, tokenizer, rows):
 
 def refusal(source, tokenizer, text_field="text"):
     with pytest.raises(InputError) as caught:
-        list(pack_blocks(tokenizer, [str(source)], 8, text_field))
+        list(pack_blocks(tokenizer, [str(source)], 8, TextFormat(text_field)))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
