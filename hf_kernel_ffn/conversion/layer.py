@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint_code.ffn import KernelFFN
-from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from ..checkpoint_code.layer_config import LayerConfig
+from ..checkpoint_code.settings import KernelFFNConfig
 from ..checkpoint_code.tied import AnyKernelFFN
 from ..families.lookup import StockFFN, get_attribute_at
 from ..families.weights import FFNWeights, read_stock_weights

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig, name_reference_values
+from ..checkpoint_code.layer_config import LayerConfig, name_reference_values
+from ..checkpoint_code.settings import KernelFFNConfig
 from ..compat import get_tied_parameter_names
 from ..families.lookup import StockFFN
 from ..families.student import make_config_entry, make_meta_student

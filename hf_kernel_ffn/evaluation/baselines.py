@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.kernels import get_kernel
+from ..checkpoint_code.layer_config import LayerConfig
 from ..checkpoint_code.modeling import KernelModelMixin
 from ..checkpoint_code.record import Readout
-from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from ..checkpoint_code.settings import KernelFFNConfig
 from ..checkpoint_code.simplex import top_k_mask
 from ..conversion.layer import make_layer_config
 from ..conversion.sampling import read_fit_sample

@@ -18,7 +18,7 @@ from ..checkpoint_code.integrity import (
     compute_checksums,
     read_json,
 )
-from ..checkpoint_code.settings import FORMAT
+from ..checkpoint_code.layer_config import FORMAT
 from .kernel_files import CUSTOM_KERNEL, has_custom_kernel
 from .loading import get_student_class, load_pretrained
 

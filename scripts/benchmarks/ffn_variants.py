@@ -13,9 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_kernel_ffn.checkpoint_code.ffn import KernelFFN
 from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 from hf_kernel_ffn.checkpoint_code.settings import (
     KernelFFNConfig,
-    LayerConfig,
     choose_default_settings,
     resolve_defaults,
 )

@@ -8,7 +8,8 @@ import torch
 from hf_kernel_ffn.checkpoint_code.errors import InputError
 from hf_kernel_ffn.checkpoint_code.ffn import KernelFFN
 from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
-from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, LayerConfig, resolve_defaults
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
+from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, resolve_defaults
 from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN, make_ffn
 
 SIZE, UNITS, PIECES = 8, 12, 3

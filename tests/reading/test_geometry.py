@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_kernel_ffn import InputError, KernelFFN, KernelFFNConfig, Readout, convert
 from hf_kernel_ffn.checkpoint_code.kernels import KERNELS, Kernel, register_kernel
-from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 from hf_kernel_ffn.reading import trace
 from hf_kernel_ffn.reading.attention import symmetrised_attention
 from hf_kernel_ffn.reading.decompositions import alternatives, caratheodory, share_spread

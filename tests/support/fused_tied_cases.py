@@ -9,8 +9,9 @@ import torch
 from hf_kernel_ffn import InputError
 from hf_kernel_ffn.checkpoint_code.knot_blocks import BLOCKS
 from hf_kernel_ffn.checkpoint_code.knots import Knots
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 from hf_kernel_ffn.checkpoint_code.plan import Form, choose_tied_form
-from hf_kernel_ffn.checkpoint_code.settings import MOST_PIECES, KernelFFNConfig, LayerConfig
+from hf_kernel_ffn.checkpoint_code.settings import MOST_PIECES, KernelFFNConfig
 from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
 from hf_kernel_ffn.gpu import fused, trial, triton_kernels
 from hf_kernel_ffn.gpu.fused import Fused, fuse

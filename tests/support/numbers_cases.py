@@ -8,7 +8,7 @@ import torch
 from hf_kernel_ffn import KernelFFN, KernelFFNConfig
 from hf_kernel_ffn.checkpoint_code.ffn import _log_loudness
 from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
-from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 
 EXPONENTIALS = ("exponential-yat", "exponential", "gaussian")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
