@@ -42,7 +42,7 @@ class LayerConfig:
     """One converted FFN as config.json records it: everything needed to rebuild the module."""
 
     settings: KernelFFNConfig
-    """What was asked for, with the initialiser resolved."""
+    """What was asked for, with all that was left open chosen."""
     hidden_size: int
     """Width of the residual stream."""
     prototypes: int
@@ -87,6 +87,7 @@ class LayerConfig:
         reject_unknown_fields(cls, entry, "kernel_ffn layer")
         settings_entry = require_mapping("kernel_ffn settings", entry.pop("settings", None))
         reject_unknown_fields(KernelFFNConfig, settings_entry, "kernel_ffn settings")
+        _check_resolved(settings_entry)
         for name in ("hidden_size", "prototypes"):
             require_size(name, entry.get(name))
 
@@ -120,6 +121,16 @@ def name_reference_values(settings: KernelFFNConfig) -> list[str]:
     if settings.simplex == "threshold":
         names.append("threshold")
     return names
+
+
+def _check_resolved(settings_entry: Mapping[str, Any]) -> None:
+    """InputError where settings leave open what a conversion has chosen."""
+    for name in ("kernel", "values"):
+        if not settings_entry.get(name):
+            raise InputError(
+                f"found {name}={settings_entry.get(name)!r} in the kernel_ffn settings, expected "
+                f"a name: {DAMAGED}"
+            )
 
 
 def _check_reference(reference: dict[str, Any], settings: KernelFFNConfig) -> None:

@@ -5,7 +5,9 @@ This file travels inside converted checkpoints: it imports nothing but torch and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .checks import (
     is_positive_integer,
@@ -39,9 +41,11 @@ PLAIN_PIECES = 7
 the parameters of a MiniLM."""
 MOST_PIECES = 32
 """Kernels per unit, at most: every one is an elementwise step of the forward pass."""
-TIED_KERNEL = "brownian"
-"""The kernel of tied rows unless settings say which: of those that stand in for a unit this
-closely it alone is positive definite."""
+DEFAULT_KERNELS = {"free": "half-yat", "tied": "brownian"}
+"""The kernel unless settings say which, by the rows.
+
+Of the kernels that stand in for a unit as closely as brownian does, it alone is positive definite.
+"""
 LARGEST_EXPANSION = 8
 """Prototypes per hidden unit, at most: more stand in for a unit no more closely."""
 
@@ -53,8 +57,11 @@ class KernelFFNConfig:
     Validates itself: InputError names the field and the reason.
     """
 
-    kernel: str = "half-yat"
-    """Similarity of input and input prototypes: a registered kernel that is nowhere negative."""
+    kernel: str = ""
+    """Similarity of input and input prototypes: a registered kernel that is nowhere negative.
+
+    Left empty: brownian where rows are tied, half-yat where they are free.
+    """
     simplex: str = "softmax"
     """How log-kernels become shares: softmax, sparsemax, entmax-1.5, top-k or threshold.
 
@@ -75,12 +82,12 @@ class KernelFFNConfig:
     the mean input that fires a unit, one for each sign of a gated unit. pieces goes with tied rows.
     None: the family's default.
     """
-    values: str = "fixed"
+    values: str | None = None
     """fixed, gated or product.
 
     fixed output prototypes are the unit's own; gated ones are multiplied by its u·x (gated FFNs,
     free rows); product makes kernels products with relu(±u·x), which write v or −v (gated FFNs,
-    tied rows).
+    tied rows). None: product where rows are tied and the FFN has a gate, otherwise fixed.
     """
     temperature: float | None = None
     """τ, the shares being map(log κ / τ).
@@ -108,9 +115,12 @@ class KernelFFNConfig:
     """Kernels per unit where rows are tied. None: 8, or 7 where the FFN has no gate."""
 
     def __post_init__(self) -> None:
+        require_one_of("rows", self.rows, ROWS)
+        self._choose_by_rows()
         require_one_of("simplex", self.simplex, SIMPLEX_MAPS)
         require_one_of("intensity", self.intensity, INTENSITIES)
-        require_one_of("values", self.values, VALUES)
+        if self.values is not None:
+            require_one_of("values", self.values, VALUES)
         if self.init is not None:
             require_one_of("init", self.init, INITIALISERS)
         if not get_kernel(self.kernel).nonnegative:
@@ -136,9 +146,15 @@ class KernelFFNConfig:
                 "use init 'single'"
             )
 
+    def _choose_by_rows(self) -> None:
+        """Choose what is not given and follows from the rows alone."""
+        if not self.kernel:
+            object.__setattr__(self, "kernel", DEFAULT_KERNELS[self.rows])
+        if self.values is None and self.rows == "free":
+            object.__setattr__(self, "values", "fixed")
+
     def _check_rows(self) -> None:
         """InputError where a setting does not go with the rows."""
-        require_one_of("rows", self.rows, ROWS)
         if self.rows == "free":
             if get_kernel(self.kernel).uses_knot:
                 raise InputError(
@@ -155,7 +171,7 @@ class KernelFFNConfig:
         expected: dict[str, tuple[object, ...]] = {
             "simplex": ("softmax",),
             "intensity": ("mass",),
-            "values": ("fixed", "product"),
+            "values": (None, "fixed", "product"),
             "init": (None, "pieces"),
             "temperature": (None, 1.0),
             "expansion": (None,),
@@ -208,22 +224,41 @@ class KernelFFNConfig:
         return "convex" if self.intensity == "none" else "conic"
 
 
-def choose_default_settings(gated_teacher: bool) -> KernelFFNConfig:
-    """The most faithful settings for a gated or plain FFN: what a conversion takes by default.
+DEFAULT_SETTINGS = KernelFFNConfig(rows="tied")
+"""What a conversion takes where nothing is said: the most faithful settings.
 
-    SmolLM2-135M converted by them without any text is within a KL of 0.002 nats of its teacher;
-    with two free prototypes per unit it is 0.6 nats away.
+SmolLM2-135M converted by them without any text is within a KL of 0.002 nats of its teacher; with
+two free prototypes per unit it is 0.6 nats away.
+"""
+
+
+def make_settings(fields: Mapping[str, Any]) -> KernelFFNConfig:
+    """The settings for which a command line or a recipe gives these ``fields``.
+
+    Without any they are DEFAULT_SETTINGS. Otherwise rows are free unless ``rows``, ``pieces`` or
+    values ``product`` say that they are tied, since most fields are of free rows alone.
+
+    Raises:
+        InputError: a field or the combination is refused.
     """
-    values = "product" if gated_teacher else "fixed"
-    return KernelFFNConfig(kernel=TIED_KERNEL, values=values, rows="tied")
+    if not fields:
+        return DEFAULT_SETTINGS
+    if "rows" in fields:
+        return KernelFFNConfig(**fields)
+    is_tied = "pieces" in fields or fields.get("values") == "product"
+    return KernelFFNConfig(**fields, rows="tied" if is_tied else "free")
 
 
 def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConfig:
-    """``config`` with its initialiser and expansion resolved for a gated or plain teacher FFN.
+    """``config`` with all that it leaves open chosen for a gated or plain teacher FFN.
+
+    That is its values, its initialiser, and its expansion or number of pieces.
 
     Raises:
         InputError: the combination does not exist for such an FFN.
     """
+    if config.values is None:
+        config = replace(config, values="product" if gated_teacher else "fixed")
     if not gated_teacher and config.values == "gated":
         raise InputError(
             "found values 'gated' for an FFN without a gate: its units have one row each; "
@@ -234,7 +269,6 @@ def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNC
             "found init 'polarised' for an FFN without a gate: it splits a unit's two rows; "
             "use init 'single'"
         )
-
     if not gated_teacher and config.values == "product":
         raise InputError(
             "found values 'product' for an FFN without a gate: its units have one row each; "

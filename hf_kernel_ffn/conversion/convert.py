@@ -13,19 +13,10 @@ from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.modeling import install_ffn
-from ..checkpoint_code.settings import (
-    KernelFFNConfig,
-    choose_default_settings,
-    resolve_defaults,
-)
+from ..checkpoint_code.settings import DEFAULT_SETTINGS, KernelFFNConfig, resolve_defaults
 from ..checkpoint_code.tied import AnyKernelFFN
 from ..families.detection import refuse_undescribed_ffns
-from ..families.lookup import (
-    StockFFN,
-    choose_layers,
-    find_stock_ffns,
-    parse_layers,
-)
+from ..families.lookup import StockFFN, choose_layers, find_stock_ffns, parse_layers
 from ..families.registry import get_architecture_of_model
 from ..families.student import make_config_entry, make_student_from_entry
 from ..families.weights import is_finite, refuse_quantised_weights
@@ -85,7 +76,7 @@ def convert(
 
     Args:
         config: settings for every layer, or one per layer number (then those layers are converted);
-            None: the most faithful, :func:`choose_default_settings`.
+            None: the most faithful, ``KernelFFNConfig(rows="tied")``.
         layers: which layers, as numbers or ``"0-5,7"``, or by a pattern of FFN paths, such as
             ``"text_model.*"``; None for all. Several stacks are counted on; the experts of a layer
             have its number.
@@ -216,9 +207,7 @@ def choose_ffns(
     for ffn in chosen.values():
         refuse_quantised_weights(ffn)
     return chosen, {
-        path: resolve_defaults(
-            per_layer[ffn.number] or choose_default_settings(ffn.shape.gated), ffn.shape.gated
-        )
+        path: resolve_defaults(per_layer[ffn.number], ffn.shape.gated)
         for path, ffn in chosen.items()
     }
 
@@ -265,8 +254,8 @@ def _settings_by_layer(
     config: KernelFFNConfig | Mapping[int, KernelFFNConfig] | None,
     layers: str | list[int] | None,
     ffns: dict[str, StockFFN],
-) -> dict[int, KernelFFNConfig | None]:
-    """The settings of each layer that is to be converted, by its number; None: the defaults."""
+) -> dict[int, KernelFFNConfig]:
+    """The settings of each layer that is to be converted, by its number."""
     count = len({ffn.number for ffn in ffns.values()})
     if isinstance(config, Mapping):
         if layers is not None:
@@ -282,4 +271,4 @@ def _settings_by_layer(
         numbers = choose_layers(layers, ffns)
     else:
         numbers = choose_layers(",".join(map(str, layers)), ffns)
-    return dict.fromkeys(numbers, config)
+    return dict.fromkeys(numbers, config or DEFAULT_SETTINGS)

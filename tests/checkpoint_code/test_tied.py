@@ -183,7 +183,7 @@ def test_brownian_product_is_the_sum_over_points_of_the_plane():
 def test_free_rows_have_no_knots():
     with pytest.raises(InputError, match="rows 'free', expected rows 'tied'"):
         KernelFFNConfig(kernel="brownian")
-    fixed = KernelFFNConfig(kernel="brownian", rows="tied")
+    fixed = KernelFFNConfig(rows="tied", values="fixed")
     with pytest.raises(InputError, match="expected 'product'"):
         resolve_defaults(fixed, gated_teacher=True)
 

@@ -82,6 +82,7 @@ def recipe(teacher_folder, short_text, student_folder):
         content = {
             "teacher": str(teacher_folder(family)),
             "student": str(student_folder) if variant == "student" else None,
+            "kernel_ffn": {"rows": "free"},
             "data": {"train": str(short_text), "sequence_length": 32, "shuffle_buffer": 16},
             "stages": [LAYER_WISE, LOGITS],
             "output_dir": str(out),
@@ -255,6 +256,7 @@ def test_a_trained_teacher_is_approached_on_every_layer(tmp_path, tokenizer, ids
     shipped, text = RECIPES / "teachers" / "llama", RECIPES / "text"
     common = {
         "teacher": str(shipped),
+        "kernel_ffn": {"rows": "free"},
         "data": {
             "train": str(text / "books-distil.txt"),
             "sequence_length": 128,

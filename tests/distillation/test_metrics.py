@@ -38,6 +38,7 @@ def recipe(teacher_folder, text_file, tmp_path_factory):
     def make(out, data=(), **changes):
         content = {
             "teacher": str(teacher_folder("llama")),
+            "kernel_ffn": {"rows": "free"},
             "data": {
                 "train": str(text),
                 "sequence_length": 32,

@@ -17,6 +17,7 @@ def recipe(teacher_folder, text_file):
     def make(out, **changes):
         content = {
             "teacher": str(teacher_folder("llama")),
+            "kernel_ffn": {"rows": "free"},
             "data": {"train": str(text_file), "sequence_length": 32, "shuffle_buffer": 16},
             "stages": [LAYER_WISE],
             "output_dir": str(out),
