@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.integrity import BYTES, read_header, weight_files
+from ..checkpoint_code.untrusted_files import BYTES, read_header, weight_files
 from ..compat import (
     WeightConverter,
     WeightRenaming,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.integrity import read_json
+from ..checkpoint_code.untrusted_files import read_json
 from ..compat import find_cached_file
 from ..families.registry import get_architecture
 
