@@ -28,6 +28,8 @@ from .calibration_set import (
     PIECES_ROW_LENGTH,
     PIECES_TOKENS,
     CalibrationSet,
+    choose_calibration,
+    fits_only_pieces,
 )
 from .layer import convert_ffn
 from .replay_check import open_block_source
@@ -102,7 +104,7 @@ def convert(
             "found calibration_tokens 0 with calibration text, expected one of them: leave one out"
         )
     chosen, settings = choose_ffns(teacher, config, layers)
-    only_tied = all(layer_settings.rows == "tied" for layer_settings in settings.values())
+    only_pieces = fits_only_pieces(settings.values())
     _require_whole_and_finite(teacher, progress)
 
     with keep_as_it_was(teacher):
@@ -110,10 +112,11 @@ def convert(
         ids = calibration_ids
         if ids is None and calibration_tokens:
             ids = _write_calibration_text(
-                teacher, calibration_tokens, seed, only_tied=only_tied, progress=progress
+                teacher, calibration_tokens, seed, only_pieces=only_pieces, progress=progress
             )
-        choose = CalibrationSet.choose_for_pieces if only_tied else CalibrationSet.choose
-        calibration = None if ids is None else choose(ids, calibration_tokens)
+        calibration = None
+        if ids is not None:
+            calibration = choose_calibration(ids, calibration_tokens, only_pieces=only_pieces)
         kind = "own tokens" if calibration_ids is None else "text"
         report = start_report(teacher, calibration, kind)
         ffns = _convert_blocks(
@@ -123,11 +126,11 @@ def convert(
 
 
 def _write_calibration_text(
-    teacher: PreTrainedModel, tokens: int, seed: int, *, only_tied: bool, progress: bool
+    teacher: PreTrainedModel, tokens: int, seed: int, *, only_pieces: bool, progress: bool
 ) -> Inputs:
     """Token ids (rows, length) of the teacher's own making; few, in short rows, for pieces
     alone."""
-    if not only_tied:
+    if not only_pieces:
         return write_own_text(teacher, tokens, seed, progress=progress)
     return write_own_text(
         teacher, min(tokens, PIECES_TOKENS), seed, length=PIECES_ROW_LENGTH, progress=progress
