@@ -74,9 +74,9 @@ def __getattr__(name: str) -> object:
     try:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     except ImportError as error:  # as when transformers has moved something
-        from .versions import unsupported
+        from .versions import describe_unsupported_version
 
-        reason = unsupported()
+        reason = describe_unsupported_version()
         if reason is None:
             raise
         raise ImportError(f"{reason} ({error})") from error

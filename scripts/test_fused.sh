@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests of the Triton kernels, by Triton's interpreter where there is no GPU. Triton beside a CPU build of torch upsets other
-# packages, so it is put into a folder of its own.
+# The tests of the Triton kernels, by Triton's interpreter where there is no GPU. Triton beside a CPU
+# build of torch upsets other packages, so it is put into a folder of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || bash scripts/setup.sh dev

@@ -13,10 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import yaml
-from runs import make_step
 from safetensors.torch import load_file
 from teachers import tiny_teacher
 from torch.utils.data import Dataset
+from training_runs import make_step
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,6 +31,7 @@ from hf_kernel_ffn.checkpoint_code.linears import get_effective_weight
 from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.distillation.objectives import layer_wise, logits
 from hf_kernel_ffn.distillation.recipe import Stage
+from hf_kernel_ffn.evaluation.probes import multiple_choice
 from hf_kernel_ffn.storage.exporting import apply_surgery, export_surgery
 from hf_kernel_ffn.storage.publishing import FIGURES
 from hf_kernel_ffn.storage.verification import verify_folder
@@ -200,8 +201,18 @@ def test_lm_evaluation_harness(folder, tmp_path):
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     found = simple_evaluate(model, tasks=["local"], task_manager=manager, bootstrap_iters=0)
-    assert 0 <= found["results"]["local"]["acc,none"] <= 1
-    assert found["n-samples"]["local"]["effective"] == 6
+
+    questions = [
+        {"context": row["text"], "choices": row["choices"], "answer": row["label"]} for row in rows
+    ]
+    expected = multiple_choice(load(folder), AutoTokenizer.from_pretrained(folder), questions)
+    assert found["n-samples"]["local"]["effective"] == len(rows)
+    assert found["results"]["local"]["acc,none"] == pytest.approx(expected["accuracy"])
+    likelihoods = [
+        [likelihood for likelihood, _ in sample["filtered_resps"]]
+        for sample in found["samples"]["local"]
+    ]
+    assert [max(range(3), key=row.__getitem__) for row in likelihoods] == expected["choices"]
 
 
 def test_the_text_generation_pipeline(folder, student):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .carried_code import code_files, get_custom_kernel_file
 from .checks import reject_unknown_keys, require_mapping, require_module_path
 from .errors import InputError
-from .settings import ENTRY, FORMAT, STOCK_GUARD, LayerConfig
+from .layer_config import ENTRY, FORMAT, STOCK_GUARD, LayerConfig
 
 if TYPE_CHECKING:  # it is put before a stock config class
     from transformers import PreTrainedConfig as _StockConfig

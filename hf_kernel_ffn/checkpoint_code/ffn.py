@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from .decode import RowNorms, decode_token, is_one_token, score_token
+from .layer_config import LayerConfig
 from .linears import get_effective_weight, is_plain
 from .one_pass import mix_dense_yat
 from .parameters import ReadoutParameters, to_at_least_float32
 from .plan import Form, FusedKernels, choose_form
 from .record import Readout
-from .settings import LayerConfig
 from .simplex import compute_shares, top_k_mask
 
 ACTIVATION_BYTES = 2**28

@@ -108,11 +108,14 @@ def differentiate_knots(
     far: float | None,
     of_pieces: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of g, u, knot and amount by that of c, all (tokens, units), as a compiler fuses
-    them: one loop. Those that do not exist, or are not wanted, are empty."""
+    """Gradients of g, u, knot and amount by that of c, all (tokens, units).
+
+    A compiler fuses them into one loop. Those that do not exist, or are not wanted, are empty.
+    """
     change = gradient.to(knot.dtype)
     score = gate.to(knot.dtype)
     nothing = gate.new_empty(0)
+
     of_up = nothing
     by_gate = change
     if up is not None and far is not None:
@@ -121,9 +124,11 @@ def differentiate_knots(
         by_gate = change * factor
         by_up = change * sum_knots(score, knot, amount)
         of_up = by_up.where(factor == raw, 0.0).to(up.dtype)
+
     signed = amount * knot.sign()
     low = knot.clamp_max(0)
     high = knot.clamp_min(0)
+
     slope = torch.zeros_like(score)
     beyond = []
     everywhere = []
@@ -134,6 +139,7 @@ def differentiate_knots(
         share = by_gate * clamped
         beyond.append(share.masked_fill(inside, 0.0).sum(0))
         everywhere.append(share.sum(0))
+
     of_gate = (by_gate * slope.where(score != 0, 0.0)).to(gate.dtype)
     if not of_pieces:
         return of_gate, of_up, nothing, nothing
@@ -222,6 +228,7 @@ def _differentiate(
     assert gate is not None and knot is not None and amount is not None
     flat = _flat(gradient)
     through = flat if weight is None else flat @ weight.to(flat.dtype)
+
     of_weight = None
     found = None
     if any(wanted[:5]):
@@ -235,9 +242,11 @@ def _differentiate(
         )
         if weight is not None and wanted[4]:
             of_weight = (flat.T @ found.coefficients.to(flat.dtype)).to(weight.dtype)
+
     of_bias = flat.sum(0).to(bias.dtype) if bias is not None and wanted[5] else None
     if found is None:
         return [None, None, None, None, None, of_bias]
+
     of_up = None if up is None or found.up is None else found.up.view(up.shape)
     every = [found.gate.view(gate.shape), of_up, found.knot, found.amount, of_weight, of_bias]
     return [tensor if want else None for tensor, want in zip(every, wanted, strict=True)]

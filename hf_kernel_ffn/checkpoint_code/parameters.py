@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .kernels import Kernel, get_kernel
-from .settings import LayerConfig
+from .layer_config import LayerConfig
 
 LOG_RATIO_BOUND = 20.0
 """Learned log-ratios act as if no further from zero than this.

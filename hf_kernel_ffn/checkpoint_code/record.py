@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .settings import LayerConfig
+from .layer_config import LayerConfig
 
 
 class Readout(NamedTuple):

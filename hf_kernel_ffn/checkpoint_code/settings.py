@@ -1,4 +1,4 @@
-"""The settings of a kernel-readout FFN, and how config.json records a converted one.
+"""The settings of a kernel-readout FFN, and what they are where they are not given.
 
 This file travels inside converted checkpoints: it imports nothing but torch and transformers.
 """
@@ -6,38 +6,19 @@ This file travels inside converted checkpoints: it imports nothing but torch and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .checks import (
-    DAMAGED,
     is_positive_integer,
-    reject_unknown_fields,
-    require_count,
-    require_mapping,
-    require_module_path,
     require_number,
     require_one_of,
     require_positive_number,
-    require_size,
 )
 from .custom_kernel import __doc__ as _custom_kernel  # noqa: F401  (registers a user's own kernel)
 from .errors import InputError
 from .kernels import get_kernel
 from .simplex import SIMPLEX_MAPS
-
-FORMAT = 1
-"""Version of the ``kernel_ffn`` entry that this code writes and reads."""
-ENTRY = ("format", "package_version", "family", "teacher_class", "activation", "layers")
-"""Keys of the ``kernel_ffn`` entry."""
-STOCK_GUARD = (
-    "kernel_ffn checkpoint: load it by an Auto class with trust_remote_code=True, "
-    "or with hf_kernel_ffn installed"
-)
-"""Stands in config.json where the teacher's activation name was.
-
-Stock classes, which know no such activation, then refuse the checkpoint.
-"""
 
 INTENSITIES = ("none", "mass", "gate")
 """How loudly a mixture may be written."""
@@ -60,9 +41,11 @@ PLAIN_PIECES = 7
 the parameters of a MiniLM."""
 MOST_PIECES = 32
 """Kernels per unit, at most: every one is an elementwise step of the forward pass."""
-TIED_KERNEL = "brownian"
-"""The kernel of tied rows unless settings say which: of those that stand in for a unit this
-closely it alone is positive definite."""
+DEFAULT_KERNELS = {"free": "half-yat", "tied": "brownian"}
+"""The kernel unless settings say which, by the rows.
+
+Of the kernels that stand in for a unit as closely as brownian does, it alone is positive definite.
+"""
 LARGEST_EXPANSION = 8
 """Prototypes per hidden unit, at most: more stand in for a unit no more closely."""
 
@@ -74,8 +57,11 @@ class KernelFFNConfig:
     Validates itself: InputError names the field and the reason.
     """
 
-    kernel: str = "half-yat"
-    """Similarity of input and input prototypes: a registered kernel that is nowhere negative."""
+    kernel: str = ""
+    """Similarity of input and input prototypes: a registered kernel that is nowhere negative.
+
+    Left empty: brownian where rows are tied, half-yat where they are free.
+    """
     simplex: str = "softmax"
     """How log-kernels become shares: softmax, sparsemax, entmax-1.5, top-k or threshold.
 
@@ -96,12 +82,12 @@ class KernelFFNConfig:
     the mean input that fires a unit, one for each sign of a gated unit. pieces goes with tied rows.
     None: the family's default.
     """
-    values: str = "fixed"
+    values: str | None = None
     """fixed, gated or product.
 
     fixed output prototypes are the unit's own; gated ones are multiplied by its u·x (gated FFNs,
     free rows); product makes kernels products with relu(±u·x), which write v or −v (gated FFNs,
-    tied rows).
+    tied rows). None: product where rows are tied and the FFN has a gate, otherwise fixed.
     """
     temperature: float | None = None
     """τ, the shares being map(log κ / τ).
@@ -129,9 +115,12 @@ class KernelFFNConfig:
     """Kernels per unit where rows are tied. None: 8, or 7 where the FFN has no gate."""
 
     def __post_init__(self) -> None:
+        require_one_of("rows", self.rows, ROWS)
+        self._choose_by_rows()
         require_one_of("simplex", self.simplex, SIMPLEX_MAPS)
         require_one_of("intensity", self.intensity, INTENSITIES)
-        require_one_of("values", self.values, VALUES)
+        if self.values is not None:
+            require_one_of("values", self.values, VALUES)
         if self.init is not None:
             require_one_of("init", self.init, INITIALISERS)
         if not get_kernel(self.kernel).nonnegative:
@@ -157,9 +146,15 @@ class KernelFFNConfig:
                 "use init 'single'"
             )
 
+    def _choose_by_rows(self) -> None:
+        """Choose what is not given and follows from the rows alone."""
+        if not self.kernel:
+            object.__setattr__(self, "kernel", DEFAULT_KERNELS[self.rows])
+        if self.values is None and self.rows == "free":
+            object.__setattr__(self, "values", "fixed")
+
     def _check_rows(self) -> None:
         """InputError where a setting does not go with the rows."""
-        require_one_of("rows", self.rows, ROWS)
         if self.rows == "free":
             if get_kernel(self.kernel).uses_knot:
                 raise InputError(
@@ -176,7 +171,7 @@ class KernelFFNConfig:
         expected: dict[str, tuple[object, ...]] = {
             "simplex": ("softmax",),
             "intensity": ("mass",),
-            "values": ("fixed", "product"),
+            "values": (None, "fixed", "product"),
             "init": (None, "pieces"),
             "temperature": (None, 1.0),
             "expansion": (None,),
@@ -229,130 +224,41 @@ class KernelFFNConfig:
         return "convex" if self.intensity == "none" else "conic"
 
 
-@dataclass(frozen=True)
-class LayerConfig:
-    """One converted FFN as config.json records it: everything needed to rebuild the module."""
+DEFAULT_SETTINGS = KernelFFNConfig(rows="tied")
+"""What a conversion takes where nothing is said: the most faithful settings.
 
-    settings: KernelFFNConfig
-    """What was asked for, with the initialiser resolved."""
-    hidden_size: int
-    """Width of the residual stream."""
-    prototypes: int
-    """Input prototypes: rows of the dictionary, or the units that pieces are tied to."""
-    reference: Mapping[str, float] = field(default_factory=dict)
-    """What conversion found for this layer, exact.
+SmolLM2-135M converted by them without any text is within a KL of 0.002 nats of its teacher; with
+two free prototypes per unit it is 0.6 nats away.
+"""
 
-    ``scale`` of the intensity, ``temperature``, ``threshold`` of κ, ``far`` where the products of
-    knotted kernels stand, and the kernel's parameters.
-    The weights hold learned log-ratios to these, zero at conversion, so that half precision loses
-    nothing.
+
+def make_settings(fields: Mapping[str, Any]) -> KernelFFNConfig:
+    """The settings for which a command line or a recipe gives these ``fields``.
+
+    Without any they are DEFAULT_SETTINGS. Otherwise rows are free unless ``rows``, ``pieces`` or
+    values ``product`` say that they are tied, since most fields are of free rows alone.
+
+    Raises:
+        InputError: a field or the combination is refused.
     """
-    dropout: float = 0.0
-    """The teacher FFN's dropout on its output."""
-    hidden_dropout: float = 0.0
-    """The teacher FFN's dropout on its hidden units, here on the coefficients."""
-    number: int = 0
-    """The block's number, counted over all stacks."""
-    absorbed: tuple[str, ...] = ()
-    """Paths under the base model of what the readout makes needless.
-
-    There are some where the FFN was no module of its own: modules there become the identity,
-    numbers zero.
-    """
-    experts: int = 0
-    """If this is one expert of a mixture, how many there are."""
-    gated: bool = False
-    """Where rows are tied, whether the teacher's units have two rows."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The entry of config.json."""
-        return {**asdict(self), "absorbed": list(self.absorbed)}
-
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> LayerConfig:
-        """The layer that ``entry`` of config.json describes.
-
-        Raises:
-            InputError: a key is unknown or missing, or a value of another type or out of range.
-        """
-        entry = dict(require_mapping("kernel_ffn layer", entry))
-        reject_unknown_fields(cls, entry, "kernel_ffn layer")
-        settings_entry = require_mapping("kernel_ffn settings", entry.pop("settings", None))
-        reject_unknown_fields(KernelFFNConfig, settings_entry, "kernel_ffn settings")
-        for name in ("hidden_size", "prototypes"):
-            require_size(name, entry.get(name))
-
-        settings = KernelFFNConfig(**settings_entry)
-        reference = require_mapping("kernel_ffn reference", entry.get("reference"))
-        _check_reference(reference, settings)
-        entry["absorbed"] = _check_absorbed(entry.get("absorbed", ()))
-        for name in ("dropout", "hidden_dropout"):
-            expected = f"a number from 0 to 1: {DAMAGED}"
-            require_number(name, entry.get(name, 0.0), expected, least=0, most=1)
-        for name in ("number", "experts"):
-            require_count(name, entry.get(name, 0))
-        if not isinstance(entry.get("gated", False), bool):
-            raise InputError(
-                f"found gated={entry['gated']!r} in the kernel_ffn entry, expected true or false: "
-                f"{DAMAGED}"
-            )
-        return cls(settings=settings, **entry)
-
-
-def name_reference_values(settings: KernelFFNConfig) -> list[str]:
-    """The names of all reference values that a layer with resolved ``settings`` needs."""
-    kernel = get_kernel(settings.kernel)
-    names = [*kernel.parameters]
-    if settings.intensity != "none":
-        names.append("scale")
-    if settings.values == "product" and kernel.uses_knot:
-        names.append("far")
-    if not settings.coefficients_are_kernel:
-        names.append("temperature")
-    if settings.simplex == "threshold":
-        names.append("threshold")
-    return names
-
-
-def _check_reference(reference: dict[str, Any], settings: KernelFFNConfig) -> None:
-    """InputError unless ``reference`` has a positive number for all that ``settings`` need."""
-    for name in name_reference_values(settings):
-        value = reference.get(name)
-        if value is None:
-            raise InputError(
-                f"found no reference value {name!r} in the kernel_ffn entry, "
-                f"expected one: {DAMAGED}"
-            )
-        require_positive_number(f"reference {name}", value, f"a positive number: {DAMAGED}")
-
-
-def _check_absorbed(paths: object) -> tuple[str, ...]:
-    """``paths`` as a tuple; InputError unless it is a list of paths under the base model."""
-    if not isinstance(paths, (list, tuple)):
-        raise InputError(
-            f"found absorbed={paths!r} in the kernel_ffn entry, expected a list of paths: {DAMAGED}"
-        )
-    for path in paths:
-        require_module_path("absorbed paths of the kernel_ffn entry", path)
-    return tuple(paths)
-
-
-def choose_default_settings(gated_teacher: bool) -> KernelFFNConfig:
-    """The most faithful settings for a gated or plain FFN: what a conversion takes by default.
-
-    SmolLM2-135M converted by them without any text is within a KL of 0.002 nats of its teacher;
-    with two free prototypes per unit it is 0.6 nats away.
-    """
-    values = "product" if gated_teacher else "fixed"
-    return KernelFFNConfig(kernel=TIED_KERNEL, values=values, rows="tied")
+    if not fields:
+        return DEFAULT_SETTINGS
+    if "rows" in fields:
+        return KernelFFNConfig(**fields)
+    is_tied = "pieces" in fields or fields.get("values") == "product"
+    return KernelFFNConfig(**fields, rows="tied" if is_tied else "free")
 
 
 def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNConfig:
-    """``config`` with its initialiser and expansion resolved for a gated or plain teacher FFN.
+    """``config`` with all that it leaves open chosen for a gated or plain teacher FFN.
+
+    That is its values, its initialiser, and its expansion or number of pieces.
 
     Raises:
         InputError: the combination does not exist for such an FFN.
     """
+    if config.values is None:
+        config = replace(config, values="product" if gated_teacher else "fixed")
     if not gated_teacher and config.values == "gated":
         raise InputError(
             "found values 'gated' for an FFN without a gate: its units have one row each; "
@@ -363,7 +269,6 @@ def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNC
             "found init 'polarised' for an FFN without a gate: it splits a unit's two rows; "
             "use init 'single'"
         )
-
     if not gated_teacher and config.values == "product":
         raise InputError(
             "found values 'product' for an FFN without a gate: its units have one row each; "

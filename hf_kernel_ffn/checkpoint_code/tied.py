@@ -35,11 +35,12 @@ from .ffn import ACTIVATION_BYTES, KernelFFN
 from .kernels import Kernel, get_kernel
 from .knot_blocks import BLOCKS
 from .knots import mix_knots
+from .layer_config import LayerConfig
 from .linears import get_effective_weight
 from .parameters import ConstrainedParameters, fill_linear, to_at_least_float32
 from .plan import Form, FusedKernels, choose_tied_form
 from .record import Readout
-from .settings import PIECES, LayerConfig
+from .settings import PIECES
 
 CACHED_NUMBERS = 2**16
 """Scores that are worked on at once on a CPU: this many float32 numbers, several times over, fit

@@ -55,9 +55,9 @@ def run_app(command: Callable[[], object]) -> None:
     except (InputError, FloatingPointError) as error:
         _exit_with_message(str(error), error)
     except Exception as error:
-        from ..versions import unsupported
+        from ..versions import describe_unsupported_version
 
-        reason = unsupported()
+        reason = describe_unsupported_version()
         if reason is None:
             raise
         _exit_with_message(f"{reason} ({type(error).__name__})", error)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from .options import Bos, Chat, Device, Dtype, make_text_format, quieten
 from .tables import print_conversion
-
-if TYPE_CHECKING:
-    from ..checkpoint_code.settings import KernelFFNConfig
 
 LEAST_CALIBRATION_TOKENS = 256
 """Fewer say too little of what a unit reads."""
@@ -108,9 +104,9 @@ def convert(
     It is saved in the dtype that MODEL is stored in; that of a .gguf file in --dtype.
     """
     from ..checkpoint_code.errors import InputError
+    from ..checkpoint_code.settings import make_settings
     from ..conversion import convert as conversion
     from ..conversion.streaming import convert_streamed
-    from ..families.registry import get_architecture_of_model
     from ..storage.checkpoint import save_converted
     from ..storage.files import new_folder, require_empty
     from ..storage.kernel_files import import_kernel
@@ -155,8 +151,7 @@ def convert(
         "expansion": expansion,
         "temperature": temperature,
     }
-    given = {name: value for name, value in fields.items() if value is not None}
-    choose_settings(given, gated=True)  # refuses before the model is loaded
+    settings = make_settings({name: value for name, value in fields.items() if value is not None})
 
     tokenizer = None
     if calibration_text is not None:
@@ -164,7 +159,6 @@ def convert(
         tokenizer = load_tokenizer(model)
         find_row_frame(tokenizer, text_format)  # refuses before the model is loaded
     teacher = load_stock_on_meta(model) if stream else load_teacher(model, dtype, device)
-    settings = choose_settings(given, gated=get_architecture_of_model(teacher).gated)
     ids = None
     if calibration_text is not None and tokenizer is not None:
         check_tokenizer(tokenizer, teacher)
@@ -186,23 +180,3 @@ def convert(
         f"calibrated on {report.calibration_tokens:,} tokens ({report.calibration}); "
         f"saved in {out_dir}"
     )
-
-
-def choose_settings(given: Mapping[str, Any], gated: bool) -> KernelFFNConfig | None:
-    """The settings of a conversion for which these fields are ``given``; None: the defaults.
-
-    Rows are free where nothing says otherwise, since most fields are of free rows. With tied rows
-    the values are a product unless they are given, or the FFNs have no gate.
-    """
-    from ..checkpoint_code.settings import TIED_KERNEL, KernelFFNConfig
-
-    if not given:
-        return None
-    fields = dict(given)
-    if "rows" not in fields:
-        is_tied = "pieces" in fields or fields.get("values") == "product"
-        fields["rows"] = "tied" if is_tied else "free"
-    if fields["rows"] == "tied":
-        fields.setdefault("kernel", TIED_KERNEL)
-        fields.setdefault("values", "product" if gated else "fixed")
-    return KernelFFNConfig(**fields)

@@ -32,12 +32,12 @@ def families(
     from ..families.registry import ARCHITECTURES
 
     if explain is not None:
-        from ..families.detection import explain_ffns as rows
+        from ..families.detection import explain_ffns
         from ..storage.loading import load_empty_teacher
 
         quieten()
-        found = rows(load_empty_teacher(explain, trust_remote_code))
-        print_table(["FFN", "sizes", "activation", "entry"], [list(row.values()) for row in found])
+        rows = explain_ffns(load_empty_teacher(explain, trust_remote_code))
+        print_table(["FFN", "sizes", "activation", "entry"], [list(row.values()) for row in rows])
         return
     if check is not None:
         _check_family(check)

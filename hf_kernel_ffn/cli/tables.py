@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
 
+PLAIN_WIDTH = 140
+"""Columns of a table that goes to no terminal."""
 
-def print_report(report: dict) -> None:
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """Print an evaluation: figures of the predictions, and of every layer beside its teacher's."""
     names = [
         "student.cross_entropy",
         "teacher.cross_entropy",
@@ -23,11 +27,12 @@ def print_report(report: dict) -> None:
         names += ["generation.tokens_until_difference", "generation.equal_continuations"]
     rows = []
     for name in names:
-        value = report
+        value: Any = report
         for key in name.split("."):
             value = value[key]
         rows.append([name, f"{value:.4f}"])
     print_table(["figure", f"over {report['tokens']:,} predicted tokens"], rows)
+
     columns = {
         "fvu": ("FVU", ".4f"),
         "spike_tokens": ("spikes", "d"),
@@ -69,12 +74,19 @@ def _format_units(units: list) -> str:
     return ", ".join(f"{unit}: {share:.0%}" for unit, share in units) or "no few"
 
 
-def print_reading(found: dict) -> None:
-    typer.echo(
-        f"at token {found['position']} {found['token']!r}; next: "
-        + ", ".join(f"{t!r} {p:.1%}" for t, p in found["next"])
-    )
-    head = [
+def print_reading(reading: Mapping[str, Any]) -> None:
+    """Print a :func:`~hf_kernel_ffn.reading.summary.summary`: layers, contributions, the logit."""
+    likely = ", ".join(f"{token!r} {probability:.1%}" for token, probability in reading["next"])
+    typer.echo(f"at token {reading['position']} {reading['token']!r}; next: {likely}")
+    _print_mixtures(reading["layers"])
+    for layer in reading["layers"]:
+        _print_contributions(layer)
+    _print_logit(reading["logit"])
+
+
+def _print_mixtures(layers: Sequence[Mapping[str, Any]]) -> None:
+    """Print the figures of every layer's mixture."""
+    header = [
         "layer",
         "regime",
         "intensity",
@@ -87,7 +99,7 @@ def print_reading(found: dict) -> None:
         "",
     ]
     rows = []
-    for layer in found["layers"]:
+    for layer in layers:
         support = layer.get("support")
         rows.append(
             [
@@ -103,60 +115,55 @@ def print_reading(found: dict) -> None:
                 layer["diagnosis"],
             ]
         )
-    print_table(head, rows)
-    for layer in found["layers"]:
-        shares = layer["contributions"] and layer["contributions"][0]["share"] is not None
-        rows = [
-            [
-                c["name"],
-                f"{c['share']:.1%}" if shares else f"{c['coefficient']:+.3f}",
-                f"{c['along']:+.3f}",
-                c["writes"],
-            ]
-            for c in layer["contributions"]
-        ]
-        print_table(
-            [
-                f"layer {layer['layer']}",
-                "share" if shares else "coefficient",
-                "along the output",
-                "writes",
-            ],
-            rows,
-        )
-    logit = found["logit"]
+    print_table(header, rows)
+
+
+def _print_contributions(layer: Mapping[str, Any]) -> None:
+    """Print the largest contributions of one layer: shares of them where there are any."""
+    contributions = layer["contributions"]
+    has_shares = bool(contributions) and contributions[0]["share"] is not None
+    amount = "share" if has_shares else "coefficient"
+    form = ".1%" if has_shares else "+.3f"
     rows = [
         [
-            "–" if p["layer"] is None else str(p["layer"]),
-            p["kind"],
-            p["name"],
-            f"{p['amount']:+.3f}",
+            contribution["name"],
+            format(contribution[amount], form),
+            f"{contribution['along']:+.3f}",
+            contribution["writes"],
         ]
-        for p in logit["parts"]
+        for contribution in contributions
+    ]
+    print_table([f"layer {layer['layer']}", amount, "along the output", "writes"], rows)
+
+
+def _print_logit(logit: Mapping[str, Any]) -> None:
+    """Print the parts of the gap between two logits, or why it cannot be split."""
+    rows = [
+        [
+            "–" if part["layer"] is None else str(part["layer"]),
+            part["kind"],
+            part["name"],
+            f"{part['amount']:+.3f}",
+        ]
+        for part in logit["parts"]
     ]
     rows += [["", f"all {kind}", "", f"{amount:+.3f}"] for kind, amount in logit["kinds"].items()]
     rows += [["", "remainder", "", f"{logit['remainder']:+.1e}"]]
-    print_table(
-        [
-            "layer",
-            "from",
-            "",
-            f"logit of {logit['token']!r} over {logit['against']!r}: {logit['value']:.3f}",
-        ],
-        rows,
-    )
+    gap = f"logit of {logit['token']!r} over {logit['against']!r}: {logit['value']:.3f}"
+    print_table(["layer", "from", "", gap], rows)
     if "reason" in logit:
         typer.echo(logit["reason"])
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Print a table, as wide as the terminal, or PLAIN_WIDTH where there is none."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*header)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
 
 
 def print_conversion(layers: Mapping[str, Mapping[str, Any]]) -> None:

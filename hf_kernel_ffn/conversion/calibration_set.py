@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checkpoint_code.settings import KernelFFNConfig
 from ..text.inputs import Inputs, count_rows, select_rows, tokens_per_row
 
 CALIBRATION_TOKENS = 16_384
@@ -86,6 +87,18 @@ class CalibrationSet:
     def batches(self, purpose: Purpose) -> Iterator[Inputs]:
         """Yield the rows of one purpose, about ``BATCH_TOKENS`` at a time."""
         return split_batches(getattr(self, purpose))
+
+
+def fits_only_pieces(settings: Iterable[KernelFFNConfig]) -> bool:
+    """Whether a conversion by ``settings``, one for each FFN, solves for no output prototypes."""
+    return all(layer_settings.rows == "tied" for layer_settings in settings)
+
+
+def choose_calibration(inputs: Inputs, tokens: int, *, only_pieces: bool) -> CalibrationSet:
+    """Divide the first ``tokens`` of ``inputs`` (rows, …) by what they are read for."""
+    if only_pieces:
+        return CalibrationSet.choose_for_pieces(inputs, tokens)
+    return CalibrationSet.choose(inputs, tokens)
 
 
 def select_fit_rows(ids: Inputs, most: int | None = None) -> Inputs:

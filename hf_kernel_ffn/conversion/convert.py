@@ -13,19 +13,10 @@ from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.modeling import install_ffn
-from ..checkpoint_code.settings import (
-    KernelFFNConfig,
-    choose_default_settings,
-    resolve_defaults,
-)
+from ..checkpoint_code.settings import DEFAULT_SETTINGS, KernelFFNConfig, resolve_defaults
 from ..checkpoint_code.tied import AnyKernelFFN
 from ..families.detection import refuse_undescribed_ffns
-from ..families.lookup import (
-    StockFFN,
-    choose_layers,
-    find_stock_ffns,
-    parse_layers,
-)
+from ..families.lookup import StockFFN, choose_layers, find_stock_ffns, parse_layers
 from ..families.registry import get_architecture_of_model
 from ..families.student import make_config_entry, make_student_from_entry
 from ..families.weights import is_finite, refuse_quantised_weights
@@ -37,6 +28,8 @@ from .calibration_set import (
     PIECES_ROW_LENGTH,
     PIECES_TOKENS,
     CalibrationSet,
+    choose_calibration,
+    fits_only_pieces,
 )
 from .layer import convert_ffn
 from .replay_check import open_block_source
@@ -85,7 +78,7 @@ def convert(
 
     Args:
         config: settings for every layer, or one per layer number (then those layers are converted);
-            None: the most faithful, :func:`choose_default_settings`.
+            None: the most faithful, ``KernelFFNConfig(rows="tied")``.
         layers: which layers, as numbers or ``"0-5,7"``, or by a pattern of FFN paths, such as
             ``"text_model.*"``; None for all. Several stacks are counted on; the experts of a layer
             have its number.
@@ -111,7 +104,7 @@ def convert(
             "found calibration_tokens 0 with calibration text, expected one of them: leave one out"
         )
     chosen, settings = choose_ffns(teacher, config, layers)
-    only_tied = all(layer_settings.rows == "tied" for layer_settings in settings.values())
+    only_pieces = fits_only_pieces(settings.values())
     _require_whole_and_finite(teacher, progress)
 
     with keep_as_it_was(teacher):
@@ -119,10 +112,11 @@ def convert(
         ids = calibration_ids
         if ids is None and calibration_tokens:
             ids = _write_calibration_text(
-                teacher, calibration_tokens, seed, only_tied=only_tied, progress=progress
+                teacher, calibration_tokens, seed, only_pieces=only_pieces, progress=progress
             )
-        choose = CalibrationSet.choose_for_pieces if only_tied else CalibrationSet.choose
-        calibration = None if ids is None else choose(ids, calibration_tokens)
+        calibration = None
+        if ids is not None:
+            calibration = choose_calibration(ids, calibration_tokens, only_pieces=only_pieces)
         kind = "own tokens" if calibration_ids is None else "text"
         report = start_report(teacher, calibration, kind)
         ffns = _convert_blocks(
@@ -132,11 +126,11 @@ def convert(
 
 
 def _write_calibration_text(
-    teacher: PreTrainedModel, tokens: int, seed: int, *, only_tied: bool, progress: bool
+    teacher: PreTrainedModel, tokens: int, seed: int, *, only_pieces: bool, progress: bool
 ) -> Inputs:
     """Token ids (rows, length) of the teacher's own making; few, in short rows, for pieces
     alone."""
-    if not only_tied:
+    if not only_pieces:
         return write_own_text(teacher, tokens, seed, progress=progress)
     return write_own_text(
         teacher, min(tokens, PIECES_TOKENS), seed, length=PIECES_ROW_LENGTH, progress=progress
@@ -216,9 +210,7 @@ def choose_ffns(
     for ffn in chosen.values():
         refuse_quantised_weights(ffn)
     return chosen, {
-        path: resolve_defaults(
-            per_layer[ffn.number] or choose_default_settings(ffn.shape.gated), ffn.shape.gated
-        )
+        path: resolve_defaults(per_layer[ffn.number], ffn.shape.gated)
         for path, ffn in chosen.items()
     }
 
@@ -265,8 +257,8 @@ def _settings_by_layer(
     config: KernelFFNConfig | Mapping[int, KernelFFNConfig] | None,
     layers: str | list[int] | None,
     ffns: dict[str, StockFFN],
-) -> dict[int, KernelFFNConfig | None]:
-    """The settings of each layer that is to be converted, by its number; None: the defaults."""
+) -> dict[int, KernelFFNConfig]:
+    """The settings of each layer that is to be converted, by its number."""
     count = len({ffn.number for ffn in ffns.values()})
     if isinstance(config, Mapping):
         if layers is not None:
@@ -282,4 +274,4 @@ def _settings_by_layer(
         numbers = choose_layers(layers, ffns)
     else:
         numbers = choose_layers(",".join(map(str, layers)), ffns)
-    return dict.fromkeys(numbers, config)
+    return dict.fromkeys(numbers, config or DEFAULT_SETTINGS)

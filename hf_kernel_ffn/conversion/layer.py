@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint_code.ffn import KernelFFN
-from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from ..checkpoint_code.layer_config import LayerConfig
+from ..checkpoint_code.settings import KernelFFNConfig
 from ..checkpoint_code.tied import AnyKernelFFN
 from ..families.lookup import StockFFN, get_attribute_at
 from ..families.weights import FFNWeights, read_stock_weights
@@ -43,7 +44,9 @@ def convert_ffn(
     figures: dict[str, Any] = {}
     if settings.rows == "tied":
         size = weights.up.shape[1]
-        layer = make_layer_config(model, stock, settings, size, len(weights.up), {})
+        layer = make_layer_config(
+            model, stock, settings, size=size, prototypes=len(weights.up), reference={}
+        )
         ffn = make_tied_ffn(weights, layer, sample)
         if source is not None:
             figures = measure_fvu(ffn, stock, source.read(stock, "held_out"))
@@ -52,7 +55,9 @@ def convert_ffn(
         if source is not None:
             fitted = source.read(stock, "ridge")
             held = source.read(stock, "held_out")
-            figures = calibrate_ffn(ffn, stock, sample, fitted, held, settings.temperature)
+            figures = calibrate_ffn(
+                ffn, stock, sample, fitted=fitted, held=held, temperature=settings.temperature
+            )
     return ffn, {
         "prototypes": ffn.config.prototypes,
         "parameters": sum(parameter.numel() for parameter in ffn.parameters()),
@@ -77,13 +82,18 @@ def _make_free_ffn(
     if settings.simplex == "threshold":
         reference["threshold"] = 1.0  # found below
 
-    up_rows = up_bias = None
+    up_rows = None
+    up_bias = None
     if settings.values == "gated":
         unit = start.units.abs().long() - 1
         up_rows = weights.up.index_select(0, unit)
         up_bias = None if weights.up_bias is None else weights.up_bias[unit]
+    prototypes, size = start.rows.shape
+    layer = make_layer_config(
+        model, stock, settings, size=size, prototypes=prototypes, reference=reference
+    )
     ffn = KernelFFN.from_prototypes(
-        make_layer_config(model, stock, settings, start.rows.shape[1], len(start.rows), reference),
+        layer,
         rows=start.rows,
         dictionary=start.dictionary,
         units=start.units,
@@ -104,6 +114,7 @@ def make_layer_config(
     model: PreTrainedModel,
     stock: StockFFN,
     settings: KernelFFNConfig,
+    *,
     size: int,
     prototypes: int,
     reference: dict[str, float],
@@ -114,7 +125,7 @@ def make_layer_config(
         settings: resolved.
         size: hidden_size of the FFN.
         prototypes: how many.
-        reference: see :class:`hf_kernel_ffn.checkpoint_code.settings.LayerConfig`.
+        reference: see :class:`hf_kernel_ffn.checkpoint_code.layer_config.LayerConfig`.
     """
 
     def read_dropout(attribute: str | None) -> float:

@@ -96,6 +96,7 @@ def calibrate_ffn(
     ffn: KernelFFN,
     teacher: Callable[[Tensor], Tensor],
     sample: Tensor,
+    *,
     fitted: Iterable[Tensor],
     held: Iterable[Tensor],
     temperature: float | None,

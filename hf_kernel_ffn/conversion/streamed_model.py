@@ -12,7 +12,7 @@ from ..compat import initialize_module
 from ..families.lookup import StockFFN
 from ..families.student import get_name_prefix
 from .replay import find_only_stack
-from .tensor_files import Reader
+from .tensor_reader import Reader
 
 
 class StreamedModel:

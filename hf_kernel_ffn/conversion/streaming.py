@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig, name_reference_values
+from ..checkpoint_code.layer_config import LayerConfig, name_reference_values
+from ..checkpoint_code.settings import KernelFFNConfig
 from ..compat import get_tied_parameter_names
 from ..families.lookup import StockFFN
 from ..families.student import make_config_entry, make_meta_student
@@ -29,7 +30,12 @@ from ..progress import track_progress
 from ..storage.checkpoint import save_around_weights
 from ..storage.files import new_folder
 from ..storage.loading import load_stock_on_meta, read_stored_dtype
-from .calibration_set import CALIBRATION_TOKENS, CalibrationSet
+from .calibration_set import (
+    CALIBRATION_TOKENS,
+    CalibrationSet,
+    choose_calibration,
+    fits_only_pieces,
+)
 from .convert import (
     ConversionReport,
     choose_ffns,
@@ -40,7 +46,8 @@ from .convert import (
 from .layer import make_layer_config
 from .replay import Replay, find_reason_against_stack
 from .streamed_model import StreamedModel
-from .tensor_files import Reader, Writer
+from .tensor_reader import Reader
+from .tensor_writer import Writer
 
 if TYPE_CHECKING:
     from ..families.student import ConvertedModel
@@ -88,9 +95,9 @@ def convert_streamed(
     reader = Reader(source, teacher)
     calibration = None
     if calibration_ids is not None:
-        only_tied = all(layer_settings.rows == "tied" for layer_settings in settings.values())
-        choose = CalibrationSet.choose_for_pieces if only_tied else CalibrationSet.choose
-        calibration = choose(calibration_ids, calibration_tokens)
+        calibration = choose_calibration(
+            calibration_ids, calibration_tokens, only_pieces=fits_only_pieces(settings.values())
+        )
     stored = read_stored_dtype(source)
     described = _describe_student(teacher, chosen, settings, stored)
 
@@ -224,7 +231,9 @@ def _expect_layer(
     up = read_stock_weights(teacher, stock).up
     reference = dict.fromkeys(name_reference_values(settings), 1.0)
     prototypes = round((settings.expansion or 1.0) * len(up))
-    layer = make_layer_config(teacher, stock, settings, up.shape[1], prototypes, reference)
+    layer = make_layer_config(
+        teacher, stock, settings, size=up.shape[1], prototypes=prototypes, reference=reference
+    )
     return replace(layer, gated=settings.rows == "tied" and stock.shape.gated)
 
 

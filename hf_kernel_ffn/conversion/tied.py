@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..checkpoint_code.kernels import get_kernel
-from ..checkpoint_code.settings import LayerConfig
+from ..checkpoint_code.layer_config import LayerConfig
 from ..checkpoint_code.tied import TiedKernelFFN
 from ..families.weights import FFNWeights
 from .pieces.fitting import fit_pieces

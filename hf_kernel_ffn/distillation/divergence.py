@@ -1,4 +1,4 @@
-"""The divergences that losses are made of, and the precision they are taken in."""
+"""The divergences that losses are made of."""
 
 from __future__ import annotations
 
@@ -22,8 +22,3 @@ def top_and_rest_log_probs(logits: Tensor, top: Tensor) -> Tensor:
     others = logits.scatter(-1, top, torch.finfo(logits.dtype).min)
     parts = torch.cat([logits.gather(-1, top), others.logsumexp(-1, keepdim=True)], -1)
     return parts - logits.logsumexp(-1, keepdim=True)
-
-
-def to_at_least_float32(tensor: Tensor) -> Tensor:
-    """``tensor`` in float32, or as it is in float64."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..checkpoint_code.settings import KernelFFNConfig
+from ..checkpoint_code.settings import KernelFFNConfig, make_settings
 from ..text.text_format import BosChoice, TextFormat
 
 
@@ -153,7 +153,8 @@ class Recipe(_Section):
     trust_remote_code: bool = False
     """Allow the student's own kernel file to run."""
     kernel_ffn: dict[str, Any] = Field(default_factory=dict)
-    """Settings of KernelFFNConfig, and ``layers`` (such as 0-5,7) if not all."""
+    """Settings of KernelFFNConfig, and ``layers`` (such as 0-5,7) if not all. Without settings the
+    teacher is converted as by `hf-kernel-ffn convert` without options."""
     data: Data
     stages: list[Stage] = Field(min_length=1)
     lora: Lora | None = None
@@ -214,4 +215,4 @@ class Recipe(_Section):
         settings = {key: value for key, value in self.kernel_ffn.items() if key != "layers"}
         if isinstance(settings.get("kernel"), str):
             settings["kernel"] = import_kernel(settings["kernel"])
-        return KernelFFNConfig(**settings)
+        return make_settings(settings)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.parameters import to_at_least_float32
 from ..conversion.convert import choose_ffns
 from ..storage.files import new_folder, require_empty
 from ..storage.loading import load_student
@@ -22,7 +23,7 @@ from ..text.inputs import make_forward_arguments
 from ..text.packing import PackedText
 from .accelerator import autocast, make_accelerator
 from .batches import open_text
-from .divergence import to_at_least_float32, top_and_rest_log_probs
+from .divergence import top_and_rest_log_probs
 from .recipe import Recipe
 from .record_forms import ExactForm, PackedForm, RecordForm
 from .records import (

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..checkpoint_code.parameters import to_at_least_float32
 from ..families.hooks import watch_ffns
 from ..families.lookup import find_stock_ffn
 from ..text.inputs import Inputs, make_forward_arguments
 from ..text.prediction import select_predicting_logits
-from .divergence import kl, to_at_least_float32, top_and_rest_log_probs
+from .divergence import kl, top_and_rest_log_probs
 from .recipe import Recipe
 from .records import Record, load_records
 

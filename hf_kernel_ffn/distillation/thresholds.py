@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.parameters import to_at_least_float32
 from ..checkpoint_code.tied import AnyKernelFFN
 from .collectives import count_processes, mean_over_processes, sum_over_processes
-from .divergence import to_at_least_float32
 from .recipe import Stage
 
 SEEN = 256

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.errors import MissingPackage
 from ..checkpoint_code.kernels import get_kernel
+from ..checkpoint_code.layer_config import LayerConfig
 from ..checkpoint_code.modeling import KernelModelMixin
 from ..checkpoint_code.record import Readout
-from ..checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from ..checkpoint_code.settings import KernelFFNConfig
 from ..checkpoint_code.simplex import top_k_mask
 from ..conversion.layer import make_layer_config
 from ..conversion.sampling import read_fit_sample
@@ -110,13 +111,13 @@ class Transcoder(nn.Module):
         starts.
 
         Raises:
-            InputError: the sparsify package is missing.
+            MissingPackage: the sparsify package is not installed.
         """
         super().__init__()
         try:
             from sparsify import SparseCoder, SparseCoderConfig
         except ImportError as error:
-            raise InputError(
+            raise MissingPackage(
                 "a transcoder needs the sparsify package: pip install 'hf-kernel-ffn[experiments]'"
             ) from error
         size = outputs.shape[1]
@@ -212,7 +213,9 @@ def _replace_ffns(
     layers = {}
     for path, stock in ffns.items():
         size = weights[path].up.shape[1]
-        layers[path] = make_layer_config(teacher, stock, settings, size, 1, reference)
+        layers[path] = make_layer_config(
+            teacher, stock, settings, size=size, prototypes=1, reference=reference
+        )
     student = make_student_from_entry(teacher, make_config_entry(teacher, layers))
 
     for path, ffn_weights in weights.items():

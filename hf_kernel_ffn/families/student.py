@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.settings import FORMAT, LayerConfig
+from ..checkpoint_code.layer_config import FORMAT, LayerConfig
 from ..compat import get_attention_implementation, set_attention_implementation
 from .lookup import get_attribute_at
 from .registry import get_architecture_of_model

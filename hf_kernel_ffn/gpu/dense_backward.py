@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint_code.operators import TENSORS
+from ..checkpoint_code.operators import TENSORS, MixtureArguments
+from .dense_kernels import backward_tuned
 from .dense_operands import (
-    Mixture,
     Operands,
     count_tokens,
     divide_rows,
@@ -17,7 +17,6 @@ from .dense_operands import (
     power_of_two,
     square_lengths,
 )
-from .triton_kernels import backward_tuned
 
 
 class MixtureBackward:
@@ -25,7 +24,7 @@ class MixtureBackward:
 
     def __init__(
         self,
-        given: Mixture,
+        given: MixtureArguments,
         operands: Operands,
         gradient: Tensor,
         written: Tensor,
@@ -33,7 +32,7 @@ class MixtureBackward:
         wanted: list[bool],
     ):
         self.given = given
-        self.wanted = dict(zip(Mixture._fields, wanted, strict=False))
+        self.wanted = dict(zip(MixtureArguments._fields, wanted, strict=False))
         self.operands = operands
         self.gradient = gradient.to(given.mix)
         self.mixed = given.dictionary.to(given.mix)
@@ -76,7 +75,7 @@ class MixtureBackward:
             self.sums["rows"].addcmul_(self.operands.rows.float(), distance[:, None], value=-2)
 
         gradients = [self.d_x]
-        for name in Mixture._fields[1:TENSORS]:
+        for name in MixtureArguments._fields[1:TENSORS]:
             tensor = getattr(self.given, name)
             if not self.wanted[name] or tensor is None:
                 gradients.append(self.given.x.new_empty(0))
@@ -168,7 +167,7 @@ class _Units:
     """Powers of two that gradients of scores are multiplied by, where float16 would not hold them:
     they vary inversely with the lengths of both their vectors. And the vectors over them."""
 
-    def __init__(self, operands: Operands, given: Mixture):
+    def __init__(self, operands: Operands, given: MixtureArguments):
         dtype = operands.x.dtype
         self.x = power_of_two(operands.square_x, dtype)
         self.rows = power_of_two(operands.square_rows, dtype)

@@ -21,14 +21,15 @@ from torch import Tensor, library
 from ..checkpoint_code.operators import (
     ARGUMENTS,
     TENSORS,
+    MixtureArguments,
     chunks,
     differentiate,
     empty_gradients,
     namespace,
 )
 from .dense_backward import MixtureBackward
-from .dense_operands import Mixture, Operands, count_tokens, multiply_in_float32
-from .triton_kernels import forward_tuned
+from .dense_kernels import forward_tuned
+from .dense_operands import Operands, count_tokens, multiply_in_float32
 
 TOKENS = 128
 """Most tokens of a tile of scores; half as many where a longer epilogue needs the registers."""
@@ -65,7 +66,7 @@ def fused_mixture(
 )
 def _mixture(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The mixture, and if convex log₂ Σ κ^(1/τ) (N,) float32, +∞ where nothing fires."""
-    given = Mixture(*arguments)
+    given = MixtureArguments(*arguments)
     x = given.x
     prototypes = len(given.rows)
     has_short_epilogue = given.up is None and not given.convex
@@ -121,7 +122,7 @@ def _bring_to_one_power(
 
 @_mixture.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    given = Mixture(*arguments)
+    given = MixtureArguments(*arguments)
     x = given.x
     written = x.new_empty(x.shape[0], given.dictionary.shape[0], dtype=given.mix)
     return written, x.new_empty(x.shape[0] if given.convex else 0, dtype=torch.float32)
@@ -139,7 +140,7 @@ def _mixture_backward(
     gradient: Tensor, written: Tensor, log_mass: Tensor, wanted: list[bool], *arguments: Any
 ) -> tuple[Tensor, ...]:
     """Gradients of the eight tensors among the arguments, empty where not wanted."""
-    given = Mixture(*arguments)
+    given = MixtureArguments(*arguments)
     x = given.x
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         operands = Operands(given, TOKENS // 2, PROTOTYPES)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..checkpoint_code.operators import MixtureArguments
 
 LEAST_TOKENS = 16
 """Fewest tokens of a tile: what a tensor core multiplies at once."""
@@ -13,29 +15,10 @@ LARGEST_STRIDE = 2**23
 """Strides up to here keep offsets within a tile of 128 rows below 2³², its kernels' integers."""
 
 
-class Mixture(NamedTuple):
-    """The arguments of a mixture, as :func:`hf_kernel_ffn.checkpoint_code.operators.plain` has
-    them."""
-
-    x: Tensor
-    rows: Tensor
-    bias: Tensor
-    dictionary: Tensor
-    epsilon: Tensor
-    factor: Tensor
-    up: Tensor | None
-    up_bias: Tensor | None
-    one_sided: bool
-    mix: torch.dtype
-    limit: int
-    """Bytes that the (tokens, prototypes) matrices may take together: more tokens go in chunks."""
-    convex: bool
-
-
 class Operands:
     """What both kernels read, in the dtype that scores are multiplied in."""
 
-    def __init__(self, given: Mixture, most_tokens: int, tile_prototypes: int):
+    def __init__(self, given: MixtureArguments, most_tokens: int, tile_prototypes: int):
         """Of tiles with at most ``most_tokens`` and with ``tile_prototypes``."""
         dtype = given.x.dtype
         if dtype != given.rows.dtype:

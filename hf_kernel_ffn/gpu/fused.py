@@ -1,22 +1,25 @@
 """Kernel readouts on a GPU by Triton kernels: which calls they serve, and how.
 
-Checked by Triton's interpreter and compiler, not run or measured on a GPU. They are off until
-:func:`fuse` is called, or trial.py lets them in.
+They are off until :func:`fuse` is called, or trial.py lets them in. What an H100 said of them is
+in docs/pages/results/gpu.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..checkpoint_code.compat import are_function_transforms_active
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.knots import KnotStep
 from ..checkpoint_code.linears import is_plain, lay_out_by_prototypes
+from ..checkpoint_code.modeling import KernelModelMixin
 from ..checkpoint_code.one_pass import mix_dense_yat
 from ..checkpoint_code.plan import (
     linears_of,
@@ -26,9 +29,9 @@ from ..checkpoint_code.plan import (
 )
 from ..checkpoint_code.tied import TiedKernelFFN
 from .dense_mixture import fused_mixture
+from .optional_triton import INTERPRETED, triton
 from .sparse_mixture import active, gather
 from .tied_kernels import TRITON_STEP
-from .triton_kernels import INTERPRETED, triton
 
 FEW = 8
 """Tokens up to which a sparse readout without gradients gathers the active output prototypes."""
@@ -99,11 +102,16 @@ class Fused:
         return TRITON_STEP
 
 
-def fuse(model: Any, required: bool = False) -> None:
-    """Let every kernel readout of ``model`` run by the Triton kernels of this file where they can
-    serve a call; ``required``: raise InputError in a call that they cannot. ``ffn.fused = None``
-    forbids it again. Nothing of it is saved."""
-    for ffn in model.kernel_ffns().values():
+def fuse(model: PreTrainedModel, required: bool = False) -> None:
+    """Let every kernel readout of ``model`` run by Triton kernels where they can serve a call.
+
+    ``ffn.fused = None`` forbids it again. Nothing of it is saved.
+
+    Args:
+        model: a converted one.
+        required: raise InputError in a call that they cannot serve.
+    """
+    for ffn in cast(KernelModelMixin, model).kernel_ffns().values():
         if isinstance(ffn, (KernelFFN, TiedKernelFFN)):
             ffn.fused = Fused(required)
 
@@ -113,13 +121,12 @@ def fused_readout(ffn: KernelFFN, hidden_states: Tensor) -> Tensor:
     return mix_dense_yat(ffn, hidden_states, fused_mixture)
 
 
-def gathered(ffn, coefficients):
+def gathered(ffn: KernelFFN, coefficients: Tensor) -> Tensor:
     """Σ c_i v_i (..., d), without the output bias, where nothing is against it."""
     flat = coefficients.reshape(-1, coefficients.shape[-1])
     indices, counts = active(flat)
-    written = gather(
-        flat.gather(1, indices.clamp_min(0)), indices, counts, ffn.output_prototypes.weight
-    )
+    active_coefficients = flat.gather(1, indices.clamp_min(0))
+    written = gather(active_coefficients, indices, counts, ffn.output_prototypes.weight)
     return written.unflatten(0, coefficients.shape[:-1])
 
 
@@ -165,7 +172,8 @@ def reason_against_fused_tied(ffn: TiedKernelFFN, x: Tensor) -> str | None:
     return _against(x, [linear for linear in linears if is_plain(linear)])
 
 
-def _against(x, linears) -> str | None:
+def _against(x: Tensor, linears: Sequence[nn.Linear]) -> str | None:
+    """Why no kernel runs at ``x`` over the weights of ``linears``; None if one does."""
     if triton is None:
         return "no Triton, expected triton 3.6 or newer (pip install triton) for the fused readout"
     if not _runs(x.device.type, x.device.index):
@@ -174,9 +182,8 @@ def _against(x, linears) -> str | None:
             "fused readout"
         )
     dtypes = {x.dtype, *(linear.weight.dtype for linear in linears)}
-    if not dtypes <= set(DTYPES) or (
-        len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type)
-    ):
+    are_mixed = len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type)
+    if are_mixed or not dtypes <= set(DTYPES):
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return (
             f"{names}, expected one of float32, bfloat16 and float16, for input and weights alike, "
@@ -186,11 +193,13 @@ def _against(x, linears) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _runs(device, index) -> bool:
+def _runs(device: str, index: int | None) -> bool:
+    """Whether kernels run on a device of this type and number."""
     if device == "cuda":
         return torch.cuda.get_device_capability(index) >= (8, 0)
     return device == "cpu" and INTERPRETED
 
 
-def _tokens(x):
+def _tokens(x: Tensor) -> int:
+    """How many tokens ``x`` (..., d) has."""
     return x.numel() // x.shape[-1]

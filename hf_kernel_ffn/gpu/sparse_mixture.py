@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, library
 
 from ..checkpoint_code.operators import namespace
-from .triton_kernels import gather_kernel
+from .optional_triton import jit, tl
 
 BLOCK_SLOTS = 32
 """Active prototypes that a program reads at once."""
@@ -30,6 +30,46 @@ def active(coefficients: Tensor) -> tuple[Tensor, Tensor]:
     indices = torch.full((tokens, prototypes + 1), -1, dtype=torch.int64, device=place.device)
     numbers = torch.arange(prototypes, device=place.device).expand_as(place)
     return indices.scatter(1, slots, numbers)[:, 1:], place[:, -1]
+
+
+@jit
+def gather_kernel(
+    coefficients,
+    indices,
+    counts,
+    dictionary,
+    written,
+    slots,
+    prototypes,
+    size,
+    by_feature,
+    by_prototype,
+    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):
+    """BLOCK_FEATURES features of one token's Σ c_j v_{i_j}, summed in float32."""
+    token = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    total = tl.zeros((BLOCK_FEATURES,), tl.float32)
+    count = tl.load(counts + token)
+    start = 0
+    while start < count:
+        slot = start + tl.arange(0, BLOCK_SLOTS)
+        inside = slot < count
+        index = tl.load(indices + token * slots + slot, mask=inside, other=-1).to(tl.int64)
+        coefficient = tl.load(coefficients + token * slots + slot, mask=inside, other=0.0).to(
+            tl.float32
+        )
+        read = (index >= 0) & (index < prototypes) & (coefficient != 0)
+        place = dictionary + index[:, None] * by_prototype + feature[None, :] * by_feature
+        part = tl.load(place, mask=read[:, None] & (feature < size)[None, :], other=0.0).to(
+            tl.float32
+        )
+        total += tl.sum(part * coefficient[:, None], 0)
+        start += BLOCK_SLOTS
+    tl.store(
+        written + token * size + feature, total.to(written.dtype.element_ty), mask=feature < size
+    )
 
 
 @library.custom_op(

@@ -21,7 +21,7 @@ from torch import Tensor, library
 
 from ..checkpoint_code.knots import KnotGradients, Knots
 from ..checkpoint_code.operators import namespace
-from .triton_kernels import _jit, tl
+from .optional_triton import jit, tl
 
 UNITS = 256
 """Units of a forward program."""
@@ -41,14 +41,14 @@ PROGRAMS = 1024
 """That a GPU has enough work with."""
 
 
-@_jit
+@jit
 def _clamp(numbers, low, high):
     """``numbers`` from ``low`` to ``high``; a NaN stays one."""
     least = tl.maximum(numbers, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(least, high, propagate_nan=tl.PropagateNan.ALL)
 
 
-@_jit
+@jit
 def _load_pieces(knot, amount, unit, units, PIECES: tl.constexpr):
     """Of every piece, where its clamp begins and ends, and its amount on g's side of zero."""
     lows = ()
@@ -64,7 +64,7 @@ def _load_pieces(knot, amount, unit, units, PIECES: tl.constexpr):
     return lows, highs, slopes
 
 
-@_jit
+@jit
 def _load_rows(matrix, base, here, unit, tokens, units, TOGETHER: tl.constexpr):
     """TOGETHER rows of ``matrix`` from ``here`` on, (BLOCK_UNITS,) each, asked for at once."""
     rows = ()
@@ -75,7 +75,7 @@ def _load_rows(matrix, base, here, unit, tokens, units, TOGETHER: tl.constexpr):
     return rows
 
 
-@_jit
+@jit
 def knots_kernel(
     gate,
     up,
@@ -113,7 +113,7 @@ def knots_kernel(
             )
 
 
-@_jit
+@jit
 def knots_backward_kernel(
     gradient,
     gate,

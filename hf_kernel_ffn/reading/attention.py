@@ -31,8 +31,7 @@ class SymmetrisedAttention(NamedTuple):
     kept: float
     """‖M‖² / ‖A‖² (Frobenius)."""
     antisymmetric: float
-    """Share of ‖A‖² in (A − Aᵀ)/2; the rest of what is not kept has negative
-    eigenvalues."""
+    """Share of ‖A‖² in (A − Aᵀ)/2; the rest of what is not kept has negative eigenvalues."""
     least_plain: float
     """Smallest over largest eigenvalue of the prompt's Gram matrix of exp(x·Ax'). The matrix is
     averaged with its transpose (which leaves the quadratic form as it is) and scaled to a unit

@@ -1,30 +1,18 @@
-"""Where prototypes fire: their top contexts and their use over a corpus, and the rules that
-follow."""
+"""Where prototypes fire: their top contexts and their use over a corpus."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
 from ..families.hooks import capture_inputs_and_outputs
-from ..storage.files import replace_file
-from .model_parts import (
-    decode_tokens,
-    ffn_readout,
-    get_embedding_weight,
-    get_layer_number,
-    list_ffn_paths,
-    read_dictionary,
-)
-from .naming import Written, nearest_tokens, written
-from .rows import Rows
+from ..progress import track_progress
+from .model_parts import ffn_readout, get_embedding_weight, list_ffn_paths
 from .top_k import merge_top_k
 
 BEFORE = 8
@@ -120,7 +108,7 @@ def contexts(
     device = get_embedding_weight(model).device
 
     by_path: dict[str, Contexts] = {}
-    for batch in _progress(batches, progress):
+    for batch in track_progress(batches, "contexts", progress):
         if batch.ndim != 2 or batch.shape[1] <= SKIP:
             raise InputError(
                 f"found ids of shape {tuple(batch.shape)}, expected rows longer than {SKIP} "
@@ -178,147 +166,3 @@ def _merge(before: Contexts, new: Contexts, top: int) -> Contexts:
         mass=before.mass + new.mass,
         tokens=before.tokens + new.tokens,
     )
-
-
-class Rule(NamedTuple):
-    """One prototype as a rule: when the input looks like this, write that."""
-
-    layer: int
-    name: str
-    when_token: str
-    """Tokens whose own embeddings fire it most."""
-    when_context: str
-    """The text that fires it most, the token that does so in »«."""
-    promotes: str
-    suppresses: str
-    usage: str
-    """dead, rare, usual or always on."""
-    purity: float | None
-    """Share of its top contexts with the same token; None where it fires on too few."""
-
-
-def rules(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    path: str,
-    found: Contexts,
-    prototypes: Iterable[int] | None = None,
-) -> Rows[Rule]:
-    """Put the prototypes of the FFN at ``path`` as rules.
-
-    Args:
-        found: its contexts.
-        prototypes: which of them; None: all.
-    """
-    if prototypes is None:
-        prototypes = range(len(found.mass))
-    numbers = [int(number) for number in prototypes]
-    record = read_dictionary(model, path)
-    writes = written(model, tokenizer, record.dictionary[numbers])
-    nearest = nearest_tokens(model, tokenizer, path)
-    usage = found.usage()
-    purity = found.purity().tolist()
-
-    table = Rows[Rule]()
-    for number, write in zip(numbers, writes, strict=True):
-        fires = bool(found.values[number, 0] > 0)
-        fires_too_rarely = purity[number] != purity[number]  # NaN
-        table.append(
-            Rule(
-                layer=get_layer_number(path),
-                name=record.names[number],
-                when_token=_join_tokens(nearest[number]),
-                when_context=_mark_text(tokenizer, found.windows[number, 0]) if fires else "",
-                promotes=_join_tokens(write.promoted),
-                suppresses=_join_tokens(write.suppressed),
-                usage=usage[number],
-                purity=None if fires_too_rarely else purity[number],
-            )
-        )
-    return table
-
-
-def _join_tokens(tokens: Iterable[tuple[str, float]]) -> str:
-    """Tokens with their values as one line of quoted tokens."""
-    return " ".join(repr(token) for token, _ in tokens)
-
-
-def _mark_text(tokenizer: PreTrainedTokenizerBase, window: Tensor) -> str:
-    """The text of ``window`` (BEFORE + 1 + AFTER,), the token that fires in »«."""
-
-    def decode(part: Tensor) -> str:
-        return decode_tokens(tokenizer, [number for number in part.tolist() if number != OUTSIDE])
-
-    before = decode(window[:BEFORE])
-    firing = decode(window[BEFORE : BEFORE + 1])
-    after = decode(window[BEFORE + 1 :])
-    return f"{before}»{firing}«{after}"
-
-
-def export_contexts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    found: dict[str, Contexts],
-    file: Path | str,
-) -> int:
-    """Write JSON lines for an automatic labeller, one prototype a line; dead ones are left out.
-
-    A line has layer, path, prototype, promoted and suppressed tokens, the share of tokens on which
-    it fires, and its contexts as token strings with one activation each.
-
-    Returns:
-        How many lines were written.
-    """
-    lines = 0
-    with replace_file(file) as beside, beside.open("w", encoding="utf-8") as out:
-        for path, of_path in found.items():
-            record = read_dictionary(model, path)
-            for number, write in enumerate(written(model, tokenizer, record.dictionary)):
-                if not of_path.fired[number]:
-                    continue
-                line = {
-                    "layer": get_layer_number(path),
-                    "path": path,
-                    "prototype": record.names[number],
-                    **_describe_prototype(tokenizer, of_path, number, write),
-                }
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-                lines += 1
-    return lines
-
-
-def _describe_prototype(
-    tokenizer: PreTrainedTokenizerBase, found: Contexts, number: int, write: Written
-) -> dict:
-    """What a line of :func:`export_contexts` says of one prototype's use."""
-    examples = []
-    for value, window, activations in zip(
-        found.values[number].tolist(),
-        found.windows[number].tolist(),
-        found.activations[number].tolist(),
-        strict=True,
-    ):
-        if value <= 0:
-            continue
-        inside = [place for place, token in enumerate(window) if token != OUTSIDE]
-        examples.append(
-            {
-                "tokens": [decode_tokens(tokenizer, [window[place]]) for place in inside],
-                "activations": [activations[place] for place in inside],
-            }
-        )
-    return {
-        "promoted": [token for token, _ in write.promoted],
-        "suppressed": [token for token, _ in write.suppressed],
-        "fires_on": found.fired[number].item() / found.tokens,
-        "contexts": examples,
-    }
-
-
-def _progress(batches: Iterable[Tensor], show: bool) -> Iterable[Tensor]:
-    """``batches``, with a bar if it is to be shown."""
-    if not show:
-        return batches
-    from rich.progress import track
-
-    return track(list(batches), description="contexts")

@@ -38,8 +38,10 @@ LEVEL = 1e-14
 
 
 class _Mixtures(NamedTuple):
-    """All shares π with Σπ = 1 and the same Σπv: {π ≥ 0, equalities @ π[kept] =
-    targets}."""
+    """All shares π with Σπ = 1 and the same Σπv.
+
+    They are {π ≥ 0, equalities @ π[kept] = targets}.
+    """
 
     own: Tensor
     """(P,) the record's."""
@@ -55,8 +57,7 @@ class _Mixtures(NamedTuple):
 
 @torch.no_grad()
 def caratheodory(readout: Readout, place: int = -1) -> Tensor:
-    """Find coefficients with the same Σ c v and the same Σ c, of which at most d + 1 are not
-    zero.
+    """Find coefficients with the same Σ c v and the same Σ c, of which at most d + 1 are not zero.
 
     All are among the record's own. Intensity and output stay, only the choice is another. Needs no
     solver.

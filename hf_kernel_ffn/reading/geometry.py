@@ -3,8 +3,8 @@
 Each is given where it is defined, and refused by name where not. Positive definiteness makes a
 reproducing kernel Hilbert space, and nonnegativity makes a mixture; they are independent. A layer
 is a function in that space only if nothing stands between kernel and output (no normalisation, no
-truncation, no gate). What a normalised readout has there is one token's kernel mean embedding Σ
-π_i κ(·, w_i). All figures are in float64.
+truncation, no gate). What a normalised readout has there is one token's kernel mean embedding
+Σ π_i κ(·, w_i). All figures are in float64.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ def scores(points: Tensor, heights: Tensor, rows: Tensor, bias: Tensor) -> tuple
 
 @torch.no_grad()
 def prototype_kernel(ffn: KernelFFN) -> Tensor:
-    """(P, P) K_ij = κ((w_i, b_i), (w_j, b_j)): how much alike a layer's prototypes are to its
-    kernel.
+    """(P, P) K_ij = κ((w_i, b_i), (w_j, b_j)): how alike a layer's prototypes are to its kernel.
 
     Positive semi-definite if the kernel is positive definite, up to rounding.
     """
@@ -151,8 +150,7 @@ def _describe_space(ffn: KernelFFN) -> tuple[str, int, dict[str, float]]:
 
 @torch.no_grad()
 def embedding_norms(ffn: KernelFFN, readout: Readout) -> Tensor:
-    """(tokens,) πᵀKπ: the squared norm of each token's kernel mean embedding Σ π_i κ(·,
-    w_i).
+    """(tokens,) πᵀKπ: the squared norm of each token's kernel mean embedding Σ π_i κ(·, w_i).
 
     Readouts with a truncated map, a gate or gated values have one as well: it asks for shares only.
 
@@ -165,8 +163,7 @@ def embedding_norms(ffn: KernelFFN, readout: Readout) -> Tensor:
 
 @torch.no_grad()
 def embedding_distances(ffn: KernelFFN, a: Readout, b: Readout) -> Tensor:
-    """(tokens of a, tokens of b) ‖Σ π_a κ(·, w) − Σ π_b κ(·, w)‖, both read at
-    ``ffn``.
+    """(tokens of a, tokens of b) ‖Σ π_a κ(·, w) − Σ π_b κ(·, w)‖, both read at ``ffn``.
 
     This is the maximum mean discrepancy between the tokens' mixtures of prototypes (Gretton et al.
     2012, JMLR 13:723, lemma 4). InputError as :func:`embedding_norms`.

@@ -9,15 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint_code.errors import InputError
+from ..checkpoint_code.errors import InputError, MissingPackage
 from ..checkpoint_code.record import Readout
 from .rows import Rows
 
 RANK = 1e-6
 """Singular values of a dictionary below this share of the largest are rounding: a head's float32
 rows span head_dim dimensions."""
-
-
 OUTSIDE_SPAN = 10 * RANK
 """A unit vector further than this from a dictionary's span cannot be written."""
 TAKES_PART = 1e-9
@@ -53,7 +51,8 @@ def write_price(dictionary: Readout | Tensor, directions: Tensor) -> Rows[Price]
             outputs are the ones that matter to it.
 
     Raises:
-        InputError: a direction is zero or of another width, or scipy is not installed.
+        InputError: a direction is zero or of another width.
+        MissingPackage: scipy is not installed.
     """
     rows = dictionary.dictionary if isinstance(dictionary, Readout) else dictionary
     rows = rows.detach().double()
@@ -124,13 +123,19 @@ def span(rows: Tensor) -> Tensor:
 
 
 def minimise(cost: Tensor, equalities: Tensor, targets: Tensor) -> Tensor | None:
-    """(n,) float64: a vertex of {x ≥ 0, equalities (m, n) x = targets (m,)} with the least cost
-    (n,), by the dual simplex; None if there is no such x. InputError if scipy is not installed or
-    the solver gives up."""
+    """Find the least ``cost`` (n,) over {x ≥ 0, ``equalities`` (m, n) x = ``targets`` (m,)}.
+
+    Returns:
+        (n,) float64: a vertex of that set, by the dual simplex; None if the set is empty.
+
+    Raises:
+        MissingPackage: scipy is not installed.
+        InputError: the solver gives up.
+    """
     try:
         from scipy.optimize import linprog
     except ImportError as error:
-        raise InputError(
+        raise MissingPackage(
             "linear programmes need scipy: pip install 'hf-kernel-ffn[read]'"
         ) from error
     result = linprog(

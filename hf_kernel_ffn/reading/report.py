@@ -7,26 +7,29 @@ It shows what every FFN wrote at every token, next to its attention and its teac
 
 from __future__ import annotations
 
-import base64
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.linears import get_effective_weight
-from ..checkpoint_code.record import Readout
 from ..evaluation.spike_units import list_spike_units
 from ..storage.files import write_text
 from .decompositions import alternatives as alternative_shares
-from .model_parts import get_layer_number, is_kernel_ffn
+from .model_parts import get_layer_number
 from .naming import written
 from .picture import make_picture
-from .regimes import Mixture, mixtures, regime
+from .regimes import regime
+from .report_layer import (
+    describe_alternatives,
+    describe_cells,
+    encode_attention,
+    measure_support,
+    shorten,
+)
 from .tracing import Trace
 
 Namer = Callable[[str, list[int], Tensor], list[list[str]]]
@@ -35,10 +38,6 @@ that each row promotes."""
 PICTURED = 48_000
 """Prototypes, over all layers, that get into the pictures: 37 bytes each, the rest of the page
 fits beside them in 5 MB."""
-NO_MASS = -1e9
-"""Stands for a log-mass of −∞: JSON has no infinity."""
-USED = 1e-9
-"""A share below this is not written into the page."""
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -173,8 +172,8 @@ def _describe_layers(student: Trace, alternatives: Mapping[str, Tensor], top: in
             room -= len(record.dictionary)
         others = None
         if path in alternatives:
-            others = _describe_alternatives(path, record, alternatives[path], top)
-        attention = _encode_attention(student.attention[number], student.positions)
+            others = describe_alternatives(path, record, alternatives[path], top)
+        attention = encode_attention(student.attention[number], student.positions)
         layers.append(
             {"path": path, "attention": attention, "picture": picture, "alternatives": others}
         )
@@ -200,12 +199,12 @@ def _describe_model(
         record = trace.ffn(path)
         layer_regime = regime(record)
         dictionary = record.dictionary.double()
-        cells = _describe_cells(record, top, layer_regime.has_shares)
+        cells = describe_cells(record, top, layer_regime.has_shares)
         ffn = trace.model.base_model.get_submodule(path)
-        for cell, support in zip(cells, _measure_support(ffn, inputs), strict=True):
+        for cell, support in zip(cells, measure_support(ffn, inputs), strict=True):
             cell["support"] = support
         for place, units in list_spike_units(record).items():
-            cells[place]["spike"] = [[unit, _shorten(share, 3)] for unit, share in units]
+            cells[place]["spike"] = [[unit, shorten(share, 3)] for unit, share in units]
 
         shown = set(shown_anyway.get(path, ()))
         shown.update(prototype for cell in cells for prototype in cell["i"])
@@ -237,104 +236,3 @@ def _name_model(model: PreTrainedModel) -> str:
     kind = type(model).__name__
     name = getattr(model.config, "_name_or_path", "") or ""
     return f"{Path(name).name} ({kind})" if name else kind
-
-
-def _describe_cells(record: Readout, top: int, has_shares: bool) -> list[dict]:
-    """Per token the largest coefficients, what is left, and what the mixture is like."""
-    coefficients = record.coefficients.double()
-    dictionary = record.dictionary.double()
-    mass = coefficients.abs() * dictionary.norm(dim=-1)
-    direction = nn.functional.normalize(coefficients @ dictionary, dim=-1)
-    along = coefficients * (direction @ dictionary.T)
-    order = mass.argsort(dim=-1, descending=True, stable=True)[:, :top]
-
-    cells = []
-    for row, mixture in enumerate(mixtures(record)):
-        kept = [index for index in order[row].tolist() if coefficients[row, index] != 0]
-        cell = _describe_cell(coefficients[row], along[row], mass[row], kept=kept, mixture=mixture)
-        if not has_shares:
-            cell["restAlong"] = _shorten((along[row].sum() - along[row, kept].sum()).item())
-        cells.append(cell)
-    return cells
-
-
-def _describe_cell(
-    coefficients: Tensor, along: Tensor, mass: Tensor, *, kept: list[int], mixture: Mixture
-) -> dict:
-    """One token of a layer: (P,) coefficients, contributions along the output, and masses."""
-    rest = (mass.sum() - mass[kept].sum()).clamp_min(0).item()
-    return {
-        "i": kept,
-        "c": [_shorten(number) for number in coefficients[kept].tolist()],
-        "a": [_shorten(number, 3) for number in along[kept].tolist()],
-        "sum": _shorten(coefficients.sum().item(), 6),
-        "rest": [mixture.active - len(kept), _shorten(rest)],
-        "active": mixture.active,
-        "intensity": _shorten(mixture.intensity),
-        "entropy": _shorten(mixture.entropy),
-        "written": _shorten(mixture.written),
-        "coherence": _shorten(mixture.coherence),
-        "effective": _shorten(mixture.effective),
-        "diagnosis": mixture.diagnosis,
-    }
-
-
-def _measure_support(ffn: nn.Module, inputs: Tensor) -> list[list[float] | None]:
-    """Per token log Σκ and minus the distance to the nearest input prototype.
-
-    None from an FFN without a kernel.
-    """
-    if not is_kernel_ffn(ffn):
-        return [None] * len(inputs)
-    score, distance2 = ffn.scores(inputs)
-    log_kernel = ffn.kernel.log(score, distance2, **ffn.kernel_parameters())
-    log_mass = log_kernel.double().logsumexp(-1)
-    rows = get_effective_weight(ffn.input_prototypes, inputs)[0].double()
-    nearest = -torch.cdist(inputs.double(), rows).min(-1).values
-    return [
-        [_shorten(mass) if math.isfinite(mass) else NO_MASS, _shorten(distance)]
-        for mass, distance in zip(log_mass.tolist(), nearest.tolist(), strict=True)
-    ]
-
-
-def _describe_alternatives(path: str, record: Readout, rows: Tensor, top: int) -> dict:
-    """Sparse shares of each decomposition, and how far from one another their outputs are."""
-    if rows.ndim != 2 or rows.shape[1] != len(record.dictionary) or (rows < 0).any():
-        raise InputError(
-            f"found alternatives of shape {tuple(rows.shape)} for {path}, expected nonnegative "
-            f"shares (count, {len(record.dictionary)}): take them from decompositions of this layer"
-        )
-    rows = rows.double().cpu()
-    outputs = rows @ record.dictionary.double().cpu()
-    sparse = []
-    for row in rows:
-        used = (row > USED).nonzero().flatten().tolist()
-        sparse.append([used, [_shorten(share, 8) for share in row[used].tolist()]])
-
-    furthest = (outputs - outputs[0]).norm(dim=-1).max()
-    spread = furthest / outputs[0].norm().clamp_min(1e-300)
-    order = rows.mean(0).argsort(descending=True)[:top].tolist()
-    return {
-        "rows": sparse,
-        "order": [index for index in order if rows[:, index].any()],
-        "spread": _shorten(spread.item(), 2),
-    }
-
-
-def _encode_attention(weights: Tensor, positions: list[int]) -> dict:
-    """Heads' weights (heads, P, T) over the positions kept, as bytes 255·√weight in base64.
-
-    Row i has the first i + 1 positions and then all other tokens together. The root keeps the
-    digits of small weights.
-    """
-    all_weights = weights.double().cpu()
-    kept = all_weights[:, :, positions]
-    others = (all_weights.sum(-1) - kept.sum(-1)).clamp_min(0)
-    rows = [torch.cat([kept[:, i, : i + 1], others[:, i, None]], 1) for i in range(len(positions))]
-    packed = (torch.cat(rows, 1).clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
-    return {"heads": len(weights), "weights": base64.b64encode(packed.numpy().tobytes()).decode()}
-
-
-def _shorten(number: float, digits: int = 4) -> float:
-    """``number`` to so many significant digits."""
-    return float(f"{number:.{digits}g}")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint_code.carried_code import get_custom_kernel_file
 from ..checkpoint_code.errors import CheckpointError, InputError
-from ..checkpoint_code.integrity import read_header
+from ..checkpoint_code.untrusted_files import read_header
 from ..families.registry import ARCHITECTURES
 from ..families.student import (
     get_config_entry,

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
 from ..checkpoint_code.errors import CheckpointError, InputError
-from ..checkpoint_code.integrity import read_json
+from ..checkpoint_code.untrusted_files import read_json
 from ..compat import find_cached_file, hide_gguf_bar
 from ..families.registry import get_architecture
 from ..families.task_classes import get_stock_heads

@@ -11,7 +11,7 @@ import yaml
 
 from .. import __version__
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.integrity import read_json
+from ..checkpoint_code.untrusted_files import read_json
 from .files import write_text
 from .model_files import get_auto_class
 

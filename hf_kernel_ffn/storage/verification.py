@@ -11,14 +11,9 @@ import torch
 
 from .. import __version__
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.integrity import (
-    CHECKSUMS,
-    check_folder,
-    check_model,
-    compute_checksums,
-    read_json,
-)
-from ..checkpoint_code.settings import FORMAT
+from ..checkpoint_code.integrity import CHECKSUMS, check_folder, check_model, compute_checksums
+from ..checkpoint_code.layer_config import FORMAT
+from ..checkpoint_code.untrusted_files import read_json
 from .kernel_files import CUSTOM_KERNEL, has_custom_kernel
 from .loading import get_student_class
 from .model_files import load_pretrained

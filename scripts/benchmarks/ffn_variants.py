@@ -13,10 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_kernel_ffn.checkpoint_code.ffn import KernelFFN
 from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 from hf_kernel_ffn.checkpoint_code.settings import (
+    DEFAULT_SETTINGS,
     KernelFFNConfig,
-    LayerConfig,
-    choose_default_settings,
     resolve_defaults,
 )
 from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
@@ -203,7 +203,7 @@ def make_stock_module(shape: Shape) -> nn.Module:
 
 def make_tied_readout(shape: Shape) -> TiedKernelFFN:
     """Make the readout that a conversion takes by default, with random pieces."""
-    settings = resolve_defaults(choose_default_settings(shape.gated), shape.gated)
+    settings = resolve_defaults(DEFAULT_SETTINGS, shape.gated)
     names = (*get_kernel(settings.kernel).parameters, "scale")
     reference = {**dict.fromkeys(names, 1.0), "far": 100.0}
     size = (shape.hidden_size, shape.intermediate_size)

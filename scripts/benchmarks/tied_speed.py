@@ -20,8 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_kernel_ffn.checkpoint_code.knot_blocks import BLOCKS
 from hf_kernel_ffn.checkpoint_code.knots import Knots
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 from hf_kernel_ffn.checkpoint_code.plan import choose_tied_form
-from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig
 from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
 from hf_kernel_ffn.gpu import tied_kernels
 from hf_kernel_ffn.gpu.fused import Fused

@@ -84,7 +84,7 @@ def make_dense_rows(gated: bool) -> dict[str, Row]:
     single = "polarised" if gated else "single"
     pieces = 4 if gated else 2
     return {
-        f"{single} half-yat": kernel(),
+        f"{single} half-yat": kernel(kernel="half-yat"),
         f"{single} half-yat, {pieces} per unit": kernel(expansion=float(pieces)),
         "half-yat, firing means": kernel(init="firing-means"),
         f"{single} yat": kernel(kernel="yat"),

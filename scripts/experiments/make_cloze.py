@@ -14,7 +14,6 @@ give the answer away: neither grammar nor frequency helps, only knowledge of who
 from __future__ import annotations
 
 import json
-import lzma
 import random
 import re
 from collections import Counter, defaultdict
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from plain_text import read_text
 
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 SENTENCE = re.compile(r"(?:^|(?<!Mr)(?<!Mrs)(?<!Dr)(?<!St)[.!?][”\"’']? )(?=[“\"‘'A-Z])")
@@ -68,9 +68,7 @@ def main(
 
 def read_paragraphs(path: Path) -> list[str]:
     """Read one paragraph a line, each once."""
-    opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        return list(dict.fromkeys(file.read().split("\n")))
+    return list(dict.fromkeys(read_text(path).split("\n")))
 
 
 class NameIndex:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kernel_ffn import convert, load_teacher, load_tokenizer
-from hf_kernel_ffn.cli.convert import choose_settings
+from hf_kernel_ffn.checkpoint_code.settings import make_settings
 from hf_kernel_ffn.storage.files import write_text
 from hf_kernel_ffn.storage.kernel_files import import_kernel
 from hf_kernel_ffn.text.packing import read_token_ids
@@ -62,9 +62,7 @@ def main(
         )
 
     start = time.process_time()
-    student, report = convert(
-        teacher, choose_settings(given, gated=True), calibration_ids=ids, progress=True
-    )
+    student, report = convert(teacher, make_settings(given), calibration_ids=ids, progress=True)
     figures: dict[str, Any] = {
         "model": Path(model).name,
         "settings": given,

@@ -10,7 +10,6 @@ saved in bfloat16.
 
 from __future__ import annotations
 
-import lzma
 import math
 import time
 from collections.abc import Iterator
@@ -20,28 +19,22 @@ from typing import Annotated, Optional
 
 import torch
 import typer
+from plain_text import read_text
+from teacher_configs import CONFIGS, SEQUENCE_LENGTH, VOCAB_SIZE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
-    BertConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen3Config,
 )
 
 from hf_kernel_ffn.text.inputs import Inputs, make_forward_arguments
 from hf_kernel_ffn.text.prediction import logits_with_answers, mask_tokens
 
-VOCAB_SIZE = 4096
-SEQUENCE_LENGTH = 256
 END = "<|endoftext|>"
 MASK = "<|mask|>"
 TOKENIZER_LETTERS = 12_000_000
@@ -66,88 +59,6 @@ STARTS = 4
 nothing."""
 REPORTED = 25
 """Steps between two lines of output."""
-
-# Small, and unlike each other: grouped and single key-value heads, a sliding window, tied or not.
-CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
-    "llama": (
-        LlamaConfig,
-        dict(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-        ),
-    ),
-    "gpt2": (
-        GPT2Config,
-        dict(
-            vocab_size=VOCAB_SIZE,
-            n_embd=192,
-            n_layer=4,
-            n_head=6,
-            n_positions=SEQUENCE_LENGTH,
-            attn_pdrop=0.0,
-            embd_pdrop=0.0,
-            resid_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-        ),
-    ),
-    "mistral": (
-        MistralConfig,
-        dict(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=160,
-            intermediate_size=448,
-            num_hidden_layers=5,
-            num_attention_heads=5,
-            num_key_value_heads=1,
-            head_dim=32,
-            sliding_window=64,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            bos_token_id=0,
-            eos_token_id=0,
-        ),
-    ),
-    "qwen3": (
-        Qwen3Config,
-        dict(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=128,
-            intermediate_size=352,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=48,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-        ),
-    ),
-    "bert": (
-        BertConfig,
-        dict(
-            vocab_size=VOCAB_SIZE + 1,
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=0.05,
-            pad_token_id=0,
-        ),
-    ),
-}
 
 
 @dataclass
@@ -197,13 +108,6 @@ def main(
     typer.echo(write_sample(model.float(), tok))
 
 
-def read_text(path: Path) -> str:
-    """Read a file that may be compressed."""
-    opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        return file.read()
-
-
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     """Make a byte-level BPE tokenizer of VOCAB_SIZE tokens; 0 ends a document."""
     tokenizer = Tokenizer(models.BPE())
@@ -224,9 +128,8 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 def make_model(family: str) -> PreTrainedModel:
     """Make the untrained teacher."""
-    config_class, sizes = CONFIGS[family]
     auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
-    return auto.from_config(config_class(**sizes), dtype=torch.float32)
+    return auto.from_config(CONFIGS[family], dtype=torch.float32)
 
 
 def is_encoder(model: PreTrainedModel) -> bool:

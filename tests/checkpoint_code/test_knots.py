@@ -11,8 +11,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from hf_kernel_ffn.checkpoint_code import knot_blocks
 from hf_kernel_ffn.checkpoint_code.knot_blocks import BLOCKS
 from hf_kernel_ffn.checkpoint_code.knots import Knots, mix_knots, sum_knots
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 from hf_kernel_ffn.checkpoint_code.plan import Form, choose_tied_form
-from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, LayerConfig
+from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig
 from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
 
 SIZE, UNITS, PIECES, FAR = 8, 12, 3, 1.0

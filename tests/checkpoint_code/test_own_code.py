@@ -166,11 +166,11 @@ def test_versions_out_of_range_are_named(monkeypatch, found, said):
         return found
 
     monkeypatch.setattr(versions, "version", other)
-    assert said in versions.unsupported()
+    assert said in versions.describe_unsupported_version()
 
 
 def test_these_versions_are_supported():
-    assert versions.unsupported() is None
+    assert versions.describe_unsupported_version() is None
 
 
 def test_a_break_under_another_version_is_one_line(monkeypatch, capsys):

@@ -8,7 +8,8 @@ import torch
 from hf_kernel_ffn.checkpoint_code.errors import InputError
 from hf_kernel_ffn.checkpoint_code.ffn import KernelFFN
 from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
-from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, LayerConfig, resolve_defaults
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
+from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig, resolve_defaults
 from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN, make_ffn
 
 SIZE, UNITS, PIECES = 8, 12, 3
@@ -182,7 +183,7 @@ def test_brownian_product_is_the_sum_over_points_of_the_plane():
 def test_free_rows_have_no_knots():
     with pytest.raises(InputError, match="rows 'free', expected rows 'tied'"):
         KernelFFNConfig(kernel="brownian")
-    fixed = KernelFFNConfig(kernel="brownian", rows="tied")
+    fixed = KernelFFNConfig(rows="tied", values="fixed")
     with pytest.raises(InputError, match="expected 'product'"):
         resolve_defaults(fixed, gated_teacher=True)
 

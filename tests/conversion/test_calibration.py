@@ -78,10 +78,10 @@ def test_a_conversion_that_fails_leaves_the_teacher_as_it_was(teacher, text, mon
     modules = list(teacher.modules())
     done = []
 
-    def calibrate(*args):
+    def calibrate(*args, **options):
         if done:
             raise KeyboardInterrupt
-        done.append(calibration.calibrate_ffn(*args))
+        done.append(calibration.calibrate_ffn(*args, **options))
         return done[0]
 
     monkeypatch.setattr(layer, "calibrate_ffn", calibrate)

@@ -32,6 +32,7 @@ def content(teacher_folder, text_file, tmp_path_factory):
     stage = {"tokens": 384, "learning_rate": 0.002, "batch_size": 2}
     return {
         "teacher": str(teacher_folder("llama")),
+        "kernel_ffn": {"rows": "free"},
         "data": {"train": str(text), "sequence_length": 32, "shuffle_buffer": 16},
         "stages": [
             {"name": "layer-wise", **stage},

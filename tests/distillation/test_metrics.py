@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from runs import (
+from safetensors.torch import load_file
+from training_runs import (
     LAYER_WISE,
     LOGITS,
     STEPS,
@@ -15,7 +16,6 @@ from runs import (
     make_step,
     run,
 )
-from safetensors.torch import load_file
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.distillation import Recipe
@@ -38,6 +38,7 @@ def recipe(teacher_folder, text_file, tmp_path_factory):
     def make(out, data=(), **changes):
         content = {
             "teacher": str(teacher_folder("llama")),
+            "kernel_ffn": {"rows": "free"},
             "data": {
                 "train": str(text),
                 "sequence_length": 32,

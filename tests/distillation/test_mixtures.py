@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import load, make_step, run
 from safetensors.torch import load_file
 from teachers import SUPPORT
 from tiny_families import tiny
+from training_runs import load, make_step, run
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.distillation import Recipe

@@ -9,6 +9,7 @@ import yaml
 from teachers import FAMILIES
 
 from hf_kernel_ffn import InputError
+from hf_kernel_ffn.checkpoint_code.settings import DEFAULT_SETTINGS
 from hf_kernel_ffn.distillation import load_recipe
 from hf_kernel_ffn.distillation.run import _require_same_recipe
 
@@ -74,7 +75,16 @@ def test_what_is_left_out_has_a_default(recipe):
     read = recipe()
     assert read.student is None and read.lora is None and read.dtype == "float32" and read.seed == 0
     assert read.data.sources == ["books.txt"]
-    assert read.kernel_settings().kernel == "half-yat"
+    assert read.kernel_settings() == DEFAULT_SETTINGS
+
+
+def test_a_recipe_without_settings_takes_what_convert_takes(recipe):
+    """Layers are no settings; any other key says that rows are free, unless it is of tied rows."""
+    tied = {"kernel_ffn.layers=0-1", "kernel_ffn.pieces=3", "kernel_ffn.values=product"}
+    free = {"kernel_ffn.kernel=yat", "kernel_ffn.expansion=2", "kernel_ffn.rows=free"}
+    for override in tied | free:
+        settings = recipe(override).kernel_settings()
+        assert settings.rows == ("tied" if override in tied else "free"), override
 
 
 def test_a_wrong_key_is_named_with_the_nearest_right_one(refusal):

@@ -1,8 +1,8 @@
 """What a run meets beside its recipe: trackers, the launcher's settings, the trial of kernels."""
 
 import pytest
-from runs import LAYER_WISE, Interrupted, assert_same_files, interrupt, run
 from safetensors.torch import load_file
+from training_runs import LAYER_WISE, Interrupted, assert_same_files, interrupt, run
 
 from hf_kernel_ffn import InputError
 from hf_kernel_ffn.distillation import Recipe, accelerator, fused
@@ -17,6 +17,7 @@ def recipe(teacher_folder, text_file):
     def make(out, **changes):
         content = {
             "teacher": str(teacher_folder("llama")),
+            "kernel_ffn": {"rows": "free"},
             "data": {"train": str(text_file), "sequence_length": 32, "shuffle_buffer": 16},
             "stages": [LAYER_WISE],
             "output_dir": str(out),

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from runs import LAYER_WISE, LOGITS, STEPS, assert_same_files, interrupt, load, run
 from safetensors.torch import load_file
+from training_runs import LAYER_WISE, LOGITS, STEPS, assert_same_files, interrupt, load, run
 
 from hf_kernel_ffn import KernelFFN, KernelFFNConfig, convert, evaluate_student
-from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES

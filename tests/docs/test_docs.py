@@ -94,6 +94,7 @@ def test_quick_blocks_print_what_the_page_shows(quick_reports, page):
 @pytest.mark.parametrize("page", pages_to_run(slow=True))
 def test_all_blocks_print_what_the_page_shows(slow_reports, page):
     assert slow_reports[page]["failures"] == []
+    assert slow_reports[page]["ran"] > 0
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import torch
 from teachers import tiny_teacher
 
 from hf_kernel_ffn import InputError, Kernel, KernelFFN, KernelFFNConfig, convert, register_kernel
-from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
 from hf_kernel_ffn.evaluation import locality, purity
 from hf_kernel_ffn.evaluation.locality import (

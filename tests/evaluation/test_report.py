@@ -479,7 +479,7 @@ def test_positions_are_the_commonest_and_none_for_experts(ids):
     teacher = tiny("mixtral", "AutoModelForCausalLM")
     student, _ = convert(teacher, calibration_ids=ids, calibration_tokens=256, copy=True)
     for layer in evaluate_student(student, teacher, ids)["layers"]:
-        assert layer["spike_positions"] is None and layer["spike_tokens"] >= 0
+        assert layer["spike_positions"] is None
 
 
 # students whose figures are known beforehand

@@ -8,9 +8,9 @@ import inspect
 import pytest
 import torch
 import transformers
-from runs import make_step
 from safetensors.torch import save_file
 from tiny_families import COMMON, FAMILIES, HEADS, tiny
+from training_runs import make_step
 
 from hf_kernel_ffn import InputError, convert, restore
 from hf_kernel_ffn.checkpoint_code.carried_code import carried_file_names

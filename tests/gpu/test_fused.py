@@ -49,7 +49,7 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hf_kernel_ffn.gpu import tied_kernels, triton_kernels as fused_kernels
+from hf_kernel_ffn.gpu import dense_kernels, sparse_mixture, tied_kernels
 
 HALF = ("gate", "d_gate", "d_up", "x", "rows", "up", "bias", "up_bias", "coefficients", "gradient", "d_scores", "d_ups", "dictionary", "written")
 NUMBERS = ("tokens", "units", "prototypes", "tiles", "width", "x_token", "row", "up_row", "slots", "size", "by_feature", "by_prototype")
@@ -70,11 +70,11 @@ def build(kernel, dtype, **constants):
     return compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=8, num_stages=3))
 
 for dtype in ("bf16", "fp32"):
-    build(fused_kernels.gather_kernel, dtype, BLOCK_SLOTS=32, BLOCK_FEATURES=128)
+    build(sparse_mixture.gather_kernel, dtype, BLOCK_SLOTS=32, BLOCK_FEATURES=128)
     for gated, convex in ((False, False), (True, True)):
         flags = dict(GATED=gated, BIASED=gated, CONVEX=convex, ONE_SIDED=not convex, PRECISION="ieee", SIZE=2048)
         tokens = 64 if gated or convex else 128
-        for kernel, tokens in ((fused_kernels.forward_kernel, tokens), (fused_kernels.backward_kernel, 64)):
+        for kernel, tokens in ((dense_kernels.forward_kernel, tokens), (dense_kernels.backward_kernel, 64)):
             tile = dict(BLOCK_TOKENS=tokens, BLOCK_PROTOTYPES=128, BLOCK_FEATURES=64)
             built = build(kernel, dtype, **flags, **tile)
             assert built.metadata.shared <= 232448, built.metadata.shared  # what one program may have on compute capability 9.0

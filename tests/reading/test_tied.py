@@ -5,7 +5,7 @@ import torch
 from letters import Letters
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert, trace
-from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
 from hf_kernel_ffn.reading.attribution import logit_split
 from hf_kernel_ffn.reading.editing import Addition, Edit, edit, edited

@@ -11,10 +11,11 @@ from letters import Letters
 from hf_kernel_ffn import InputError, KernelFFNConfig, Readout, convert
 from hf_kernel_ffn.reading import model_parts, trace, tracing
 from hf_kernel_ffn.reading.attribution import logit_split
-from hf_kernel_ffn.reading.contexts import BEFORE, SKIP, contexts, export_contexts, rules
+from hf_kernel_ffn.reading.contexts import BEFORE, SKIP, contexts
 from hf_kernel_ffn.reading.lens import TunedLens, fit_lens, lens_kl
 from hf_kernel_ffn.reading.naming import aligned, feeds, nearest_tokens, written
 from hf_kernel_ffn.reading.regimes import contributions, mixtures, nonlinearities, regime, shares
+from hf_kernel_ffn.reading.rules import export_contexts, rules
 
 
 @pytest.fixture(scope="module", params=("llama", "gpt2", "mistral"))

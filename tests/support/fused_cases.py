@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_kernel_ffn import InputError
 from hf_kernel_ffn.checkpoint_code import operators
 from hf_kernel_ffn.checkpoint_code.plan import Form, choose_form
-from hf_kernel_ffn.gpu import dense_backward, dense_mixture, fused, trial, triton_kernels
+from hf_kernel_ffn.gpu import dense_backward, dense_mixture, fused, optional_triton, trial
 from hf_kernel_ffn.gpu.dense_mixture import fused_mixture
 from hf_kernel_ffn.gpu.fused import FEW, Fused, fuse
 from hf_kernel_ffn.gpu.sparse_mixture import active, gather
@@ -34,7 +34,7 @@ if CUDA:  # one shape, not six, is compiled for every size that a property draws
     for kernel in (dense_mixture.forward_tuned, dense_backward.backward_tuned):
         kernel.configs = kernel.configs[-1:]
 else:
-    assert triton_kernels.INTERPRETED
+    assert optional_triton.INTERPRETED
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     multiply = InterpreterBuilder.create_dot

@@ -9,16 +9,17 @@ import torch
 from hf_kernel_ffn import InputError
 from hf_kernel_ffn.checkpoint_code.knot_blocks import BLOCKS
 from hf_kernel_ffn.checkpoint_code.knots import Knots
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 from hf_kernel_ffn.checkpoint_code.plan import Form, choose_tied_form
-from hf_kernel_ffn.checkpoint_code.settings import MOST_PIECES, KernelFFNConfig, LayerConfig
+from hf_kernel_ffn.checkpoint_code.settings import MOST_PIECES, KernelFFNConfig
 from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
-from hf_kernel_ffn.gpu import fused, trial, triton_kernels
+from hf_kernel_ffn.gpu import fused, optional_triton, trial
 from hf_kernel_ffn.gpu.fused import Fused, fuse
 from hf_kernel_ffn.gpu.tied_kernels import TRITON_STEP
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-assert CUDA or triton_kernels.INTERPRETED
+assert CUDA or optional_triton.INTERPRETED
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 gating = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 

@@ -4,7 +4,7 @@ import torch
 
 from hf_kernel_ffn import KernelFFN, KernelFFNConfig
 from hf_kernel_ffn.checkpoint_code.kernels import KERNELS
-from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 
 D, P, TOP_K = 4, 5, 3
 

@@ -8,7 +8,7 @@ import torch
 from hf_kernel_ffn import KernelFFN, KernelFFNConfig
 from hf_kernel_ffn.checkpoint_code.ffn import _log_loudness
 from hf_kernel_ffn.checkpoint_code.kernels import get_kernel
-from hf_kernel_ffn.checkpoint_code.settings import LayerConfig
+from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 
 EXPONENTIALS = ("exponential-yat", "exponential", "gaussian")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,8 +79,10 @@ def module(kernel, simplex, intensity, values, kind, norm, row_norm, seed, dtype
 
 
 def undecided(exact, x):
-    """Whether a sparse map's choice, which jumps, hangs on the last digits; the kink of ReLU is
-    none, since it is squared."""
+    """Whether a sparse map's choice, which jumps, hangs on the last digits of a loudness.
+
+    The kinks of kernels are not asked for: the room of a gradient grows as its score nears zero.
+    """
     if not exact.config.settings.sparse:
         return False
     with torch.no_grad():

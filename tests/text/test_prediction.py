@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 import yaml
-from runs import make_step
 from safetensors.torch import load_file
 from teachers import RECIPES
+from training_runs import make_step
 from transformers import (
     AutoModelForMaskedLM,
     BartConfig,
@@ -196,6 +196,7 @@ def test_what_is_under_no_mask_does_not_count(bert, student, asked):
 def recipe(folder, text_file, out, **more):
     return {
         "teacher": str(folder),
+        "kernel_ffn": {"rows": "free"},
         "data": {"train": str(text_file), "sequence_length": 32, "shuffle_buffer": 16},
         "stages": [{**STAGE, "name": name} for name in ("layer-wise", "logits")],
         "output_dir": str(out),

@@ -11,7 +11,7 @@ from ...checkpoint_code.kernels import Kernel, get_kernel
 from ...checkpoint_code.settings import KernelFFNConfig, needs_both_signs
 from ...families.weights import FFNWeights
 from .prototypes import Prototypes, initial_kernel_parameters
-from .unit_pieces import Candidates, RowSource, choose_signs, fit_pieces
+from .unit_pieces import Candidates, RowSource, choose_signs, fit_unit_pieces
 
 QUIETEST = 1e-3
 """Rows are shortened no further than for an output prototype this share of the mean length: a
@@ -39,7 +39,7 @@ def assemble_prototypes(
 
     candidates = Candidates(inputs, source, kernel=kernel, parameters=parameters, signs=signs)
     parts = []
-    for piece in fit_pieces(weights, settings, candidates, pieces):
+    for piece in fit_unit_pieces(weights, settings, candidates, pieces):
         for sign in signs:
             rows, bias, _ = source(slice(None), piece.ratio, sign)
             if kernel.uses_bias:

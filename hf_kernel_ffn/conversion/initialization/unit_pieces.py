@@ -146,7 +146,7 @@ class Candidates:
         return score, distance2, dot.std(0)
 
 
-def fit_pieces(
+def fit_unit_pieces(
     weights: FFNWeights, settings: KernelFFNConfig, candidates: Candidates, pieces: int
 ) -> list[UnitPiece]:
     """Choose the ``pieces`` whose sum stands in best for each unit's coefficient."""

@@ -77,15 +77,16 @@ def fit_pieces(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
     planes = see_planes(weights, inputs)
     outputs = weights.coefficients(inputs) @ weights.down
     token_weights = weigh_tokens(outputs)
+    far = None if planes.second is None else FAR * planes.second.abs().max().item()
 
     candidates = ANGLES * len(SHIFTS) if in_plane else 2 * len(OUTWARD_KNOTS)
     units_at_once = max(1, NUMBERS_AT_ONCE // (candidates * len(inputs)))
-    far = None if planes.second is None else FAR * planes.second.abs().max().item()
     weight = token_weights.expand(len(weights.down), -1)
     if not in_plane:
         planes, share = planes.add_design_points()
         weight = torch.cat([weight, DESIGN_WEIGHT * token_weights.sum() * share], 1)
-    found = []
+
+    pieces = []
     for low in range(0, len(weights.down), units_at_once):
         units = slice(low, low + units_at_once)
         problem = _make_problem(
@@ -97,9 +98,9 @@ def fit_pieces(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
             parameters=tensors,
             scale=scale,
         )
-        found.append(_fit_units(problem, in_plane, settings.pieces or PIECES))
+        pieces.append(_fit_units(problem, in_plane, settings.pieces or PIECES))
 
-    return FittedPieces(_join_units(found), parameters, scale, far)
+    return FittedPieces(_join_units(pieces), parameters, scale, far)
 
 
 def _join_units(parts: list[Pieces]) -> Pieces:
@@ -170,6 +171,7 @@ def _make_problem(
 
 
 def _fit_units(problem: Problem, in_plane: bool, count: int) -> Pieces:
+    """The ``count`` pieces of each unit of ``problem``."""
     planes = problem.planes
     if not in_plane:
         first = UNBOUNDED[: count - 1]
@@ -185,6 +187,7 @@ def _fit_units(problem: Problem, in_plane: bool, count: int) -> Pieces:
 def _pursue_pieces(
     problem: Problem, candidates: Pieces, count: int, first: Sequence[int] = ()
 ) -> Pieces:
+    """Choose ``count`` of the ``candidates`` for each unit, those numbered ``first`` before all."""
     values = compute_kernels(problem.kernel, problem.planes, candidates, problem.parameters)
     values = values * (problem.scale * problem.kernel_scale)[:, None]
     return choose_pieces(

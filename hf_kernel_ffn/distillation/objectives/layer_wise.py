@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...checkpoint_code.parameters import to_at_least_float32
 from ...text.inputs import Inputs
 from ..collectives import count_processes, mean_over_processes, sum_over_processes
-from ..divergence import to_at_least_float32
 from ..step import Step, TargetStatistics
 from ..teacher_signal import TeacherSignal
 from .registry import register_objective

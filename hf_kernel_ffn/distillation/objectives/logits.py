@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ...checkpoint_code.parameters import to_at_least_float32
 from ...text.inputs import make_forward_arguments
 from ...text.prediction import logits_with_answers
-from ..divergence import to_at_least_float32
 from ..step import Step
 from .registry import register_objective
 

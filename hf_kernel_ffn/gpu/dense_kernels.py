@@ -1,19 +1,15 @@
-"""The Triton kernels: tiles of x·w with all that follows in their epilogue, and a gather.
+"""The Triton kernels of dense mixtures: tiles of x·w with all that follows in their epilogue.
 
-The formulas stand in dense_mixture.py and sparse_mixture.py. Matrices are read at any strides;
-offsets are 64 bits wide up to a tile and 32 bits within; everything is summed in float32; what lies
-outside a matrix is zero. With TRITON_INTERPRET=1 they run on a CPU, for tests.
+The formulas stand in dense_mixture.py. Matrices are read at any strides; offsets are 64 bits wide
+up to a tile and 32 bits within; everything is summed in float32; what lies outside a matrix is
+zero.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # readouts then compute the same without it
-    triton = tl = None  # type: ignore[assignment]
+from .optional_triton import INTERPRETED, jit, tl, triton
 
 SHAPES = ((64, 8, 3), (64, 8, 4), (64, 4, 3), (32, 4, 4), (32, 8, 3), (16, 8, 3))
 """Features read at once, warps and pipeline stages that are tried once per size of a layer and of
@@ -23,11 +19,7 @@ SMALL_TILE = 32
 """Tokens of a tile that four warps have registers for."""
 
 
-def _jit(function: Any) -> Any:
-    return triton.jit(function) if triton else function
-
-
-@_jit
+@jit
 def _place(tokens, prototypes, BLOCK_TOKENS: tl.constexpr, BLOCK_PROTOTYPES: tl.constexpr):
     """Which tile of tokens and which of prototypes this program has; programs that run together
     have tiles of the same few, and share what they read."""
@@ -39,7 +31,7 @@ def _place(tokens, prototypes, BLOCK_TOKENS: tl.constexpr, BLOCK_PROTOTYPES: tl.
     return 8 * group + within % height, within // height
 
 
-@_jit
+@jit
 def _products(
     x,
     rows,
@@ -99,7 +91,7 @@ def _products(
     return dot, ups
 
 
-@_jit
+@jit
 def _terms(dot, bias, square_x, square_rows, epsilon, ONE_SIDED: tl.constexpr):
     """s, ‖x − w‖² as rounding left it, and ‖x − w‖² + ε; a NaN stays one."""
     score = dot + bias[None, :]
@@ -109,7 +101,7 @@ def _terms(dot, bias, square_x, square_rows, epsilon, ONE_SIDED: tl.constexpr):
     return score, distance, tl.where(distance < 0, 0.0, distance) + epsilon
 
 
-@_jit
+@jit
 def _log2(score, denominator, temperature):
     """log₂ κ / τ, −∞ where nothing fires."""
     fires = score != 0
@@ -117,7 +109,7 @@ def _log2(score, denominator, temperature):
     return tl.where(fires, (2 * tl.log2(size) - tl.log2(denominator)) / temperature, float("-inf"))
 
 
-@_jit
+@jit
 def forward_kernel(
     x,
     rows,
@@ -208,7 +200,7 @@ def forward_kernel(
     )
 
 
-@_jit
+@jit
 def backward_kernel(
     x,
     rows,
@@ -320,6 +312,7 @@ def backward_kernel(
         tl.store(coefficients + place, value.to(coefficients.dtype.element_ty), mask=both)
     if CONVEX:  # π (dπ − Σ π dπ) is the gradient of log κ / τ
         change = value * (change - tl.load(mean + token, mask=here, other=0.0)[:, None])
+        # 0.69… is ln 2: the logarithm is to base 2
         d_factor = (
             -change * tl.where(score != 0, logarithm, 0.0) * (0.6931471805599453 / tl.load(factor))
         )
@@ -341,50 +334,6 @@ def backward_kernel(
         2 * (direct + far) * scale * tl.load(unit_rows + prototype, mask=there, other=0.0)[None, :]
     )
     tl.store(d_scores + place, d_score.to(d_scores.dtype.element_ty), mask=both)
-
-
-@_jit
-def gather_kernel(
-    coefficients,
-    indices,
-    counts,
-    dictionary,
-    written,
-    slots,
-    prototypes,
-    size,
-    by_feature,
-    by_prototype,
-    BLOCK_SLOTS: tl.constexpr,
-    BLOCK_FEATURES: tl.constexpr,
-):
-    """BLOCK_FEATURES features of one token's Σ c_j v_{i_j}, summed in float32."""
-    token = tl.program_id(0).to(tl.int64)
-    feature = tl.program_id(1).to(tl.int64) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
-    total = tl.zeros((BLOCK_FEATURES,), tl.float32)
-    count = tl.load(counts + token)
-    start = 0
-    while start < count:
-        slot = start + tl.arange(0, BLOCK_SLOTS)
-        inside = slot < count
-        index = tl.load(indices + token * slots + slot, mask=inside, other=-1).to(tl.int64)
-        coefficient = tl.load(coefficients + token * slots + slot, mask=inside, other=0.0).to(
-            tl.float32
-        )
-        read = (index >= 0) & (index < prototypes) & (coefficient != 0)
-        place = dictionary + index[:, None] * by_prototype + feature[None, :] * by_feature
-        part = tl.load(place, mask=read[:, None] & (feature < size)[None, :], other=0.0).to(
-            tl.float32
-        )
-        total += tl.sum(part * coefficient[:, None], 0)
-        start += BLOCK_SLOTS
-    tl.store(
-        written + token * size + feature, total.to(written.dtype.element_ty), mask=feature < size
-    )
-
-
-INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
-"""Triton was told (TRITON_INTERPRET=1) to run kernels on the CPU: for tests."""
 
 
 def _prune_shapes(shapes: list[Any], arguments: dict[str, Any], **more: Any) -> list[Any]:

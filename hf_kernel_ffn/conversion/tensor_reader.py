@@ -1,29 +1,22 @@
-"""Safetensors read and written one tensor at a time, for what does not fit in memory."""
+"""Safetensors read one tensor at a time, for what does not fit in memory."""
 
 from __future__ import annotations
 
-import json
 import math
-import struct
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from io import BufferedReader, BufferedWriter
+from io import BufferedReader
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.integrity import BYTES, read_header, weight_files
+from ..checkpoint_code.untrusted_files import BYTES, read_header, weight_files
 from ..compat import (
     WeightConverter,
     WeightRenaming,
@@ -33,25 +26,7 @@ from ..compat import (
     get_tied_parameter_names,
     rename_source_key,
 )
-
-DTYPES = {
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
-"""By the name that safetensors has for them, in the order in which it writes them."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PIECE = 2**24
-"""Bytes copied at once."""
-WAITING = 8
-"""Tensors that may wait to be written: about a block."""
-ONE_FILE = "50GB"
-"""What ``save_pretrained`` puts into one file at most."""
-LENGTH_BYTES = 8
-"""The first bytes of a file say how long the header is, and the header's length is a multiple."""
+from .safetensors_format import DTYPES, LENGTH_BYTES, PIECE, count_bytes, view_bytes
 
 
 class Place(NamedTuple):
@@ -120,7 +95,8 @@ class Reader:
         for key in sorted(self.places, key=dot_natural_key):
             named, pattern = rename_source_key(key, renamings, converters, prefix, expected)
             if named not in expected and key in expected:
-                named, pattern = key, None
+                named = key
+                pattern = None
             if named in expected:
                 self.sources.setdefault(named, []).append((key, pattern))
 
@@ -234,107 +210,8 @@ def _fill_tensor(stream: BufferedReader, start: int, tensor: Tensor, key: str) -
     stream.seek(start)
     if not tensor.numel():
         return
-    if stream.readinto(_view_bytes(tensor)) != _count_bytes(tensor):
+    if stream.readinto(view_bytes(tensor)) != count_bytes(tensor):
         raise InputError(
             f"found {key} cut off in {stream.name}, expected whole safetensors: copy the "
             "checkpoint again"
         )
-
-
-class Writer:
-    """Safetensors files whose tensors, described beforehand, are filled in any order.
-
-    They have the same bytes as those of ``save_pretrained``. Tensors are rounded and written while
-    the caller goes on.
-    """
-
-    def __init__(self, folder: Path, described: Mapping[str, Tensor]):
-        """Make the files in ``folder``; ``described``: tensors on the meta device by name."""
-        plan = split_state_dict_into_shards_factory(
-            dict(described),
-            get_storage_size=_count_bytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=ONE_FILE,
-        )
-        self.places: dict[str, tuple[BufferedWriter, int, torch.dtype]] = {}
-        """By name: an open file, the byte at which the tensor begins there, and its dtype."""
-        self.files = ExitStack()
-        for file, keys in plan.filename_to_tensors.items():
-            stream = self.files.enter_context((folder / file).open("wb"))
-            self._begin_file(stream, {key: described[key] for key in keys})
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
-        self.left = set(described)
-        """Names of the tensors that are not filled yet."""
-        self.pool = ThreadPoolExecutor(1)
-        self.pending: deque[Future[None]] = deque()
-
-    def _begin_file(self, stream: BufferedWriter, described: Mapping[str, Tensor]) -> None:
-        """Write the header of a file of these tensors, and give it its size."""
-        order = list(NAMES)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offsets: dict[str, int] = {}
-        offset = 0
-        for key in sorted(described, key=lambda key: (order.index(described[key].dtype), key)):
-            tensor = described[key]
-            offsets[key] = offset
-            offset += _count_bytes(tensor)
-            header[key] = {
-                "dtype": NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [offsets[key], offset],
-            }
-
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % LENGTH_BYTES)
-        stream.write(struct.pack("<Q", len(text)) + text)
-        start = LENGTH_BYTES + len(text)
-        stream.truncate(start + offset)
-        for key, tensor in described.items():
-            self.places[key] = (stream, start + offsets[key], tensor.dtype)
-
-    def write(self, key: str, pieces: Iterable[Tensor]) -> None:
-        """Fill the tensor ``key`` by ``pieces`` of it in order, which nobody changes any more.
-
-        An error may come with a later call, or at the end.
-        """
-        self.left.discard(key)
-        self.pending.append(self.pool.submit(self._write_pieces, key, pieces))
-        while len(self.pending) > WAITING:
-            self.pending.popleft().result()
-
-    def _write_pieces(self, key: str, pieces: Iterable[Tensor]) -> None:
-        stream, start, dtype = self.places[key]
-        stream.seek(start)
-        for piece in pieces:
-            for part in piece.reshape(-1).split(PIECE // dtype.itemsize):
-                stream.write(_view_bytes(part.to(dtype)))
-
-    def __enter__(self) -> Writer:
-        """Return the writer itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Wait for what is being written, unless there was an error, and close the files."""
-        try:
-            while self.pending and error is None:
-                self.pending.popleft().result()
-        finally:
-            self.pool.shutdown(cancel_futures=True)
-            self.files.close()
-
-
-def _count_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _view_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's own memory."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
