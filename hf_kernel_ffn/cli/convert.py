@@ -78,8 +78,13 @@ def convert(
         Optional[str], typer.Option(help=".txt, .jsonl, .parquet or a datasets name")
     ] = None,
     calibration_tokens: Annotated[
-        int, typer.Option(min=0, help="tokens to calibrate on; 0: no calibration")
-    ] = 16_384,
+        Optional[int],
+        typer.Option(
+            min=0,
+            help="tokens to calibrate on; 0: no calibration  [default: 16384; 4096 of the model's "
+            "own for tied rows]",
+        ),
+    ] = None,
     chat: Chat = False,
     bos: Bos = "auto",
     stream: Annotated[
@@ -106,6 +111,7 @@ def convert(
     from ..checkpoint_code.errors import InputError
     from ..checkpoint_code.settings import make_settings
     from ..conversion import convert as conversion
+    from ..conversion.calibration_set import CALIBRATION_TOKENS
     from ..conversion.streaming import convert_streamed
     from ..storage.checkpoint import save_converted
     from ..storage.files import new_folder, require_empty
@@ -126,7 +132,7 @@ def convert(
     # Large tensors in huge pages: fresh ones take a third of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     require_empty(out_dir)
-    if 0 < calibration_tokens < LEAST_CALIBRATION_TOKENS:
+    if calibration_tokens is not None and 0 < calibration_tokens < LEAST_CALIBRATION_TOKENS:
         raise InputError(
             f"found {calibration_tokens} calibration tokens, expected 0, or "
             f"{LEAST_CALIBRATION_TOKENS} and more: give more"
@@ -165,7 +171,12 @@ def convert(
         positions = getattr(teacher.config, "max_position_embeddings", None) or ROW_LENGTH
         length = min(ROW_LENGTH, positions)
         text = read_token_ids(
-            tokenizer, [calibration_text], length, calibration_tokens, text_format, spread=True
+            tokenizer,
+            [calibration_text],
+            length,
+            CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens,
+            text_format,
+            spread=True,
         )
         ids = make_inputs_for_prediction(teacher, tokenizer, text, seed)
     options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)

@@ -16,8 +16,8 @@ from ..text.inputs import Inputs, count_rows, select_rows, tokens_per_row
 CALIBRATION_TOKENS = 16_384
 """Tokens that a conversion reads, of the user's text or of the model's own making."""
 PIECES_TOKENS = 4096
-"""Tokens of its own that a model writes where all that is fitted are pieces of units: these need no
-more, and a large model writes them in a minute."""
+"""Tokens of its own that a model writes where all that is fitted are pieces of units. On SmolLM2
+four times as many leave a quarter less KL, in three times the time."""
 PIECES_ROW_LENGTH = 64
 """Length of the rows that it then writes: many rows have many first tokens, which are what
 spikes."""

@@ -33,7 +33,7 @@ from .calibration_set import (
 )
 from .layer import convert_ffn
 from .replay_check import open_block_source
-from .sampling import write_own_text
+from .sampling import OWN_TEXT_LENGTH, write_own_text
 from .teacher_state import keep_as_it_was
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def convert(
     layers: str | list[int] | None = None,
     *,
     calibration_ids: Inputs | None = None,
-    calibration_tokens: int = CALIBRATION_TOKENS,
+    calibration_tokens: int | None = None,
     copy: bool = False,
     seed: int = 0,
     progress: bool = False,
@@ -85,7 +85,7 @@ def convert(
         calibration_ids: (rows, length) token ids of text, or whatever the model's main input is, or
             a mapping of its arguments; None: the teacher makes its own.
         calibration_tokens: how many of them are read; 0: no calibration, and each unit is fitted on
-            made-up inputs.
+            made-up inputs. None: 16,384; where all rows are tied, 4,096 of the teacher's own.
         copy: own copies of the parameters that teacher and student have in common, instead of
             sharing their memory.
         seed: of the teacher's own tokens.
@@ -105,36 +105,27 @@ def convert(
         )
     chosen, settings = choose_ffns(teacher, config, layers)
     only_pieces = fits_only_pieces(settings.values())
+    own_pieces = only_pieces and calibration_ids is None
+    tokens = calibration_tokens
+    if tokens is None:
+        tokens = PIECES_TOKENS if own_pieces else CALIBRATION_TOKENS
     _require_whole_and_finite(teacher, progress)
 
     with keep_as_it_was(teacher):
         teacher.eval()
         ids = calibration_ids
-        if ids is None and calibration_tokens:
-            ids = _write_calibration_text(
-                teacher, calibration_tokens, seed, only_pieces=only_pieces, progress=progress
-            )
+        if ids is None and tokens:
+            length = PIECES_ROW_LENGTH if own_pieces else OWN_TEXT_LENGTH
+            ids = write_own_text(teacher, tokens, seed, length, progress=progress)
         calibration = None
         if ids is not None:
-            calibration = choose_calibration(ids, calibration_tokens, only_pieces=only_pieces)
+            calibration = choose_calibration(ids, tokens, only_pieces=only_pieces)
         kind = "own tokens" if calibration_ids is None else "text"
         report = start_report(teacher, calibration, kind)
         ffns = _convert_blocks(
             teacher, chosen, settings, calibration=calibration, report=report, progress=progress
         )
     return _make_student(teacher, ffns, copy), report
-
-
-def _write_calibration_text(
-    teacher: PreTrainedModel, tokens: int, seed: int, *, only_pieces: bool, progress: bool
-) -> Inputs:
-    """Token ids (rows, length) of the teacher's own making; few, in short rows, for pieces
-    alone."""
-    if not only_pieces:
-        return write_own_text(teacher, tokens, seed, progress=progress)
-    return write_own_text(
-        teacher, min(tokens, PIECES_TOKENS), seed, length=PIECES_ROW_LENGTH, progress=progress
-    )
 
 
 def _require_whole_and_finite(teacher: PreTrainedModel, progress: bool) -> None:

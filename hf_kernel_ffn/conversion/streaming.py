@@ -61,7 +61,7 @@ def convert_streamed(
     layers: str | None = None,
     *,
     calibration_ids: Tensor | None = None,
-    calibration_tokens: int = CALIBRATION_TOKENS,
+    calibration_tokens: int | None = None,
     dtype: str = "float32",
     progress: bool = False,
 ) -> ConversionReport:
@@ -76,7 +76,7 @@ def convert_streamed(
         layers: as in :func:`hf_kernel_ffn.convert`.
         calibration_ids: (rows, length) token ids of text; None only with ``calibration_tokens`` 0,
             since a model that is never whole in memory cannot write its own.
-        calibration_tokens: how many of them are read; 0: no calibration.
+        calibration_tokens: how many of them are read; 0: no calibration; None: 16,384.
         dtype: of the weights while they are computed with.
         progress: show a bar.
 
@@ -96,7 +96,9 @@ def convert_streamed(
     calibration = None
     if calibration_ids is not None:
         calibration = choose_calibration(
-            calibration_ids, calibration_tokens, only_pieces=fits_only_pieces(settings.values())
+            calibration_ids,
+            CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens,
+            only_pieces=fits_only_pieces(settings.values()),
         )
     stored = read_stored_dtype(source)
     described = _describe_student(teacher, chosen, settings, stored)

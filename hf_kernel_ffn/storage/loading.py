@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -199,9 +200,28 @@ def load_model(
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer at ``name``; no code of its author's runs."""
+    config = _read_stock_family(name)
+    options = {} if config is None else {"config": config}
     # None would ask at the terminal about the model's code.
-    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, name, trust_remote_code=False)
+    tokenizer = load_pretrained(
+        AutoTokenizer.from_pretrained, name, trust_remote_code=False, **options
+    )
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _read_stock_family(name: str) -> PreTrainedConfig | None:
+    """A config of the family that the converted model at ``name`` was made from; None if there is
+    no such thing.
+
+    AutoTokenizer looks at a config too, and warns of a model_type that it does not know.
+    """
+    if find_file(name, "config.json") is None:
+        return None
+    entry = read_config(name).get("kernel_ffn")
+    family = entry.get("family") if isinstance(entry, dict) else None
+    if not isinstance(family, str) or not get_stock_heads(family):
+        return None
+    return AutoConfig.for_model(family)
 
 
 def get_student_class(

@@ -155,6 +155,13 @@ def test_pieces_are_fitted_on_all_rows_that_are_not_held_out(monkeypatch):
     assert len(chosen.fit) == 32 and chosen.fit_every == 2
 
 
+def test_the_teacher_writes_as_many_tokens_as_are_asked_for(llama):
+    for tokens, settings in ((None, None), (5120, None), (1024, KernelFFNConfig())):
+        _, report = convert(llama, settings, calibration_tokens=tokens, layers="0")
+        assert report.calibration == "own tokens"
+        assert report.calibration_tokens == (tokens or calibration_set.PIECES_TOKENS)
+
+
 def test_the_sample_is_spread_over_the_text(llama, text, monkeypatch):
     monkeypatch.setattr(sampling, "FIT_TOKENS", 64)
     monkeypatch.setattr(calibration_set, "FIT_ROWS", 8)

@@ -2,6 +2,7 @@
 
 import builtins
 import statistics
+import subprocess
 import sys
 
 import pytest
@@ -41,6 +42,20 @@ def test_no_question_is_asked_at_the_terminal(teacher_folder, ids, tmp_path, mon
     check_vocabularies(str(tmp_path), teacher)
     load_student(str(tmp_path))
     assert not asked
+    own = load_tokenizer(str(tmp_path))
+    stock = load_tokenizer(teacher)
+    assert type(own) is type(stock) and own("A test.") == stock("A test.")
+
+
+def test_a_students_tokenizer_loads_without_a_warning(teacher_folder, ids, tmp_path):
+    teacher = str(teacher_folder("llama"))
+    student, _ = convert(
+        AutoModelForCausalLM.from_pretrained(teacher), calibration_ids=ids, calibration_tokens=256
+    )
+    save_converted(student, teacher, tmp_path)
+    code = f"from hf_kernel_ffn import load_tokenizer; load_tokenizer({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 def test_layers_keep_their_order_past_the_tenth(ids, tmp_path):
