@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv with this package in it: bash scripts/setup.sh EXTRAS. Keeps a torch that is there already.
+# Make .venv with this package in it: bash scripts/setup.sh EXTRAS. Keeps a torch that is there
+# already.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

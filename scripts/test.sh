@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up and run everything that is checked: ruff, the type checker, the tests. Arguments go to pytest; --slow adds the long ones.
+# Set up and run everything that is checked: ruff, the type checker, the tests. Arguments go to
+# pytest; --slow adds the long ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev

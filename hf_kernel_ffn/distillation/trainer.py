@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -13,18 +11,16 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.tied import AnyKernelFFN
-from .accelerator import allow_idle_experts, autocast, make_accelerator
+from .accelerator import allow_idle_experts, make_accelerator
 from .batches import BatchReader
-from .collectives import average_gradients, average_in_place
 from .failures import are_finite, describe_divergence
+from .gradient_step import GradientStep, reshard
 from .metrics import Listener, StepReport
 from .models import Models, freeze_all_but_ffns, has_experts
-from .objectives import OBJECTIVES
 from .optimizers import make_optimizers
 from .part import Part
 from .progress import ProgressBar
@@ -40,7 +36,6 @@ from .state import (
     load_trained,
     save_state,
 )
-from .step import Step, accumulate_gradients
 from .stopping import Stop
 from .teacher_signal import make_signals
 from .thresholds import Watch
@@ -109,6 +104,7 @@ class Trainer:
             self._shard_ffns()
         elif has_experts(models.student):
             allow_idle_experts(accelerator)
+        self.gradient_step = GradientStep(recipe, accelerator, self.stop, sharded=self.sharded)
         self.trained = {
             name: parameter
             for name, parameter in models.trainee.named_parameters()
@@ -158,9 +154,9 @@ class Trainer:
                 "tokens in one process would keep the others waiting for its share; leave it out"
             )
         # The price of write mass reads the weights after the forward pass.
-        reshard = not any(stage.write_mass for stage in self.recipe.stages)
+        gives_up = not any(stage.write_mass for stage in self.recipe.stages)
         ffns = self.models.student.kernel_ffns().values()
-        shard(ffns, self.accelerator.device, reshard)
+        shard(ffns, self.accelerator.device, gives_up)
 
     def _tensors_to_keep(self) -> dict[str, Tensor]:
         """All that is trained, and what else a converted FFN holds: its units."""
@@ -238,11 +234,11 @@ class Trainer:
         learning_rate = part.set_learning_rates(step)
         part.batches = self.reader.read(part.stage, self.position.sequences)
         self.position.sequences += part.sequences_per_step
-        loss, stopping = self._agree(self._accumulate(part, watch))
+        loss, stopping = self.gradient_step.agree(self.gradient_step.accumulate(part, watch))
 
-        usable = self._is_usable(loss, part)
+        usable = self.gradient_step.is_usable(loss, part)
         if usable:
-            self._update(part, watch, step)
+            self.gradient_step.update(part, watch, step)
         elif self.position.skipped >= self.recipe.skip_steps:
             self._diverge(f"loss {loss}", part, step)
         else:
@@ -261,68 +257,11 @@ class Trainer:
         )
         return report, stopping
 
-    def _accumulate(self, part: Part, watch: Watch) -> Tensor:
-        """Add up the gradients of all batches; the mean loss of this process."""
-        count = len(part.batches)
-        step = Step(
-            stage=part.stage,
-            signal=part.signal,
-            student=part.model,
-            ffns=part.ffns,
-            batch=part.batches[0],
-            backward=lambda loss: self.accelerator.backward(loss / count),
-            price=watch.price,
-            batches=part.batches,
-        )
-        losses = []
-        for number, batch in enumerate(part.batches):
-            watch.begin_batch(number)
-            with self._gradient_sync(part, last=number + 1 == count), self._autocast():
-                objective = OBJECTIVES[part.stage.name]
-                losses.append(accumulate_gradients(objective, replace(step, batch=batch)))
-        return torch.stack(losses).mean()
-
-    def _gradient_sync(self, part: Part, *, last: bool) -> AbstractContextManager[object]:
-        """DistributedDataParallel averages gradients in the ``last`` backward pass of a step."""
-        return nullcontext() if last else self.accelerator.no_sync(part.model)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        return autocast(self.recipe.dtype, self.accelerator.device)
-
-    def _update(self, part: Part, watch: Watch, step: int) -> None:
-        """Make the optimisers' step, and let thresholds follow."""
-        if part.layer_wise and not self.sharded:
-            average_gradients(part.parameters)
-        if not part.layer_wise:
-            self.accelerator.clip_grad_norm_(part.parameters, part.stage.clip)
-        part.apply_gradients()
-        watch.after(step, average_in_place)
-        _reshard(part)  # fitting a threshold has gathered the weights
-
-    def _agree(self, loss: Tensor) -> tuple[float, bool]:
-        """The mean loss of all processes, and whether one of them was asked to stop."""
-        asked = loss.new_full((), self.stop.asked, dtype=torch.float64)
-        pair = torch.stack([loss.double(), asked])
-        average_in_place(pair)
-        mean_loss, share_asked = pair.tolist()
-        return mean_loss, share_asked > 0
-
-    def _is_usable(self, loss: float, part: Part) -> bool:
-        """Whether a step may be made.
-
-        Gradients are looked at only where a bad one could be left out: otherwise the weights are,
-        before they are saved.
-        """
-        if not math.isfinite(loss) or not self.recipe.skip_steps:
-            return math.isfinite(loss)
-        gradients = [parameter.grad for parameter in part.parameters]
-        return are_finite([gradient for gradient in gradients if gradient is not None])
-
     def _validate(self, part: Part, watch: Watch, held_out: HeldOutText) -> float:
         """The stage's loss on the held-out text."""
-        with watch.look_away(), self._autocast():
+        with watch.look_away(), self.gradient_step.autocast():
             loss = held_out.loss(part.stage, part.ffns, self.models, self.accelerator.device)
-        _reshard(part)
+        reshard(part)
         return loss
 
     def _save(
@@ -359,10 +298,3 @@ class Trainer:
                 output_dir=Path(self.recipe.output_dir),
             )
         )
-
-
-def _reshard(part: Part) -> None:
-    """Leave this process its share of weights that something else than training has gathered."""
-    for ffn in part.ffns.values():
-        if isinstance(ffn, FSDPModule):
-            ffn.reshard()

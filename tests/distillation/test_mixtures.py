@@ -18,7 +18,7 @@ from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation import trainer as trainer_module
 from hf_kernel_ffn.distillation.metrics import METRICS
-from hf_kernel_ffn.distillation.objectives import layer_wise
+from hf_kernel_ffn.distillation.objectives import OBJECTIVES, layer_wise
 from hf_kernel_ffn.distillation.recipe import Stage
 from hf_kernel_ffn.distillation.teacher_signal import RunningTeacher
 
@@ -111,7 +111,7 @@ def test_a_bad_loss_of_a_mixture_names_the_expert(content, monkeypatch, tmp_path
         list(step.ffns.values())[3].input_prototypes.weight.data[0, 0] = float("inf")
         return loss * float("nan")
 
-    monkeypatch.setitem(trainer_module.OBJECTIVES, "layer-wise", spoil)
+    monkeypatch.setitem(OBJECTIVES, "layer-wise", spoil)
     with pytest.raises(FloatingPointError, match=r"first in layers\.0\.mlp\.experts\.3"):
         run(Recipe(**with_batches_of(content, 2), output_dir=str(tmp_path / "out")))
 
