@@ -16,6 +16,9 @@ FORWARD_NUMBERS = 2**17
 """Coefficients that are worked on at once on a CPU, so that they stay in its cache."""
 BACKWARD_NUMBERS = 2**17
 """The same in the backward pass."""
+FEW_NUMBERS = 2**16
+"""Coefficients times pieces up to which all pieces are one operation: that of one token, whose
+price is the number of operations."""
 DEVICE_NUMBERS = 2**23
 """Coefficients that are worked on at once elsewhere: what temporaries in float32 may take."""
 
@@ -26,7 +29,9 @@ class BlockStep:
     compiled_backward = staticmethod(differentiate_knots)
 
     def forward(self, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
-        """c, by two operations per piece."""
+        """c, by two operations per piece; of few tokens, by three for all of them."""
+        if gate.numel() * len(knots.knot) <= FEW_NUMBERS:
+            return _mix_few(gate, up, knots)
         pieces = _Pieces(knots)
         dtype = knots.knot.dtype
         written = torch.empty_like(gate)
@@ -80,6 +85,18 @@ class BlockStep:
             _multiply(by_up, total, of_up[part])
             _multiply(total, factor, written[part])
         return KnotGradients(of_gate, of_up, written, *blocks.finish())
+
+
+def _mix_few(gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
+    """c of few tokens, shape and dtype of ``gate``."""
+    knot = knots.knot
+    signed = knots.amount * knot.sign()
+    score = gate.to(knot.dtype)[:, None]
+    clamped = torch.clamp(score, knot.clamp_max(0), knot.clamp_min(0))
+    total = clamped.mul_(signed).sum(1)
+    if up is not None and knots.far is not None:
+        total.mul_(up.to(knot.dtype).clamp(-knots.far, knots.far))
+    return total.to(gate.dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:

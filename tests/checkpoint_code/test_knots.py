@@ -67,8 +67,10 @@ def assert_same(found, expected, **tolerance):
 
 
 @gating
+@pytest.mark.parametrize("few", [0, 10**6], ids=["piece by piece", "all at once"])
 @pytest.mark.parametrize("shape", [(7,), (2, 3), (2, 1, 5), (0,), (2, 0)])
-def test_output_and_gradients_are_those_of_the_formula(gated, shape):
+def test_output_and_gradients_are_those_of_the_formula(gated, shape, few, monkeypatch):
+    monkeypatch.setattr(knot_blocks, "FEW_NUMBERS", few)
     layer, x = make_layer(gated), make_inputs(*shape)
     assert choose_tied_form(layer, x).form is Form.ONE_PASS
     expected = find_gradients(layer, x, lambda x: run_formula(layer, x))
@@ -94,6 +96,7 @@ def test_at_zero_and_at_a_knot_of_zero_nothing_has_a_gradient(gated):
 @gating
 def test_blocks_change_nothing(gated, monkeypatch):
     layer, x = make_layer(gated), make_inputs(11)
+    monkeypatch.setattr(knot_blocks, "FEW_NUMBERS", 0)
     whole = find_gradients(layer, x, layer)
     for name in ("FORWARD_NUMBERS", "BACKWARD_NUMBERS"):
         monkeypatch.setattr(knot_blocks, name, 3 * UNITS)
