@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from .options import Bos, Chat, Device, Dtype, Trust, make_text_format, quieten
 from .tables import print_report
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def evaluate(
@@ -47,7 +50,7 @@ def evaluate(
 ) -> None:
     """Compare STUDENT with its teacher on TEXT: fidelity of its predictions, and readability of
     every layer."""
-    from ..checkpoint_code.errors import InputError
+    from ..checkpoint_code.errors import InputError, MissingPackage
     from ..families.student import check_pair, share_equal_parameters
     from ..storage.files import require_place, write_text
     from ..storage.loading import (
@@ -65,7 +68,7 @@ def evaluate(
         from ..evaluation.generation import read_chat_prompts
         from ..evaluation.report import evaluate_student
     except ImportError as error:
-        raise InputError(
+        raise MissingPackage(
             "evaluate needs the evaluate package: pip install 'hf-kernel-ffn[evaluate]'"
         ) from error
     if json_file is not None:
@@ -76,10 +79,8 @@ def evaluate(
     read_stock_config(teacher)
     tokenizer = load_tokenizer(teacher)
     find_row_frame(tokenizer, text_format)  # refuses before the models are loaded
-    converted, stock = (
-        load_student(student, dtype, device, trust_remote_code),
-        load_teacher(teacher, dtype, device),
-    )
+    converted = load_student(student, dtype, device, trust_remote_code)
+    stock = load_teacher(teacher, dtype, device)
     check_pair(converted, stock)
     check_vocabularies(student, teacher)
     share_equal_parameters(converted, stock)  # which halves what both hold
@@ -91,16 +92,16 @@ def evaluate(
         )
     check_tokenizer(tokenizer, stock)
     ids = read_token_ids(tokenizer, [text], sequence_length, max_tokens, text_format)
-    is_asked = chat and prompts > 0
+    asked: int | list[Tensor] = prompts
+    if chat and prompts > 0:
+        asked = read_chat_prompts(stock, tokenizer, text, prompts, text_format)
     report = evaluate_student(
         converted,
         stock,
         ids,
         tokenizer=tokenizer,
         batch_tokens=batch_tokens,
-        prompts=read_chat_prompts(stock, tokenizer, text, prompts, text_format)
-        if is_asked
-        else prompts,
+        prompts=asked,
         progress=True,
     )
     report = {

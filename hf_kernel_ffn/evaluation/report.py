@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from ..families.hooks import (
 from ..families.lookup import find_stock_ffn
 from ..families.student import check_pair
 from ..families.weights import read_stock_weights
+from ..progress import track_progress
 from ..text.inputs import Inputs, make_forward_arguments, select_rows
 from ..text.prediction import make_inputs_for_prediction, predicts_masked
 from .accumulators import FFNAccumulator
@@ -36,7 +37,6 @@ from .token_logits import TokenLogits
 BATCH_TOKENS = 2048
 """Tokens that the models read at once unless told otherwise."""
 
-Item = TypeVar("Item")
 Columns = dict[str, list[Tensor]]
 """By name, the figures of every batch, one entry per predicted token."""
 
@@ -107,14 +107,14 @@ def evaluate_student(
     of_student = TokenLogits(student, batches[0])
 
     columns = _read_both_models(
-        of_student, of_teacher, _track(batches, "fidelity", progress), accumulators
+        of_student, of_teacher, track_progress(batches, "fidelity", progress), accumulators
     )
     _require_tokens(accumulators)
     columns["ablated_nll"] = _read_readability(
-        of_teacher, _track(batches, "readability", progress), accumulators
+        of_teacher, track_progress(batches, "readability", progress), accumulators
     )
     if any(one.errors_at_student_inputs.spike_tokens() for one in accumulators.values()):
-        _read_student_spikes(student, _track(batches, "spikes", progress), accumulators)
+        _read_student_spikes(student, track_progress(batches, "spikes", progress), accumulators)
 
     metric = Fidelity(keep_in_memory=True)
     report = metric.compute(**{name: torch.cat(parts).tolist() for name, parts in columns.items()})
@@ -264,12 +264,3 @@ def _pool(model: PreTrainedModel, ids: Tensor) -> Tensor:
     base = model.base_model
     states = base(**make_forward_arguments(base, ids)).last_hidden_state
     return states.double().mean(1).cpu()
-
-
-def _track(items: Sequence[Item], label: str, show: bool) -> Iterable[Item]:
-    """The ``items``, with a progress bar if ``show``."""
-    if not show:
-        return items
-    from rich.progress import track
-
-    return track(items, description=label)

@@ -5,7 +5,6 @@ Whatever is wrong with them becomes one InputError.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +13,6 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -23,17 +21,16 @@ from transformers import (
 )
 
 from ..checkpoint_code.errors import CheckpointError, InputError
-from ..checkpoint_code.modeling import KernelModelMixin
 from ..compat import (
     find_unread_gguf_tensors,
     forget_quantizer,
     make_gguf_options,
     make_model_from_config,
 )
-from ..families.registry import get_architecture
-from ..families.task_classes import get_stock_heads, get_task_classes
+from ..families.task_classes import get_stock_heads
 from .gguf_header import is_gguf, read_gguf_header
 from .kernel_files import CUSTOM_KERNEL, has_custom_kernel
+from .model_classes import get_student_class, get_teacher_class
 from .model_files import (
     find_file,
     first_line,
@@ -83,7 +80,7 @@ def load_teacher(
     entry = read_stock_config(name)
     options = make_gguf_options() if is_gguf(name) else {"use_safetensors": True}
     model, missing, _ = _load_model_and_check_keys(
-        _get_teacher_class(entry, name, trust_remote_code),
+        get_teacher_class(entry, name, trust_remote_code),
         name,
         trust_remote_code=trust_remote_code,
         dtype=get_torch_dtype(dtype),
@@ -111,7 +108,7 @@ def load_stock_on_meta(name: str, dtype: str = "float32") -> PreTrainedModel:
             f"found the GGUF file {name} for a streamed conversion, expected a folder of "
             "safetensors: leave out --stream"
         )
-    model_class = _get_teacher_class(read_stock_config(name), name, trust_remote_code=False)
+    model_class = get_teacher_class(read_stock_config(name), name, trust_remote_code=False)
     config = load_pretrained(AutoConfig.from_pretrained, name)
     with torch.device("meta"):
         model = make_model_from_config(model_class, config, get_torch_dtype(dtype))
@@ -224,39 +221,6 @@ def _read_stock_family(name: str) -> PreTrainedConfig | None:
     return AutoConfig.for_model(family)
 
 
-def get_student_class(
-    entry: Mapping[str, Any], name: str
-) -> tuple[type[ConvertedModel] | None, str]:
-    """Return this package's own class for the converted model at ``name``.
-
-    Args:
-        entry: its config.json.
-
-    Returns:
-        the class, and an empty string; of a family whose stock classes bring code of their own
-        None, and the file that has it.
-
-    Raises:
-        InputError: the family is unknown, or the class is none of this package's.
-    """
-    kernel_ffn = entry.get("kernel_ffn")
-    family = kernel_ffn.get("family") if isinstance(kernel_ffn, dict) else None
-    get_architecture(family)
-    if not get_stock_heads(str(family)):
-        return None, f"modeling_kernel_{family}.py"
-
-    heads = entry.get("architectures")
-    head = heads[0] if isinstance(heads, list) and heads else None
-    head = head if isinstance(head, str) else ""
-    student_class = getattr(get_task_classes(str(family)), head, None)
-    if not _is_student_class(student_class):
-        raise CheckpointError(
-            f"found class {head!r} at {name}, expected one of this package's: "
-            "the checkpoint is damaged"
-        )
-    return cast("type[ConvertedModel]", student_class), ""
-
-
 def check_vocabularies(student: str, teacher: str) -> None:
     """Check that the tokenizers at ``student`` and ``teacher`` have the same tokens.
 
@@ -302,30 +266,6 @@ def read_stored_dtype(name: str) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _get_teacher_class(entry: Mapping[str, Any], name: str, trust_remote_code: bool) -> type[Any]:
-    """Return the class, or Auto class, by which the stock model at ``name`` is loaded.
-
-    Raises:
-        InputError: it brings its own code, which is not trusted.
-    """
-    head = (entry.get("architectures") or [""])[0]
-    heads = get_stock_heads(entry["model_type"])
-    if heads:
-        task_heads = {
-            stock for auto, stock in heads.items() if auto not in ("AutoConfig", "AutoModel")
-        }
-        if head in task_heads or "AutoModelForCausalLM" not in heads:
-            return getattr(transformers, head)
-        return AutoModelForCausalLM
-
-    if not trust_remote_code:
-        raise InputError(
-            f"found a {entry['model_type']!r} at {name}, which brings its own code: "
-            "read it, then allow it by --trust-remote-code"
-        )
-    return get_auto_class(entry, head)
-
-
 def _finish_gguf(model: PreTrainedModel, name: str) -> None:
     """Make ``model``, read from the GGUF file ``name``, one like any other.
 
@@ -343,13 +283,6 @@ def _finish_gguf(model: PreTrainedModel, name: str) -> None:
     forget_quantizer(model)
     model.config.name_or_path = name
     model.name_or_path = name
-
-
-def _is_student_class(candidate: object) -> bool:
-    """Return whether ``candidate`` is one of this package's model classes."""
-    if not isinstance(candidate, type) or candidate is KernelModelMixin:
-        return False
-    return issubclass(candidate, KernelModelMixin)
 
 
 def _load_model_and_check_keys(

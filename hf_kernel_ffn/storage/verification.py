@@ -15,7 +15,7 @@ from ..checkpoint_code.integrity import CHECKSUMS, check_folder, check_model, co
 from ..checkpoint_code.layer_config import FORMAT
 from ..checkpoint_code.untrusted_files import read_json
 from .kernel_files import CUSTOM_KERNEL, has_custom_kernel
-from .loading import get_student_class
+from .model_classes import get_student_class
 from .model_files import load_pretrained
 
 if TYPE_CHECKING:
