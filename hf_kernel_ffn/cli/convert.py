@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from .options import Bos, Chat, Device, Dtype, make_text_format, quieten
 from .tables import print_conversion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..text.inputs import Inputs
+    from ..text.text_format import TextFormat
 
 LEAST_CALIBRATION_TOKENS = 256
 """Fewer say too little of what a unit reads."""
@@ -111,40 +117,22 @@ def convert(
     from ..checkpoint_code.errors import InputError
     from ..checkpoint_code.settings import make_settings
     from ..conversion import convert as conversion
-    from ..conversion.calibration_set import CALIBRATION_TOKENS
     from ..conversion.streaming import convert_streamed
     from ..storage.checkpoint import save_converted
     from ..storage.files import new_folder, require_empty
     from ..storage.kernel_files import import_kernel
-    from ..storage.loading import (
-        check_tokenizer,
-        load_stock_on_meta,
-        load_teacher,
-        load_tokenizer,
-    )
+    from ..storage.loading import load_stock_on_meta, load_teacher, load_tokenizer
     from ..storage.model_files import read_stock_config
-    from ..text.packing import read_token_ids
-    from ..text.prediction import make_inputs_for_prediction
     from ..text.row_frame import find_row_frame
-    from ..text.text_format import TextFormat
 
     quieten()
     # Large tensors in huge pages: fresh ones take a third of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     require_empty(out_dir)
-    if calibration_tokens is not None and 0 < calibration_tokens < LEAST_CALIBRATION_TOKENS:
-        raise InputError(
-            f"found {calibration_tokens} calibration tokens, expected 0, or "
-            f"{LEAST_CALIBRATION_TOKENS} and more: give more"
-        )
     if stream and device != "cpu":
         raise InputError(f"found --stream with device {device!r}, expected cpu: it computes there")
     text_format = make_text_format(chat, bos)
-    if calibration_text is None and text_format != TextFormat():
-        raise InputError(
-            "found --chat or --bos without a text that they are of, expected --calibration-text: "
-            "give one, or leave them out"
-        )
+    _check_calibration_options(calibration_text, calibration_tokens, text_format)
     fields = {
         "rows": rows,
         "pieces": pieces,
@@ -167,18 +155,14 @@ def convert(
     teacher = load_stock_on_meta(model) if stream else load_teacher(model, dtype, device)
     ids = None
     if calibration_text is not None and tokenizer is not None:
-        check_tokenizer(tokenizer, teacher)
-        positions = getattr(teacher.config, "max_position_embeddings", None) or ROW_LENGTH
-        length = min(ROW_LENGTH, positions)
-        text = read_token_ids(
+        ids = _read_calibration_rows(
+            teacher,
             tokenizer,
-            [calibration_text],
-            length,
-            CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens,
-            text_format,
-            spread=True,
+            calibration_text,
+            tokens=calibration_tokens,
+            text_format=text_format,
+            seed=seed,
         )
-        ids = make_inputs_for_prediction(teacher, tokenizer, text, seed)
     options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)
     if stream:
         report = convert_streamed(model, out_dir, settings, layers, dtype=dtype, **options)
@@ -191,3 +175,49 @@ def convert(
         f"calibrated on {report.calibration_tokens:,} tokens ({report.calibration}); "
         f"saved in {out_dir}"
     )
+
+
+def _check_calibration_options(
+    text: str | None, tokens: int | None, text_format: TextFormat
+) -> None:
+    """InputError if there are too few tokens, or a format of a text that is not given."""
+    from ..checkpoint_code.errors import InputError
+    from ..text.text_format import PLAIN
+
+    if tokens is not None and 0 < tokens < LEAST_CALIBRATION_TOKENS:
+        raise InputError(
+            f"found {tokens} calibration tokens, expected 0, or {LEAST_CALIBRATION_TOKENS} and "
+            "more: give more"
+        )
+    if text is None and text_format != PLAIN:
+        raise InputError(
+            "found --chat or --bos without a text that they are of, expected --calibration-text: "
+            "give one, or leave them out"
+        )
+
+
+def _read_calibration_rows(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    tokens: int | None,
+    text_format: TextFormat,
+    seed: int,
+) -> Inputs:
+    """What ``teacher`` is to read of ``text``, from all over it; masked where it predicts masks.
+
+    Raises:
+        InputError: the text cannot be read or is too short, or the tokenizer is another model's.
+    """
+    from ..conversion.calibration_set import CALIBRATION_TOKENS
+    from ..storage.loading import check_tokenizer
+    from ..text.packing import read_token_ids
+    from ..text.prediction import make_inputs_for_prediction
+
+    check_tokenizer(tokenizer, teacher)
+    positions = getattr(teacher.config, "max_position_embeddings", None) or ROW_LENGTH
+    count = CALIBRATION_TOKENS if tokens is None else tokens
+    length = min(ROW_LENGTH, positions)
+    rows = read_token_ids(tokenizer, [text], length, count, text_format, spread=True)
+    return make_inputs_for_prediction(teacher, tokenizer, rows, seed)

@@ -65,7 +65,7 @@ def evaluate(
     from ..text.row_frame import find_row_frame
 
     try:
-        from ..evaluation.generation import read_chat_prompts
+        from ..evaluation.generation import select_chat_prompts
         from ..evaluation.report import evaluate_student
     except ImportError as error:
         raise MissingPackage(
@@ -94,7 +94,7 @@ def evaluate(
     ids = read_token_ids(tokenizer, [text], sequence_length, max_tokens, text_format)
     asked: int | list[Tensor] = prompts
     if chat and prompts > 0:
-        asked = read_chat_prompts(stock, tokenizer, text, prompts, text_format)
+        asked = select_chat_prompts(stock, tokenizer, text, prompts, text_format)
     report = evaluate_student(
         converted,
         stock,

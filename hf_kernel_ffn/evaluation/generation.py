@@ -65,7 +65,7 @@ def select_prompts(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
     return ids[rows, :length]
 
 
-def read_chat_prompts(
+def select_chat_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     source: str,
