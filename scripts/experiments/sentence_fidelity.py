@@ -22,7 +22,7 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kernel_ffn import convert, load_teacher, load_tokenizer
+from hf_kernel_ffn import convert, load_student, load_teacher, load_tokenizer
 from hf_kernel_ffn.checkpoint_code.settings import make_settings
 from hf_kernel_ffn.storage.files import write_text
 from hf_kernel_ffn.storage.kernel_files import import_kernel
@@ -43,6 +43,9 @@ def main(
     kernel: Annotated[Optional[str], typer.Option()] = None,
     pieces: Annotated[Optional[int], typer.Option()] = None,
     seed: Annotated[int, typer.Option(help="of the model's own tokens")] = 0,
+    student: Annotated[
+        Optional[str], typer.Option(help="compare this one, instead of converting MODEL")
+    ] = None,
 ) -> None:
     """Convert MODEL, embed sentences of every TEXT by both, and write the figures to OUT."""
     torch.set_num_threads(1)
@@ -51,37 +54,47 @@ def main(
         given |= {"kernel": import_kernel(kernel), "rows": "tied"}
     teacher = load_teacher(model)
     tokenizer = load_tokenizer(model)
-    ids = None
-    if calibration_text is not None:
-        ids = read_token_ids(tokenizer, [calibration_text], 64, 16_384, spread=True)
-
-    start = time.process_time()
-    student, report = convert(
-        teacher,
-        make_settings(given),
-        calibration_ids=ids,
-        seed=seed,
-    )
-    numbers = [sum(p.numel() for p in whole.parameters()) for whole in (student, teacher)]
-    figures: dict[str, Any] = {
-        "model": Path(model).name,
-        "settings": {name: str(value) for name, value in given.items()},
-        "calibration": report.calibration,
-        "calibration_tokens": report.calibration_tokens,
-        "conversion_cpu_seconds": round(time.process_time() - start, 1),
-        "parameters_ratio": numbers[0] / numbers[1],
-        "layers": report.layers,
-        "texts": {},
-    }
+    figures: dict[str, Any] = {"model": Path(model).name}
+    if student is None:
+        ids = None
+        if calibration_text is not None:
+            ids = read_token_ids(tokenizer, [calibration_text], 64, 16_384, spread=True)
+        start = time.process_time()
+        converted, report = convert(teacher, make_settings(given), calibration_ids=ids, seed=seed)
+        figures["settings"] = {name: str(value) for name, value in given.items()}
+        figures["calibration"] = report.calibration
+        figures["calibration_tokens"] = report.calibration_tokens
+        figures["conversion_cpu_seconds"] = round(time.process_time() - start, 1)
+        figures["layers"] = report.layers
+    else:
+        converted = load_student(student)
+        figures["student"] = Path(student).name
+    numbers = [sum(p.numel() for p in whole.parameters()) for whole in (converted, teacher)]
+    figures["parameters_ratio"] = numbers[0] / numbers[1]
+    figures["texts"] = {}
     for file in text:
-        sentences = find_sentences(Path(file).read_text(encoding="utf-8"))
-        cosines = [embed(which, tokenizer, sentences) for which in (student, teacher)]
-        cosine = (cosines[0] * cosines[1]).sum(-1)
-        found = {"sentences": len(sentences), "mean_cosine": cosine.mean().item()}
-        found["worst_cosine"] = cosine.min().item()
+        found = compare_embeddings(converted, teacher, tokenizer, Path(file))
         figures["texts"][Path(file).name] = found
         typer.echo(f"{Path(file).name}: {found}")
     write_text(out, json.dumps(figures, indent=1) + "\n")
+
+
+def compare_embeddings(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    file: Path,
+) -> dict[str, float]:
+    """Cosines between the embeddings of a text's sentences by both."""
+    sentences = find_sentences(file.read_text(encoding="utf-8"))
+    ours = embed(student, tokenizer, sentences)
+    theirs = embed(teacher, tokenizer, sentences)
+    cosine = (ours * theirs).sum(-1)
+    return {
+        "sentences": len(sentences),
+        "mean_cosine": cosine.mean().item(),
+        "worst_cosine": cosine.min().item(),
+    }
 
 
 def find_sentences(text: str) -> list[str]:
