@@ -1,0 +1,150 @@
+"""Make the attribution graph of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...checkpoint_code.errors import InputError
+from ..model_parts import decode_tokens, get_embedding_weight
+from ..tracing import tokenize_prompt
+from .attributor import Attributor, Target
+from .expansion import Expansion
+from .graph import Graph, Node
+from .sources import Source
+from .steps import RULES
+from .targets import choose_likely, measure_probabilities, require_readable, require_token
+
+NODES = 256
+"""Units and heads of a graph unless others are asked for."""
+LOGITS = 10
+"""Logits that a graph explains, at most."""
+PROBABILITY = 0.95
+"""Share of the probability that they hold, if so many do."""
+HELD = ("attention patterns", "scales of norms")
+"""What is held in every graph."""
+
+
+def attribution_graph(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Tensor,
+    *,
+    target: str | int | Sequence[str | int] | None = None,
+    against: str | int | None = None,
+    nodes: int = NODES,
+    heads: bool = False,
+    rule: str = "half",
+    see: Callable[[int], None] | None = None,
+) -> Graph:
+    """Find which units of ``model`` (a causal language model) made which, up to the next token.
+
+    With attention patterns and the scales of norms held at their values on the prompt, all between
+    units is linear. So the edges into a node are exact: over all sources they add up to its value.
+    The graph has the ``nodes`` most influential units; what others add is in ``elsewhere``.
+
+    Memory grows with tokens times units, and with ``nodes``.
+
+    Args:
+        prompt: text, or token ids (T,).
+        target: the next token to explain, or several, as text or id; None: the likeliest ones,
+            at most :data:`LOGITS`, that hold :data:`PROBABILITY`.
+        against: a token whose logit is subtracted; None: the mean over the vocabulary.
+        nodes: units, and heads if they are nodes.
+        heads: whether heads are nodes between units. What goes into a head is split along the
+            direction of what it wrote, which is held.
+        rule: how a coefficient is split over its scores, ``half`` or ``derivative``; see
+            :mod:`~hf_kernel_ffn.reading.graph.steps`.
+        see: is told how many nodes there are, after each step.
+
+    Raises:
+        InputError: the prompt has no token, a target is not one token, ``nodes`` is below one, the
+            rule is unknown, the model is no causal language model of a family whose attention is
+            described, or one of its norms is no LayerNorm or RMSNorm.
+    """
+    if nodes < 1:
+        raise InputError(f"found nodes {nodes}, expected at least 1")
+    if rule not in RULES:
+        raise InputError(f"found rule {rule!r}, expected one of {', '.join(RULES)}")
+    ids = tokenize_prompt(tokenizer, prompt)
+    require_readable(model)
+    embeddings = get_embedding_weight(model)
+    asked = [] if target is None else [target] if isinstance(target, (str, int)) else list(target)
+    targets = [require_token(tokenizer, token, len(embeddings)) for token in asked]
+    other = None if against is None else require_token(tokenizer, against, len(embeddings))
+
+    attributor = Attributor(model, ids.to(embeddings.device), heads=heads, rule=rule, against=other)
+    probabilities = measure_probabilities(attributor.final_logits)
+    tokens = targets or choose_likely(probabilities, LOGITS, PROBABILITY)
+    weights = probabilities[tokens]
+    expansion = Expansion(attributor, weights / weights.sum())
+    last = len(ids) - 1
+    layers = attributor.table.layers
+    expansion.expand([Target("logit", layers, last, token) for token in tokens])
+    expansion.grow(nodes, see)
+
+    held = dict.fromkeys(HELD)
+    for units in attributor.units:
+        held.update(dict.fromkeys(units.held))
+    texts = [decode_tokens(tokenizer, [number]) for number in ids.tolist()]
+    graph_nodes, edges = _describe_nodes(expansion, tokenizer, ids.tolist(), texts)
+    kept = edges.double()
+    return Graph(
+        model=_name_model(model),
+        prompt=prompt if isinstance(prompt, str) else "".join(texts),
+        ids=ids.tolist(),
+        tokens=texts,
+        layers=layers,
+        rule=rule,
+        held=tuple(held),
+        against=other,
+        probabilities=weights.tolist(),
+        nodes=graph_nodes,
+        edges=edges,
+        elsewhere=torch.tensor(expansion.sums, dtype=torch.float64) - kept.sum(-1),
+        elsewhere_size=(
+            torch.tensor(expansion.sizes, dtype=torch.float64) - kept.abs().sum(-1)
+        ).clamp_min(0),
+        gaps=torch.tensor(expansion.gaps, dtype=torch.float64),
+    )
+
+
+def _describe_nodes(
+    expansion: Expansion, tokenizer: PreTrainedTokenizerBase, ids: list[int], texts: list[str]
+) -> tuple[list[Node], Tensor]:
+    """The nodes, those with inputs first, and the edges between them."""
+    attributor = expansion.attributor
+    nodes = []
+    for target, value in zip(expansion.targets, expansion.values, strict=True):
+        kind, layer, position, index = target
+        if kind == "logit":
+            name = decode_tokens(tokenizer, [index])
+        elif kind == "head":
+            name = f"head {index}"
+        else:
+            name = attributor.units[layer].name(position, index)
+        nodes.append(Node(kind, layer, position, index, name, value))
+
+    numbers, edges = expansion.assemble()
+    for number in numbers:
+        nodes.append(_describe_leaf(attributor.table.find(number), ids, texts))
+    return nodes, edges
+
+
+def _describe_leaf(source: Source, ids: list[int], texts: list[str]) -> Node:
+    """The node of a source without inputs."""
+    kind, layer, position, _ = source
+    if kind == "embedding":
+        return Node(kind, layer, position, ids[position], texts[position], float("nan"))
+    name = {"position": f"position {position}", "bias": "biases", "remainder": "remainder"}[kind]
+    return Node(kind, layer, position, 0, name, float("nan"))
+
+
+def _name_model(model: PreTrainedModel) -> str:
+    """The folder or repository that ``model`` came from, or its class."""
+    name = getattr(model.config, "_name_or_path", "") or ""
+    return Path(name).name or type(model).__name__
