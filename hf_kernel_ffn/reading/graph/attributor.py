@@ -31,10 +31,14 @@ class Target(NamedTuple):
 
 
 class EdgeRows(NamedTuple):
-    """Edges into B targets from all S sources: ``edges.sum(-1) + gaps = values``."""
+    """Edges into B targets from all S sources: ``sums + gaps = values``."""
 
     edges: Tensor
     """(B, S)."""
+    sums: Tensor
+    """(B,) float64 of the edges."""
+    sizes: Tensor
+    """(B,) float64 of the edges' absolute values."""
     values: Tensor
     """(B,) float64: coefficients, logits, or the lengths of what heads wrote."""
     gaps: Tensor
@@ -80,14 +84,18 @@ class Attributor:
                 self._add_leaf(rows, leaf, gradient)
         self._add_own_parts(rows, targets)
 
-        gaps = values - rows.sum(-1, dtype=torch.float64)
-        sizes = rows.abs().sum(-1, dtype=torch.float64)
+        # Row by row: a sum in float64 copies what it sums.
+        sums = torch.stack([row.sum(dtype=torch.float64) for row in rows]).cpu()
+        sizes = torch.stack([row.abs().sum() for row in rows]).double().cpu()
+        gaps = values - sums
         for number, target in enumerate(targets):
             if gaps[number].abs() > ROUNDING * sizes[number]:
                 place = self.table.number("remainder", target.layer, target.position)
-                rows[number, place] += gaps[number].to(rows.dtype)
+                rows[number, place] += gaps[number].to(rows)
+                sums[number] += gaps[number]
+                sizes[number] += gaps[number].abs()
                 gaps[number] = 0.0
-        return EdgeRows(rows, values, gaps)
+        return EdgeRows(rows, sums, sizes, values, gaps)
 
     @torch.no_grad()
     def _make_seeds(self, targets: list[Target]) -> tuple[list[Tensor], list[Tensor], Tensor]:

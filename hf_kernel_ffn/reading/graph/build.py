@@ -91,7 +91,10 @@ def attribution_graph(
     for units in attributor.units:
         held.update(dict.fromkeys(units.held))
     texts = [decode_tokens(tokenizer, [number]) for number in ids.tolist()]
-    graph_nodes, edges = _describe_nodes(expansion, tokenizer, ids.tolist(), texts)
+    rest_name = "curvature" if rule == "derivative" else "remainder"
+    graph_nodes, edges = _describe_nodes(
+        expansion, tokenizer, ids.tolist(), texts, rest_name=rest_name
+    )
     kept = edges.double()
     return Graph(
         model=_name_model(model),
@@ -114,7 +117,12 @@ def attribution_graph(
 
 
 def _describe_nodes(
-    expansion: Expansion, tokenizer: PreTrainedTokenizerBase, ids: list[int], texts: list[str]
+    expansion: Expansion,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    texts: list[str],
+    *,
+    rest_name: str,
 ) -> tuple[list[Node], Tensor]:
     """The nodes, those with inputs first, and the edges between them."""
     attributor = expansion.attributor
@@ -131,17 +139,17 @@ def _describe_nodes(
 
     numbers, edges = expansion.assemble()
     for number in numbers:
-        nodes.append(_describe_leaf(attributor.table.find(number), ids, texts))
+        nodes.append(_describe_leaf(attributor.table.find(number), ids, texts, rest_name))
     return nodes, edges
 
 
-def _describe_leaf(source: Source, ids: list[int], texts: list[str]) -> Node:
+def _describe_leaf(source: Source, ids: list[int], texts: list[str], rest_name: str) -> Node:
     """The node of a source without inputs."""
     kind, layer, position, _ = source
     if kind == "embedding":
         return Node(kind, layer, position, ids[position], texts[position], float("nan"))
-    name = {"position": f"position {position}", "bias": "biases", "remainder": "remainder"}[kind]
-    return Node(kind, layer, position, 0, name, float("nan"))
+    names = {"position": f"position {position}", "bias": "biases", "remainder": rest_name}
+    return Node(kind, layer, position, 0, names[kind], float("nan"))
 
 
 def _name_model(model: PreTrainedModel) -> str:

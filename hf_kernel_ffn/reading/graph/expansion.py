@@ -11,11 +11,15 @@ from torch import Tensor
 from .attributor import Attributor, EdgeRows, Target
 
 ROW_BYTES = 2**28
-"""What the rows of one backward pass may take: this many nodes are expanded together."""
+"""What the rows of one backward pass may take; so many nodes are expanded together."""
 MOST_AT_ONCE = 32
 """Nodes expanded together, at most: later choices know the influence of earlier ones."""
 EDGES_KEPT = 4096
-"""Edges from units and heads that are remembered for each node, its largest. Sums are over all."""
+"""Edges from units and heads that are remembered for each node, about, its largest. Sums are over
+all."""
+SAMPLE = 2**16
+"""Edges by which the size of the last that is remembered is estimated; a sort of all of them would
+take as long as the backward pass."""
 
 
 class Expansion:
@@ -94,16 +98,15 @@ class Expansion:
         """Remember the largest edges of ``rows``, and all of those that have no inputs."""
         table = self.attributor.table
         first = table.expandable
-        kept = min(EDGES_KEPT, first)
         for number, target in enumerate(targets):
             row = rows.edges[number]
-            sources = row[:first].abs().topk(kept, sorted=False).indices
+            sources = _find_largest(row[:first].abs(), EDGES_KEPT)
             self.targets.append(target)
             self.sources.append(sources)
             self.edges.append(row[sources])
             self.leaves.append(row[first:].clone())
-            self.sums.append(row.sum(dtype=torch.float64).item())
-            self.sizes.append(row.abs().sum(dtype=torch.float64).item())
+            self.sums.append(rows.sums[number].item())
+            self.sizes.append(rows.sizes[number].item())
             self.values.append(rows.values[number].item())
             self.gaps.append(rows.gaps[number].item())
             is_source = target.kind != "logit"
@@ -131,3 +134,15 @@ class Expansion:
         used = leaves.any(0).nonzero()[:, 0]
         first = self.attributor.table.expandable
         return (used + first).tolist(), torch.cat([inner, leaves[:, used]], 1)
+
+
+def _find_largest(sizes: Tensor, count: int) -> Tensor:
+    """The places of about ``count`` of the largest of ``sizes`` (n,), or of all that are not
+    zero."""
+    step = max(1, len(sizes) // SAMPLE)
+    sample = sizes[::step]
+    kept = count // step
+    if kept >= len(sample):
+        return sizes.nonzero()[:, 0]
+    cut = sample.topk(kept + 1).values[-1]
+    return (sizes > cut).nonzero()[:, 0]

@@ -2,13 +2,12 @@
 
 All by absolute values: an edge counts by its share of all that is added to its node, and a node by
 all paths from it to the logits, (I − A)⁻¹ with A the matrix of those shares. So do Ameisen et al.
-2025, "Circuit Tracing", and the circuit-tracer package, whose two scores are here too. One thing is
-stricter here: what comes from sources that the graph leaves out counts as unexplained. There, units
-that were not selected are dropped from all sums first.
+2025, "Circuit Tracing", and the circuit-tracer package, whose two scores are here too.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -36,12 +35,18 @@ def influences(graph: Graph) -> Tensor:
     return _spread(graph, _shares(graph))
 
 
-def score(graph: Graph) -> Scores:
+def score(graph: Graph, elsewhere: bool = True) -> Scores:
     """Replacement and completeness of ``graph``.
 
     Unexplained is what remainders add, and what comes from elsewhere. Biases count as explained in
     the completeness, and not at all in the replacement.
+
+    Args:
+        elsewhere: False: sources that the graph leaves out are dropped from all sums first, as
+            circuit-tracer does with the units that it did not select.
     """
+    if not elsewhere:
+        graph = replace(graph, elsewhere_size=torch.zeros_like(graph.elsewhere_size))
     shares = _shares(graph)
     influence = _spread(graph, shares)
     weights = torch.zeros_like(influence)

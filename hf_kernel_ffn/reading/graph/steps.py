@@ -26,6 +26,9 @@ from .forms import Form
 
 RULES = ("half", "derivative")
 """How a coefficient may be split over its scores."""
+ROUNDING = 1e-3
+"""Where a form is further than this share from the layer's own coefficient, it is another one, and
+the difference is no rounding."""
 
 
 class Step(NamedTuple):
@@ -68,7 +71,9 @@ def take_step(form: Form, scores: list[Tensor], coefficients: Tensor, rule: str 
         torch.where(score != 0, effect / score.where(score != 0, 1.0), 0.0)
         for effect, score in zip(effects, scores, strict=True)
     )
-    return Step(slopes, nothing, coefficients - whole)
+    rest = coefficients - whole
+    is_rounding = rest.abs() <= ROUNDING * coefficients.abs()
+    return Step(slopes, nothing, rest.masked_fill(is_rounding, 0.0))
 
 
 def _differentiate(form: Form, scores: list[Tensor]) -> tuple[Tensor, ...]:
