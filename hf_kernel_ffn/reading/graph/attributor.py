@@ -26,7 +26,7 @@ class Target(NamedTuple):
     layer: int
     """Its block; the number of blocks for a logit."""
     position: int
-    index: int
+    number: int
     """The unit or head; the token of a logit."""
 
 
@@ -116,8 +116,8 @@ class Attributor:
                 seeds[key][number, 0, target.position, place] = row
             else:
                 units = self.units[target.layer]
-                row = units.direction(target.position, target.index)
-                value = units.coefficients[target.position, target.index].item()
+                row = units.direction(target.position, target.number)
+                value = units.coefficients[target.position, target.number].item()
                 seeds[key][number, 0, target.position] = row
             values[number] = value
         return list(outputs.values()), list(seeds.values()), values
@@ -136,19 +136,19 @@ class Attributor:
         row = torch.zeros_like(logits)
         if self.against is None:
             row -= 1 / len(row)
-            row[target.index] += 1.0
-            value = logits[target.index].double() - logits.double().mean()
+            row[target.number] += 1.0
+            value = logits[target.number].double() - logits.double().mean()
         else:
-            row[target.index] += 1.0
+            row[target.number] += 1.0
             row[self.against] -= 1.0
-            value = logits[target.index].double() - logits[self.against].double()
+            value = logits[target.number].double() - logits[self.against].double()
         return row, value.item()
 
     def _seed_head(self, target: Target) -> tuple[slice, Tensor, float]:
         """The direction of what a head wrote, which is held, and its length."""
         written = self.passed.heads[target.layer].detach()[0, target.position]
         size = len(written) // self.head_count
-        place = slice(target.index * size, (target.index + 1) * size)
+        place = slice(target.number * size, (target.number + 1) * size)
         length = written[place].norm()
         tiny = torch.finfo(length.dtype).tiny
         return place, written[place] / length.clamp_min(tiny), length.item()
@@ -186,7 +186,7 @@ class Attributor:
                 continue
             units = self.units[target.layer]
             bias = self.table.number("bias", target.layer, target.position)
-            rows[number, bias] += units.constant(target.position, target.index)
-            rest = units.step.rest[target.position, target.index]
+            rows[number, bias] += units.constant(target.position, target.number)
+            rest = units.step.rest[target.position, target.number]
             remainder = self.table.number("remainder", target.layer, target.position)
             rows[number, remainder] += rest

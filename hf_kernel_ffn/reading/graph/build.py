@@ -17,7 +17,13 @@ from .expansion import Expansion
 from .graph import Graph, Node
 from .sources import Source
 from .steps import RULES
-from .targets import choose_likely, measure_probabilities, require_readable, require_token
+from .targets import (
+    choose_likely,
+    find_token,
+    measure_probabilities,
+    require_known,
+    require_readable,
+)
 
 NODES = 256
 """Units and heads of a graph unless others are asked for."""
@@ -66,20 +72,18 @@ def attribution_graph(
             rule is unknown, the model is no causal language model of a family whose attention is
             described, or one of its norms is no LayerNorm or RMSNorm.
     """
-    if nodes < 1:
-        raise InputError(f"found nodes {nodes}, expected at least 1")
-    if rule not in RULES:
-        raise InputError(f"found rule {rule!r}, expected one of {', '.join(RULES)}")
-    ids = tokenize_prompt(tokenizer, prompt)
+    ids, targets, other = require_request(
+        tokenizer, prompt, target, against, nodes=nodes, rule=rule
+    )
     require_readable(model)
     embeddings = get_embedding_weight(model)
-    asked = [] if target is None else [target] if isinstance(target, (str, int)) else list(target)
-    targets = [require_token(tokenizer, token, len(embeddings)) for token in asked]
-    other = None if against is None else require_token(tokenizer, against, len(embeddings))
+    for token in targets if other is None else [*targets, other]:
+        require_known(token, len(embeddings))
 
     attributor = Attributor(model, ids.to(embeddings.device), heads=heads, rule=rule, against=other)
     probabilities = measure_probabilities(attributor.final_logits)
     tokens = targets or choose_likely(probabilities, LOGITS, PROBABILITY)
+    tokens = [token for token in tokens if token != other] or tokens
     weights = probabilities[tokens]
     expansion = Expansion(attributor, weights / weights.sum())
     last = len(ids) - 1
@@ -116,6 +120,39 @@ def attribution_graph(
     )
 
 
+def require_request(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Tensor,
+    target: str | int | Sequence[str | int] | None,
+    against: str | int | None,
+    *,
+    nodes: int,
+    rule: str,
+) -> tuple[Tensor, list[int], int | None]:
+    """Check what :func:`attribution_graph` is asked for, as far as it takes no model.
+
+    Returns:
+        ids of the prompt (T,), of the targets, and of ``against``.
+
+    Raises:
+        InputError: as :func:`attribution_graph`.
+    """
+    if nodes < 1:
+        raise InputError(f"found nodes {nodes}, expected at least 1")
+    if rule not in RULES:
+        raise InputError(f"found rule {rule!r}, expected one of {', '.join(RULES)}")
+    ids = tokenize_prompt(tokenizer, prompt)
+    asked = [] if target is None else [target] if isinstance(target, (str, int)) else list(target)
+    targets = [find_token(tokenizer, token) for token in asked]
+    repeated = sorted({token for token in targets if targets.count(token) > 1})
+    if repeated:
+        raise InputError(f"found token {repeated[0]} twice among the targets, expected it once")
+    other = None if against is None else find_token(tokenizer, against)
+    if other is not None and other in targets:
+        raise InputError(f"found token {other} against itself, expected another one")
+    return ids, targets, other
+
+
 def _describe_nodes(
     expansion: Expansion,
     tokenizer: PreTrainedTokenizerBase,
@@ -128,14 +165,14 @@ def _describe_nodes(
     attributor = expansion.attributor
     nodes = []
     for target, value in zip(expansion.targets, expansion.values, strict=True):
-        kind, layer, position, index = target
+        kind, layer, position, number = target
         if kind == "logit":
-            name = decode_tokens(tokenizer, [index])
+            name = decode_tokens(tokenizer, [number])
         elif kind == "head":
-            name = f"head {index}"
+            name = f"head {number}"
         else:
-            name = attributor.units[layer].name(position, index)
-        nodes.append(Node(kind, layer, position, index, name, value))
+            name = attributor.units[layer].name(position, number)
+        nodes.append(Node(kind, layer, position, number, name, value))
 
     numbers, edges = expansion.assemble()
     for number in numbers:

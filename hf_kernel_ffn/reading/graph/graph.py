@@ -23,7 +23,7 @@ class Node(NamedTuple):
     """Its block; −1 for embeddings, the number of blocks for what comes after the last."""
     position: int
     """Of its token in the prompt."""
-    index: int
+    number: int
     """The unit, the head, or the token id of an embedding or a logit; otherwise 0."""
     name: str
     value: float
@@ -32,8 +32,8 @@ class Node(NamedTuple):
 
     @property
     def id(self) -> str:
-        """``kind_layer_position_index``: one node of a graph has it."""
-        return f"{self.kind}_{self.layer}_{self.position}_{self.index}"
+        """``kind_layer_position_number``: one node of a graph has it."""
+        return f"{self.kind}_{self.layer}_{self.position}_{self.number}"
 
 
 class Supernode(NamedTuple):
@@ -77,6 +77,8 @@ class Graph:
     """(E,) rounding: what no source adds."""
     labels: list[str] = field(default_factory=list)
     """Per node a few words, such as the tokens that it promotes; empty where there are none."""
+    contexts: list[list[str]] = field(default_factory=list)
+    """Per node texts on which its unit fires most; empty if none were asked for."""
     supernodes: tuple[Supernode, ...] = ()
 
     @property
@@ -142,5 +144,6 @@ class Graph:
             elsewhere_size=self.elsewhere_size[has_inputs] + cut.abs().sum(-1),
             gaps=self.gaps[has_inputs],
             labels=[self.labels[place] for place in places] if self.labels else [],
+            contexts=[self.contexts[place] for place in places] if self.contexts else [],
             supernodes=tuple(supernodes),
         )

@@ -79,9 +79,8 @@ def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98) -> Graph:
     Raises:
         InputError: a share is not from 0 to 1.
     """
-    for name, share in (("nodes", nodes), ("edges", edges)):
-        if not 0 <= share <= 1:
-            raise InputError(f"found {name} {share}, expected a share from 0 to 1")
+    require_share("nodes", nodes)
+    require_share("edges", edges)
     always = torch.tensor([node.kind in ("embedding", "logit") for node in graph.nodes])
     influence = influences(graph)
     kept = (influence >= _find_cut(influence, nodes)) & (influence > 0) | always
@@ -98,6 +97,12 @@ def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98) -> Graph:
     columns = kept.nonzero()[:, 0]
     kept_edges[rows[:, None], columns] = is_kept
     return graph.select(_drop_loose_ends(kept, kept_edges, always, count), kept_edges)
+
+
+def require_share(name: str, share: float) -> None:
+    """InputError unless ``share`` is from 0 to 1."""
+    if not 0 <= share <= 1:
+        raise InputError(f"found {name} {share}, expected a share from 0 to 1")
 
 
 def _drop_loose_ends(kept: Tensor, edges: Tensor, always: Tensor, count: int) -> Tensor:

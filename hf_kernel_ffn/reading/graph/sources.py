@@ -16,7 +16,7 @@ class Source(NamedTuple):
     layer: int
     """Its block; −1 for embeddings, the number of blocks for what comes after the last."""
     position: int
-    index: int
+    number: int
     """The unit or head; 0 for others."""
 
 

@@ -10,31 +10,31 @@ from ...checkpoint_code.errors import InputError
 from ..model_parts import decode_tokens, get_described
 
 
-def find_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """The id of the token ``text``, a leading space included.
+def find_token(tokenizer: PreTrainedTokenizerBase, token: str | int) -> int:
+    """The id of ``token``, its text with a leading space included, or the id itself.
 
     Raises:
-        InputError: it is not one token.
+        InputError: the text is not one token.
     """
+    if isinstance(token, int):
+        return token
     try:
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = list(tokenizer(token, add_special_tokens=False)["input_ids"])
     except TypeError:  # a tokenizer that knows no special tokens
-        ids = list(tokenizer(text)["input_ids"])
+        ids = list(tokenizer(token)["input_ids"])
     if len(ids) == 1:
         return int(ids[0])
     parts = ", ".join(repr(decode_tokens(tokenizer, [number])) for number in ids) or "none"
     raise InputError(
-        f"found {text!r}, which is {len(ids)} tokens ({parts}), expected one token: "
+        f"found {token!r}, which is {len(ids)} tokens ({parts}), expected one token: "
         "give one of them; most words begin with a space"
     )
 
 
-def require_token(tokenizer: PreTrainedTokenizerBase, token: str | int, vocabulary: int) -> int:
-    """The id of ``token``, text or an id below ``vocabulary``; InputError if it is none."""
-    number = find_token(tokenizer, token) if isinstance(token, str) else token
-    if not 0 <= number < vocabulary:
-        raise InputError(f"found token {number}, expected an id from 0 to {vocabulary - 1}")
-    return number
+def require_known(token: int, vocabulary: int) -> None:
+    """InputError unless ``token`` is an id of a ``vocabulary`` of so many."""
+    if not 0 <= token < vocabulary:
+        raise InputError(f"found token {token}, expected an id from 0 to {vocabulary - 1}")
 
 
 def choose_likely(probabilities: Tensor, most: int, share: float) -> list[int]:

@@ -11,8 +11,11 @@ from hf_kernel_ffn.reading.attribution import logit_split
 from hf_kernel_ffn.reading.graph import attribution_graph
 from hf_kernel_ffn.reading.graph.attributor import Attributor, Target
 
-FAMILIES = """llama mistral gpt2 qwen2 qwen3 gemma gemma3_text starcoder2 olmo olmo2 olmo3 granite
-cohere cohere2 smollm3 exaone4 ministral nemotron""".split()
+FAMILIES = (
+    *("llama", "mistral", "gpt2", "qwen2", "qwen3", "gemma", "gemma3_text", "starcoder2", "olmo"),
+    *("olmo2", "olmo3", "granite", "cohere", "cohere2", "smollm3", "exaone4", "ministral"),
+    "nemotron",
+)
 STUDENTS = {
     "default": {"rows": "tied", "kernel": "brownian", "values": "product"},
     "tied, half-yat, fixed": {"rows": "tied", "kernel": "half-yat"},
