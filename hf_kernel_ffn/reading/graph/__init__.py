@@ -15,12 +15,14 @@ from .labels import label
 from .page import write_page
 from .pruning import influences, prune, score
 from .supernodes import group, group_similar
+from .transcoders import export_transcoders
 
 __all__ = [
     "Graph",
     "Node",
     "Supernode",
     "attribution_graph",
+    "export_transcoders",
     "graph_data",
     "group",
     "group_similar",
