@@ -17,6 +17,10 @@ TABLE_ROWS = 20
 """Nodes that are printed."""
 INPUTS = 3
 """Inputs of a node that are printed with it."""
+CONTEXT_LENGTH = 256
+"""Tokens of a row of it."""
+CONTEXT_ROWS = 8
+"""Rows of it that the model reads at once."""
 CONTEXT_TOKENS = 16_384
 """Tokens of ordinary text that are read for contexts."""
 
@@ -88,6 +92,9 @@ def graph(
         require_similarity(group)
     tokenizer = load_tokenizer(model)
     require_request(tokenizer, prompt, target, against, nodes=nodes, rule=rule)
+    text_ids = None
+    if text is not None:
+        text_ids = read_token_ids(tokenizer, [text], CONTEXT_LENGTH, CONTEXT_TOKENS)
     loaded = load_model(model, dtype, device, trust_remote_code)
 
     whole = attribution_graph(
@@ -102,9 +109,9 @@ def graph(
     )
     pruned = prune(whole, keep)
     found = None
-    if text is not None:
-        ids = read_token_ids(tokenizer, [text], 256, CONTEXT_TOKENS)
-        found = contexts(loaded, ids.split(8))
+    if text_ids is not None:
+        longest = getattr(loaded.config, "max_position_embeddings", None) or CONTEXT_LENGTH
+        found = contexts(loaded, text_ids[:, :longest].split(CONTEXT_ROWS))
     pruned = label(pruned, loaded, tokenizer, found)
     if group is not None:
         pruned = group_similar(pruned, loaded, group)

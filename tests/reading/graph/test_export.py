@@ -141,9 +141,7 @@ def test_supernodes(graph, model, ids):
 
 def test_labels_are_on_the_side_of_the_coefficient(make_teacher, ids):
     model = make_teacher("llama")
-    graph = label(
-        attribution_graph(model, Letters(), ids[0, :6], nodes=40), model, Letters()
-    )
+    graph = label(attribution_graph(model, Letters(), ids[0, :6], nodes=40), model, Letters())
     norm, head = model.model.norm.weight, model.lm_head.weight
     for place, node in enumerate(graph.nodes):
         if node.kind == "unit":
@@ -184,9 +182,7 @@ def test_an_untouched_relu_layer_is_one(make_teacher):
     tensors = make_transcoder(model, "h.1.mlp")
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert torch.allclose(
-            run_transcoder(tensors, x), model.transformer.h[1].mlp(x), atol=1e-5
-        )
+        assert torch.allclose(run_transcoder(tensors, x), model.transformer.h[1].mlp(x), atol=1e-5)
 
 
 def test_layers_that_are_no_transcoders(make_teacher, ids, tmp_path):
