@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .options import Device, Dtype, Trust, quieten
+from .options import Device, Trust, quieten
 from .tables import print_table
 
 if TYPE_CHECKING:
@@ -65,7 +65,6 @@ def graph(
         Optional[Path], typer.Option(help="where to write it as one page that opens from disk")
     ] = None,
     trust_remote_code: Trust = False,
-    dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> None:
     """Find which embeddings, units and heads of MODEL made which, up to the next token.
@@ -95,7 +94,7 @@ def graph(
     text_ids = None
     if text is not None:
         text_ids = read_token_ids(tokenizer, [text], CONTEXT_LENGTH, CONTEXT_TOKENS)
-    loaded = load_model(model, dtype, device, trust_remote_code)
+    loaded = load_model(model, "float32", device, trust_remote_code)
 
     whole = attribution_graph(
         loaded,

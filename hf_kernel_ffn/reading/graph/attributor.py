@@ -72,7 +72,6 @@ class Attributor:
             self.head_count if heads else 0,
         )
         self.final_logits = self.passed.logits[0, -1]
-        self.uses_positions = any(leaf.kind == "position" for leaf in self.passed.leaves)
 
     def read_rows(self, targets: list[Target]) -> EdgeRows:
         """The edges into ``targets``."""

@@ -102,9 +102,9 @@ class Expansion:
             row = rows.edges[number]
             sources = _find_largest(row[:first].abs(), EDGES_KEPT)
             self.targets.append(target)
-            self.sources.append(sources)
-            self.edges.append(row[sources])
-            self.leaves.append(row[first:].clone())
+            self.sources.append(sources.cpu())
+            self.edges.append(row[sources].cpu())
+            self.leaves.append(row[first:].cpu().clone())
             self.sums.append(rows.sums[number].item())
             self.sizes.append(rows.sizes[number].item())
             self.values.append(rows.values[number].item())

@@ -45,11 +45,17 @@ def choose_likely(probabilities: Tensor, most: int, share: float) -> list[int]:
 
 
 def require_readable(model: PreTrainedModel) -> None:
-    """InputError unless ``model`` is a language model whose parts the table of families names."""
+    """InputError unless ``model`` is a language model, in float32 or float64, whose parts the table
+    of families names."""
     if model.get_output_embeddings() is None:
         raise InputError(
             f"found a {type(model).__name__}, which has no unembedding, expected a causal "
             "language model: load it as one"
+        )
+    if model.dtype.itemsize < 4:
+        raise InputError(
+            f"found a model in {model.dtype}, expected float32 or float64: edges of half precision "
+            "do not add up; load it in float32"
         )
     for part in ("attention", "qkv", "attention_out", "final_norm"):
         get_described(model, part)

@@ -51,11 +51,10 @@ class Units(NamedTuple):
 
     def direction(self, token: int, unit: int) -> Tensor:
         """(hidden_size,) what a coefficient reads of the FFN's input, by its step."""
-        parts = [
-            slope[token, unit] * rows.weight[unit]
-            for slope, rows in zip(self.step.slopes, self.rows, strict=True)
-        ]
-        return torch.stack(parts).sum(0)
+        total = torch.zeros_like(self.dictionary[unit])
+        for slope, rows in zip(self.step.slopes, self.rows, strict=True):
+            total += slope[token, unit] * rows.weight[unit]
+        return total
 
     def name(self, token: int, unit: int) -> str:
         """``17+`` or ``17-`` by the side that a tied unit writes; otherwise its name in the

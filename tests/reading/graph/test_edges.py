@@ -83,6 +83,28 @@ def test_the_derivative_leaves_a_named_rest(make_teacher, ids):
     assert any(node.name == "curvature" for node in graph.nodes)
 
 
+def test_an_ffn_of_no_known_form_is_a_remainder(make_teacher, ids):
+    from hf_kernel_ffn.evaluation.baselines import TeacherFFN
+    from hf_kernel_ffn.families.lookup import find_stock_ffn
+    from hf_kernel_ffn.families.weights import read_stock_weights
+
+    model = make_teacher("llama").double()
+    weights = read_stock_weights(model, find_stock_ffn(model, "layers.1.mlp"))
+    student, _ = convert(model, calibration_ids=ids, copy=True)
+    student = student.double()
+    student.model.layers[1].mlp = TeacherFFN(weights).double()
+    graph = attribution_graph(student, Letters(), ids[0, :10], nodes=60)
+    assert_exact(graph)
+    rows = [
+        place for place, node in enumerate(graph.nodes) if (node.kind, node.layer) == ("unit", 1)
+    ]
+    assert rows
+    for place in rows:
+        (source,) = graph.edges[place].nonzero()[:, 0].tolist()
+        assert graph.nodes[source].kind == "remainder" and graph.nodes[source].layer == 1
+    assert 0 < graph.remainder_share() < 1
+
+
 def test_capped_logits_leave_a_named_remainder(ids):
     model = tiny("gemma2", "AutoModelForCausalLM").double()
     graph = attribution_graph(model, Letters(), ids[0, :10], nodes=24)
@@ -181,6 +203,8 @@ def test_what_is_refused(make_teacher, ids):
         attribution_graph(model, Letters(), ids[0], target=300)
     with pytest.raises(InputError, match="found nothing on attention in the entry for 'bloom'"):
         attribution_graph(tiny("bloom", "AutoModelForCausalLM"), Letters(), ids[0])
+    with pytest.raises(InputError, match="found a model in torch.bfloat16, expected float32"):
+        attribution_graph(make_teacher("llama").bfloat16(), Letters(), ids[0])
     with pytest.raises(InputError, match="which has no unembedding"):
         attribution_graph(tiny("bert", "AutoModel"), Letters(), ids[0])
 
