@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,7 @@ class Attributor:
             rule: of the step from scores to coefficients.
             against: token whose logit is subtracted; None for the mean over the vocabulary.
         """
+        self.name = _name_model(model)
         self.passed: FrozenPass = run_frozen(model, ids, heads)
         self.units: list[Units] = []
         for path in list_ffn_paths(model):
@@ -189,3 +191,9 @@ class Attributor:
             rest = units.step.rest[target.position, target.number]
             remainder = self.table.number("remainder", target.layer, target.position)
             rows[number, remainder] += rest
+
+
+def _name_model(model: PreTrainedModel) -> str:
+    """The folder or repository that ``model`` came from, or its class."""
+    name = getattr(model.config, "_name_or_path", "") or ""
+    return Path(name).name or type(model).__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -91,31 +90,53 @@ def attribution_graph(
     expansion.expand([Target("logit", layers, last, token) for token in tokens])
     expansion.grow(nodes, see)
 
+    return _assemble(
+        expansion,
+        tokenizer,
+        prompt,
+        ids.tolist(),
+        rule=rule,
+        against=other,
+        probabilities=weights.tolist(),
+    )
+
+
+def _assemble(
+    expansion: Expansion,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Tensor,
+    ids: list[int],
+    *,
+    rule: str,
+    against: int | None,
+    probabilities: list[float],
+) -> Graph:
+    """The graph of the nodes that ``expansion`` has."""
+    attributor = expansion.attributor
     held = dict.fromkeys(HELD)
     for units in attributor.units:
         held.update(dict.fromkeys(units.held))
-    texts = [decode_tokens(tokenizer, [number]) for number in ids.tolist()]
+    texts = [decode_tokens(tokenizer, [number]) for number in ids]
     rest_name = "curvature" if rule == "derivative" else "remainder"
-    graph_nodes, edges = _describe_nodes(
-        expansion, tokenizer, ids.tolist(), texts, rest_name=rest_name
-    )
-    kept = edges.double()
+    nodes, edges = _describe_nodes(expansion, tokenizer, ids, texts, rest_name=rest_name)
+
+    exact_edges = edges.double()
+    sums = torch.tensor(expansion.sums, dtype=torch.float64)
+    sizes = torch.tensor(expansion.sizes, dtype=torch.float64)
     return Graph(
-        model=_name_model(model),
+        model=attributor.name,
         prompt=prompt if isinstance(prompt, str) else "".join(texts),
-        ids=ids.tolist(),
+        ids=ids,
         tokens=texts,
-        layers=layers,
+        layers=attributor.table.layers,
         rule=rule,
         held=tuple(held),
-        against=other,
-        probabilities=weights.tolist(),
-        nodes=graph_nodes,
+        against=against,
+        probabilities=probabilities,
+        nodes=nodes,
         edges=edges,
-        elsewhere=torch.tensor(expansion.sums, dtype=torch.float64) - kept.sum(-1),
-        elsewhere_size=(
-            torch.tensor(expansion.sizes, dtype=torch.float64) - kept.abs().sum(-1)
-        ).clamp_min(0),
+        elsewhere=sums - exact_edges.sum(-1),
+        elsewhere_size=(sizes - exact_edges.abs().sum(-1)).clamp_min(0),
         gaps=torch.tensor(expansion.gaps, dtype=torch.float64),
     )
 
@@ -142,8 +163,13 @@ def require_request(
     if rule not in RULES:
         raise InputError(f"found rule {rule!r}, expected one of {', '.join(RULES)}")
     ids = tokenize_prompt(tokenizer, prompt)
-    asked = [] if target is None else [target] if isinstance(target, (str, int)) else list(target)
-    targets = [find_token(tokenizer, token) for token in asked]
+    if target is None:
+        tokens: list[str | int] = []
+    elif isinstance(target, (str, int)):
+        tokens = [target]
+    else:
+        tokens = list(target)
+    targets = [find_token(tokenizer, token) for token in tokens]
     repeated = sorted({token for token in targets if targets.count(token) > 1})
     if repeated:
         raise InputError(f"found token {repeated[0]} twice among the targets, expected it once")
@@ -187,9 +213,3 @@ def _describe_leaf(source: Source, ids: list[int], texts: list[str], rest_name: 
         return Node(kind, layer, position, ids[position], texts[position], float("nan"))
     names = {"position": f"position {position}", "bias": "biases", "remainder": rest_name}
     return Node(kind, layer, position, 0, names[kind], float("nan"))
-
-
-def _name_model(model: PreTrainedModel) -> str:
-    """The folder or repository that ``model`` came from, or its class."""
-    name = getattr(model.config, "_name_or_path", "") or ""
-    return Path(name).name or type(model).__name__

@@ -55,8 +55,8 @@ class Expansion:
         row_bytes = table.total * self.attributor.final_logits.itemsize
         at_once = min(MOST_AT_ONCE, max(1, ROW_BYTES // row_bytes))
         for start in range(0, len(targets), at_once):
-            some = targets[start : start + at_once]
-            self._keep(some, self.attributor.read_rows(some))
+            batch = targets[start : start + at_once]
+            self._keep(batch, self.attributor.read_rows(batch))
 
     def grow(self, count: int, see: Callable[[int], None] | None = None) -> None:
         """Expand the most influential nodes until there are ``count`` beside the logits.
@@ -71,12 +71,12 @@ class Expansion:
         while len(self.targets) - logits < count:
             influence = self.spread()
             influence[[number for number in self._numbers if number >= 0]] = 0.0
-            wanted = min(MOST_AT_ONCE, count - (len(self.targets) - logits))
-            best = influence.topk(min(wanted, len(influence)))
-            chosen = best.indices[best.values > 0].tolist()
-            if not chosen:
+            missing = count - (len(self.targets) - logits)
+            best = influence.topk(min(MOST_AT_ONCE, missing, len(influence)))
+            numbers = best.indices[best.values > 0].tolist()
+            if not numbers:
                 return
-            self.expand([Target(*table.find(number)) for number in chosen])
+            self.expand([Target(*table.find(number)) for number in numbers])
             if see is not None:
                 see(len(self.targets) - logits)
 
@@ -141,8 +141,8 @@ def _find_largest(sizes: Tensor, count: int) -> Tensor:
     zero."""
     step = max(1, len(sizes) // SAMPLE)
     sample = sizes[::step]
-    kept = count // step
-    if kept >= len(sample):
+    in_sample = count // step
+    if in_sample >= len(sample):
         return sizes.nonzero()[:, 0]
-    cut = sample.topk(kept + 1).values[-1]
+    cut = sample.topk(in_sample + 1).values[-1]
     return (sizes > cut).nonzero()[:, 0]

@@ -53,7 +53,8 @@ def graph_data(graph: Graph, slug: str = "graph", biases: bool = False) -> dict[
 
     links: dict[tuple[str, str], float] = {}
     for target, source in (graph.edges != 0).nonzero().tolist():
-        start, end = identities[source], identities[target]
+        start = identities[source]
+        end = identities[target]
         if start is not None and end is not None:
             weight = graph.edges[target, source].item()
             links[start, end] = links.get((start, end), 0.0) + weight
@@ -168,9 +169,15 @@ def _describe(graph: Graph, place: int, identity: str, influence: float) -> dict
         "influence": influence,
         "activation": None,
     }
+    return {**described, **_describe_kind(graph, place)}
+
+
+def _describe_kind(graph: Graph, place: int) -> dict[str, object]:
+    """What is particular to a node's kind."""
+    node = graph.nodes[place]
     if node.kind == "logit":
         probability = graph.probabilities[place]
-        changes: dict[str, object] = {
+        return {
             "layer": str(graph.layers + 1),
             "feature_type": "logit",
             "token_prob": probability,
@@ -179,30 +186,28 @@ def _describe(graph: Graph, place: int, identity: str, influence: float) -> dict
             "clerp": f'Output "{node.name}" (p={probability:.3f})',
             "influence": None,
         }
-    elif node.kind in ("embedding", "position"):
+    if node.kind in ("embedding", "position"):
         token = graph.ids[node.position]
-        changes = {
+        return {
             "feature": node.position,
             "layer": "E",
             "feature_type": "embedding",
             "jsNodeId": f"E_{token}-{node.position}",
             "clerp": f'Emb: "{graph.tokens[node.position]}"',
         }
-    elif node.kind in ("remainder", "bias"):
-        is_bias = node.kind == "bias"
-        changes = {
-            "feature": -2 if is_bias else -1,
-            "feature_type": "bias" if is_bias else ERROR,
-            "jsNodeId": f"{node.layer}_{-2 if is_bias else -1}-{node.position}",
+    if node.kind in ("remainder", "bias"):
+        number = -2 if node.kind == "bias" else -1
+        return {
+            "feature": number,
+            "feature_type": "bias" if node.kind == "bias" else ERROR,
+            "jsNodeId": f"{node.layer}_{number}-{node.position}",
         }
-    else:
-        feature = _number_feature(node)
-        changes = {
-            "feature": _pair(node.layer, feature),
-            "jsNodeId": f"{node.layer}_{feature}-0",
-            "activation": node.value,
-        }
-    return {**described, **changes}
+    feature = _number_feature(node)
+    return {
+        "feature": _pair(node.layer, feature),
+        "jsNodeId": f"{node.layer}_{feature}-0",
+        "activation": node.value,
+    }
 
 
 def _accumulate(graph: Graph) -> list[float]:

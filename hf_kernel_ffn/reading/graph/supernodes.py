@@ -78,13 +78,13 @@ def group_similar(graph: Graph, model: PreTrainedModel, least: float = LEAST) ->
         else:
             members.append([number])
 
-    made = []
+    supernodes = []
     for together in members:
         if len(together) > 1:
             first = places[together[0]]
             words = graph.labels[first] if graph.labels else graph.nodes[first].name
-            made.append(Supernode(words, tuple(places[number] for number in together)))
-    return replace(graph, supernodes=(*graph.supernodes, *made))
+            supernodes.append(Supernode(words, tuple(places[number] for number in together)))
+    return replace(graph, supernodes=(*graph.supernodes, *supernodes))
 
 
 def require_similarity(least: float) -> None:
