@@ -15,6 +15,7 @@ from .convert import convert
 from .distill import distill, record
 from .evaluate import evaluate
 from .families import families
+from .graph import graph
 from .read import read
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ for command in (
     distill,
     evaluate,
     read,
+    graph,
     verify,
     export,
     apply,

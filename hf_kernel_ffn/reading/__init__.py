@@ -12,6 +12,7 @@ A record is coefficients over a named dictionary.
   other mixtures of the same output;
 * ``editing`` change one prototype; ``steering`` find the change; ``support`` how well an input is
   covered;
+* ``graph`` which units made which, up to a logit;
 * ``report`` all of it as one page; ``validate`` whether a family's entry is right.
 """
 

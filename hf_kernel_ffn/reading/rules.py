@@ -65,7 +65,7 @@ def rules(
                 layer=get_layer_number(path),
                 name=record.names[number],
                 when_token=_join_tokens(nearest[number]),
-                when_context=_mark_text(tokenizer, used.windows[number, 0]) if fires else "",
+                when_context=mark_text(tokenizer, used.windows[number, 0]) if fires else "",
                 promotes=_join_tokens(write.promoted),
                 suppresses=_join_tokens(write.suppressed),
                 usage=usage[number],
@@ -80,7 +80,7 @@ def _join_tokens(tokens: Iterable[tuple[str, float]]) -> str:
     return " ".join(repr(token) for token, _ in tokens)
 
 
-def _mark_text(tokenizer: PreTrainedTokenizerBase, window: Tensor) -> str:
+def mark_text(tokenizer: PreTrainedTokenizerBase, window: Tensor) -> str:
     """The text of ``window`` (BEFORE + 1 + AFTER,), the token that fires in »«."""
 
     def decode(part: Tensor) -> str:

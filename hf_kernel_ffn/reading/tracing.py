@@ -195,7 +195,7 @@ def _run_in_chunks(
     """What the hooks collect over ``ids`` (T,), at ``positions``; the values at every token."""
     pieces: Pieces = defaultdict(list)
     cache = None
-    with _collect_pieces(model, pieces), _use_eager_attention(model):
+    with _collect_pieces(model, pieces), use_eager_attention(model):
         for start in range(0, len(ids), CHUNK):
             logits, cache = run_with_cache(model, ids[None, start : start + CHUNK], cache)
             pieces["logits", 0].append(logits[0])
@@ -283,7 +283,7 @@ def _select_all(output: Tensor) -> Tensor:
 
 
 @contextmanager
-def _use_eager_attention(model: PreTrainedModel) -> Iterator[None]:
+def use_eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Make attention return its weights while the context is open."""
     before = get_attention_implementation(model.config)
     set_attention_implementation(model.config, "eager")
