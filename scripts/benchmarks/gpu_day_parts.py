@@ -176,14 +176,14 @@ def evaluate(
     device: Device = "cuda",
 ) -> None:
     """ΔCE, KL and top-1 on rows with the start token; then, by the package evaluate, FVU too."""
-    from real_fidelity import begin_rows, compare
+    from real_fidelity import compare, read_rows
 
     from hf_kernel_ffn.storage.loading import load_student, load_teacher, load_tokenizer
 
     stock = load_teacher(teacher, "float32", device)
     converted = load_student(student, "float32", device)
     tokenizer = load_tokenizer(teacher)
-    ids = begin_rows(stock, tokenizer, text, tokens).to(device)
+    ids = read_rows(tokenizer, text, tokens).to(device)
     found: dict[str, Any] = dict(compare(converted, stock, ids))
     write(json_file, found)
     from hf_kernel_ffn.evaluation.report import evaluate_student

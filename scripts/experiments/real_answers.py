@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from real_fidelity import ROW_LENGTH, begin_rows
+from real_fidelity import ROW_LENGTH, read_rows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kernel_ffn import load_student, load_teacher, load_tokenizer
@@ -50,7 +50,7 @@ def main(
 
     figures: dict[str, Any] = {"continuations": {}}
     for file in text:
-        rows = begin_rows(stock, tokenizer, file, PROMPTS * ROW_LENGTH, spread=True)
+        rows = read_rows(tokenizer, file, PROMPTS * ROW_LENGTH, spread=True)
         prompts = select_prompts(stock, rows, PROMPTS)
         figures["continuations"][Path(file).name] = compare_continuations(converted, stock, prompts)
     if tokenizer.chat_template is not None:

@@ -20,9 +20,9 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kernel_ffn import convert, load_teacher, load_tokenizer
+from hf_kernel_ffn import convert, load_student, load_teacher, load_tokenizer
 from hf_kernel_ffn.checkpoint_code.settings import make_settings
 from hf_kernel_ffn.storage.files import write_text
 from hf_kernel_ffn.storage.kernel_files import import_kernel
@@ -44,6 +44,9 @@ def main(
     values: Annotated[Optional[str], typer.Option()] = None,
     pieces: Annotated[Optional[int], typer.Option()] = None,
     threads: Annotated[int, typer.Option()] = 1,
+    student: Annotated[
+        Optional[str], typer.Option(help="measure this one, instead of converting MODEL")
+    ] = None,
 ) -> None:
     """Convert MODEL, measure it on every TEXT, and write the figures to OUT."""
     torch.set_num_threads(threads)
@@ -53,32 +56,43 @@ def main(
     given = {name: value for name, value in given.items() if value is not None}
     teacher = load_teacher(model)
     tokenizer = load_tokenizer(model)
-    bos: BosChoice = "auto" if tokenizer.bos_token_id is None else "always"
-    text_format = TextFormat(bos=bos)
-    ids = None
-    if calibration_text is not None:
-        ids = read_token_ids(
-            tokenizer, [calibration_text], ROW_LENGTH, 16_384, text_format, spread=True
+    figures: dict[str, Any] = {"model": Path(model).name}
+    if student is None:
+        ids = None
+        if calibration_text is not None:
+            ids = read_rows(tokenizer, calibration_text, 16_384, spread=True)
+        start = time.process_time()
+        converted, report = convert(
+            teacher, make_settings(given), calibration_ids=ids, progress=True
         )
-
-    start = time.process_time()
-    student, report = convert(teacher, make_settings(given), calibration_ids=ids, progress=True)
-    figures: dict[str, Any] = {
-        "model": Path(model).name,
-        "settings": given,
-        "calibration": report.calibration,
-        "calibration_tokens": report.calibration_tokens,
-        "conversion_cpu_seconds": round(time.process_time() - start, 1),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        "parameters_ratio": count_parameters(student) / count_parameters(teacher),
-        "layers": report.layers,
-        "texts": {},
-    }
+        figures |= {
+            "settings": given,
+            "calibration": report.calibration,
+            "calibration_tokens": report.calibration_tokens,
+            "conversion_cpu_seconds": round(time.process_time() - start, 1),
+            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+            "layers": report.layers,
+        }
+    else:
+        converted = load_student(student)
+        figures["student"] = Path(student).name
+    figures["parameters_ratio"] = count_parameters(converted) / count_parameters(teacher)
+    figures["texts"] = {}
     for file in text:
-        held_out = read_token_ids(tokenizer, [file], ROW_LENGTH, tokens, text_format)
-        figures["texts"][Path(file).name] = compare(student, teacher, held_out)
+        held_out = read_rows(tokenizer, file, tokens)
+        figures["texts"][Path(file).name] = compare(converted, teacher, held_out)
         typer.echo(f"{Path(file).name}: {figures['texts'][Path(file).name]}")
     write_text(out, json.dumps(figures, indent=1) + "\n")
+
+
+def read_rows(
+    tokenizer: PreTrainedTokenizerBase, file: str, tokens: int, *, spread: bool = False
+) -> Tensor:
+    """(rows, ROW_LENGTH) token ids of a text, each row with the start token before it, if there is
+    one."""
+    bos: BosChoice = "auto" if tokenizer.bos_token_id is None else "always"
+    text_format = TextFormat(bos=bos)
+    return read_token_ids(tokenizer, [file], ROW_LENGTH, tokens, text_format, spread=spread)
 
 
 def count_parameters(model: PreTrainedModel) -> int:
