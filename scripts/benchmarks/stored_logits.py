@@ -27,7 +27,7 @@ from hf_kernel_ffn.distillation.objectives import logits
 from hf_kernel_ffn.distillation.optimizers import make_optimizers
 from hf_kernel_ffn.distillation.recipe import Stage
 from hf_kernel_ffn.distillation.recording import record
-from hf_kernel_ffn.distillation.records import Record, token_bytes
+from hf_kernel_ffn.distillation.records import Record
 from hf_kernel_ffn.distillation.run import student_of
 from hf_kernel_ffn.distillation.step import Step, accumulate_gradients
 from hf_kernel_ffn.distillation.teacher_signal import (
@@ -72,7 +72,10 @@ def main(
         int, typer.Option(help="of the logits stage; the stages before it are left out")
     ] = 100_000,
     top_k: Annotated[
-        str, typer.Option(help="tokens to record at every position, comma-separated")
+        str,
+        typer.Option(
+            help="tokens to record at every position, comma-separated; the first exactly too"
+        ),
     ] = "64,16",
     text: Annotated[str, typer.Option(help="text to compare on")] = "recipes/text/books-test.txt",
     repeats: Annotated[int, typer.Option(help="rounds of timing, interleaved")] = 7,
@@ -93,14 +96,18 @@ def main(
         "recipes": {},
     }
     counts = [int(count) for count in top_k.split(",")]
+    kinds = [(f"top {counts[0]}, exact", counts[0], True)]
+    kinds += [(f"top {count}", count, False) for count in counts]
     for file in recipes:
         start = prepare(file, tokens, text)
         with tempfile.TemporaryDirectory() as scratch:
-            folders = {f"top {count}": Path(scratch, str(count)) for count in counts}
-            for count, (name, folder) in zip(counts, folders.items(), strict=True):
-                record(start.recipe, folder, count, say=typer.echo)
+            folders = {}
+            for number, (name, count, exact) in enumerate(kinds):
+                folder = Path(scratch, str(number))
+                record(start.recipe, folder, count, exact=exact, say=typer.echo)
+                folders[name] = folder
                 report["records"][name] = {
-                    "bytes_per_token": token_bytes(count),
+                    "bytes_per_token": Record(folder).facts.form.token_bytes,
                     "bytes": sum(part.stat().st_size for part in folder.iterdir()),
                 }
             report["recipes"][file] = {
