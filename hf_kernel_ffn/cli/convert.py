@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import Bos, Chat, Device, Dtype, make_text_format, quieten
+from .options import Bos, Chat, Device, Dtype, TextField, Trust, make_text_format, quieten
 from .tables import print_conversion
 
 LEAST_CALIBRATION_TOKENS = 256
@@ -87,6 +87,7 @@ def convert(
     ] = None,
     chat: Chat = False,
     bos: Bos = "auto",
+    text_field: TextField = "text",
     stream: Annotated[
         bool,
         typer.Option(
@@ -101,6 +102,7 @@ def convert(
             help="of masks in the text, or of the tokens the model makes itself without any"
         ),
     ] = 0,
+    trust_remote_code: Trust = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> None:
@@ -123,6 +125,7 @@ def convert(
         load_tokenizer,
     )
     from ..storage.model_files import read_stock_config
+    from ..text.documents import require_readable
     from ..text.packing import read_token_ids
     from ..text.prediction import make_inputs_for_prediction
     from ..text.row_frame import find_row_frame
@@ -139,11 +142,11 @@ def convert(
         )
     if stream and device != "cpu":
         raise InputError(f"found --stream with device {device!r}, expected cpu: it computes there")
-    text_format = make_text_format(chat, bos)
+    text_format = make_text_format(chat, bos, text_field)
     if calibration_text is None and text_format != TextFormat():
         raise InputError(
-            "found --chat or --bos without a text that they are of, expected --calibration-text: "
-            "give one, or leave them out"
+            "found --chat, --bos or --text-field without a text that they are of, expected "
+            "--calibration-text: give one, or leave them out"
         )
     fields = {
         "rows": rows,
@@ -164,7 +167,11 @@ def convert(
         read_stock_config(model)
         tokenizer = load_tokenizer(model)
         find_row_frame(tokenizer, text_format)  # refuses before the model is loaded
-    teacher = load_stock_on_meta(model) if stream else load_teacher(model, dtype, device)
+        require_readable([calibration_text])
+    if stream:
+        teacher = load_stock_on_meta(model, trust_remote_code=trust_remote_code)
+    else:
+        teacher = load_teacher(model, dtype, device, trust_remote_code)
     ids = None
     if calibration_text is not None and tokenizer is not None:
         check_tokenizer(tokenizer, teacher)
@@ -181,11 +188,19 @@ def convert(
         ids = make_inputs_for_prediction(teacher, tokenizer, text, seed)
     options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)
     if stream:
-        report = convert_streamed(model, out_dir, settings, layers, dtype=dtype, **options)
+        report = convert_streamed(
+            model,
+            out_dir,
+            settings,
+            layers,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
     else:
         student, report = conversion.convert(teacher, settings, layers, seed=seed, **options)
         with new_folder(out_dir) as folder:
-            save_converted(student, model, folder, conversion=report.to_dict())
+            save_converted(student, model, folder, place=out_dir, conversion=report.to_dict())
     print_conversion(report.layers)
     typer.echo(
         f"calibrated on {report.calibration_tokens:,} tokens ({report.calibration}); "

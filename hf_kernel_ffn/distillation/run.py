@@ -30,6 +30,7 @@ from ..storage.loading import (
     load_tokenizer,
 )
 from ..storage.model_files import read_stock_config
+from ..text.documents import require_readable
 from ..text.packing import read_token_ids
 from ..text.prediction import make_inputs_for_prediction
 from ..text.row_frame import find_row_frame
@@ -169,6 +170,7 @@ def _require_same_recipe(before: Mapping[str, object], now: Mapping[str, object]
 
 def _load_models(recipe: Recipe, device: torch.device, state: Path | None) -> Models:
     """Everything that the stages run on, the student's FFNs ready to be trained."""
+    require_readable([*recipe.data.sources, *recipe.data.validation_sources])
     tokenizer, teacher = teacher_of(recipe, device)
     signals = make_signals(recipe, teacher)
     student = student_of(recipe, teacher, tokenizer, state)
@@ -204,7 +206,7 @@ def teacher_of(
     read_stock_config(recipe.teacher)
     tokenizer = load_tokenizer(recipe.teacher)
     find_row_frame(tokenizer, recipe.data.text_format)  # refuses before the model is loaded
-    teacher = load_teacher(recipe.teacher, recipe.dtype, device)
+    teacher = load_teacher(recipe.teacher, recipe.dtype, device, recipe.trust_remote_code)
     check_tokenizer(tokenizer, teacher)
     limit = getattr(teacher.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.sequence_length > limit:
@@ -276,6 +278,7 @@ def _finish(models: Models, recipe: Recipe, report: Mapping[str, object]) -> Non
             student,
             recipe.teacher,
             fresh,
+            place=out,
             recipe=json.loads(recipe.model_dump_json()),
             distillation=dict(report),
         )

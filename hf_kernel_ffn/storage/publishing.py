@@ -22,9 +22,9 @@ SETTINGS = ("kernel", "simplex", "intensity", "init", "values", "top_k")
 CARD = """---
 {front}---
 
-# {name}
+# {title}
 
-[{base}]({link}) with {count} of its FFNs replaced by **kernel-readout FFNs** \
+{base} with {count} of its FFNs replaced by **kernel-readout FFNs** \
 (hf_kernel_ffn {version}): each output is a mixture of
 output prototypes, weighted by a nonnegative kernel between the input and input prototypes.
 
@@ -34,7 +34,7 @@ output prototypes, weighted by a nonnegative kernel between the input and input 
 from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 readouts = model(**tokenizer("Hello", return_tensors="pt"), output_readouts=True).readouts
 ```
 
@@ -68,7 +68,7 @@ def write_model_card(
     Args:
         base_model: the teacher, a local folder or a hub id.
         report: of evaluate_student; None: not evaluated.
-        name: of the model; None: that of the folder.
+        name: what the model is loaded by, a place on the disk or a hub id; None: ``folder``.
 
     Raises:
         InputError: the model in ``folder`` is not converted.
@@ -82,17 +82,18 @@ def write_model_card(
         )
     layers: dict[str, Any] = entry["layers"]
     head = (config.get("architectures") or [""])[0]
-    front_matter = {
-        "library_name": "transformers",
-        "base_model": base_model,
-        "tags": ["kernel-ffn", "custom_code"],
-    }
-    is_local = Path(base_model).exists()
+    front_matter: dict[str, object] = {"library_name": "transformers"}
+    base = f"`{Path(base_model).absolute().name}`, a local model,"
+    if not Path(base_model).exists():  # a place on somebody's disk is no model of a hub
+        front_matter["base_model"] = base_model
+        base = f"[{base_model}](https://huggingface.co/{base_model})"
+    front_matter["tags"] = ["kernel-ffn", "custom_code"]
+    place = str(name or folder)
     return CARD.format(
         front=yaml.safe_dump(front_matter, sort_keys=False),
-        name=name or Path(folder).name,
-        base=base_model,
-        link=base_model if is_local else f"https://huggingface.co/{base_model}",
+        title=Path(place).absolute().name if Path(place).exists() else place.rpartition("/")[2],
+        name=place.replace("\\", "\\\\").replace('"', '\\"'),
+        base=base,
         count=len(layers),
         version=__version__,
         auto=get_auto_class(config, head).__name__,
@@ -104,10 +105,10 @@ def write_model_card(
 
 
 def base_model_of(folder: str | Path) -> str:
-    """Return what the card in ``folder`` says that the model was made from.
+    """Return which model of a hub the card in ``folder`` says that this one was made from.
 
     Raises:
-        InputError: there is no card, or it does not say so.
+        InputError: there is no card, or it does not say so: the model may be a local one.
     """
     card = Path(folder) / "README.md"
     parts = card.read_text(encoding="utf-8").split("---\n") if card.is_file() else []
@@ -115,8 +116,8 @@ def base_model_of(folder: str | Path) -> str:
         return str(yaml.safe_load(parts[1])["base_model"])
     except (IndexError, KeyError, TypeError, yaml.YAMLError) as error:
         raise InputError(
-            f"found no base_model in {card}, expected a card made by convert or distill: "
-            "name it by --base-model"
+            f"found no base_model in {card}, expected a card made by convert or distill from a "
+            "model of a hub: name it by --base-model"
         ) from error
 
 

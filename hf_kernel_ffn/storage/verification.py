@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .. import __version__
 from ..checkpoint_code.errors import InputError
@@ -70,11 +71,16 @@ def verify_folder(folder: str | Path) -> list[Finding]:
     weights = "quantised: not looked into"
     if tensors is not None:
         weights = f"{len(tensors)} tensors, as the config has them"
+    has_both = all(
+        (folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
+    if has_both:
+        weights += f"; saved twice: {SAFE_WEIGHTS_NAME} is read, the shards of the index are not"
     return [
         Finding(
             "config", f"format {entry.get('format')}, converted by hf_kernel_ffn {version}", True
         ),
-        Finding("weights", weights, True),
+        Finding("weights", weights, not has_both),
         _look_at_checksums(folder),
         *_look_at_code(folder, config, student_class, has_own_kernel),
         _look_at_pickles(folder),
