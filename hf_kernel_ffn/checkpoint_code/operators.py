@@ -114,7 +114,7 @@ def namespace(module: str) -> str:
     several checkpoints. A folder may be called anything, and torch takes ASCII letters alone: the
     others are written by their numbers.
     """
-    ascii_letters = re.sub(r"[^\x00-\x7f]", lambda found: f"_{ord(found[0]):x}_", module)
+    ascii_letters = re.sub(r"[^\x00-\x7f]", lambda found: f"__{ord(found[0]):x}__", module)
     return re.sub(r"\W", "_", ascii_letters)
 
 

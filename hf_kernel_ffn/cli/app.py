@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -43,6 +44,13 @@ def main() -> None:
     run_app(app)
 
 
+def _show_every_character() -> None:
+    """Let no character end a command: one that the terminal cannot show is shown by its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_app(command: Callable[[], object]) -> None:
     """Call ``command``; bad input, or versions out of range, end it with one line and exit code 2.
 
@@ -50,10 +58,13 @@ def run_app(command: Callable[[], object]) -> None:
     """
     from ..checkpoint_code.errors import InputError
 
+    _show_every_character()
     try:
         command()
     except (InputError, FloatingPointError) as error:
         _exit_with_message(str(error), error)
+    except OSError as error:
+        _exit_with_message(f"the system refused a file ({error}): see that it is as it was", error)
     except Exception as error:
         from ..versions import describe_unsupported_version
 
@@ -67,5 +78,5 @@ def _exit_with_message(message: str, error: Exception) -> NoReturn:
     """End with exit code 2 and one line on stderr, before it the traceback if that is asked for."""
     if os.environ.get("HF_KERNEL_FFN_DEBUG") == "1":
         traceback.print_exception(error)
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {' '.join(message.splitlines())}\n")
     raise SystemExit(2) from error

@@ -32,7 +32,7 @@ from ..storage.loading import (
 from ..storage.model_files import read_stock_config
 from ..text.documents import require_readable
 from ..text.packing import read_token_ids
-from ..text.prediction import make_inputs_for_prediction
+from ..text.prediction import make_inputs_for_prediction, require_head
 from ..text.row_frame import find_row_frame
 from .accelerator import check_trackers, make_accelerator
 from .fused import choose_fused_readouts
@@ -208,6 +208,8 @@ def teacher_of(
     find_row_frame(tokenizer, recipe.data.text_format)  # refuses before the model is loaded
     teacher = load_teacher(recipe.teacher, recipe.dtype, device, recipe.trust_remote_code)
     check_tokenizer(tokenizer, teacher)
+    if any(stage.name == "logits" for stage in recipe.stages):
+        require_head(teacher)
     limit = getattr(teacher.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.sequence_length > limit:
         raise InputError(

@@ -248,8 +248,10 @@ def _explain_place(path: Path) -> Iterator[None]:
     """Turn what the system says when it looks for ``path`` into one InputError.
 
     The name may be too long, or have a byte that no name has, or lead through a circle of links.
+    One that is no UTF-8 could be written, but safetensors could not read it.
     """
     try:
+        str(path).encode("utf-8")
         with suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(path)
         yield

@@ -27,6 +27,7 @@ from ..checkpoint_code.modeling import KernelModelMixin
 from ..compat import (
     find_unread_gguf_tensors,
     forget_quantizer,
+    get_tied_parameter_names,
     make_gguf_options,
     make_model_from_config,
 )
@@ -66,8 +67,9 @@ def load_teacher(
 ) -> PreTrainedModel:
     """Load the stock model at ``name``.
 
-    It has the head it is stored with, or that of a causal language model if it has none. Its config
-    remembers the dtype it is stored in. The weights of a GGUF file are dequantised.
+    It has the head it is stored with. One that is stored without a head has that of a causal
+    language model where that is all in the embedding, else none. Its config remembers the dtype it
+    is stored in. The weights of a GGUF file are dequantised.
 
     Args:
         name: local folder, local file that ends in .gguf, or hub id.
@@ -323,6 +325,9 @@ def _get_teacher_class(entry: Mapping[str, Any], name: str, trust_remote_code: b
         }
         if head in task_heads or "AutoModelForCausalLM" not in heads:
             return getattr(transformers, head)
+        is_bare = head == heads.get("AutoModel")
+        if is_bare and not is_gguf(name) and not _has_head_in_embedding(name):
+            return getattr(transformers, head)
         return AutoModelForCausalLM
 
     if not trust_remote_code:
@@ -331,6 +336,18 @@ def _get_teacher_class(entry: Mapping[str, Any], name: str, trust_remote_code: b
             "read it, then allow it by --trust-remote-code (in a recipe: trust_remote_code)"
         )
     return get_auto_class(entry, head)
+
+
+def _has_head_in_embedding(name: str) -> bool:
+    """Return whether a causal language model of the bare one at ``name`` has no weight more."""
+    config = load_pretrained(AutoConfig.from_pretrained, name)
+    if config.is_encoder_decoder:
+        return False  # the causal model is half of it
+    with torch.device("meta"):
+        model = make_model_from_config(AutoModelForCausalLM, config, torch.float32)
+    body = f"{model.base_model_prefix}."
+    head = {key for key, _ in model.named_parameters() if not key.startswith(body)}
+    return head <= get_tied_parameter_names(model)
 
 
 def _finish_gguf(model: PreTrainedModel, name: str) -> None:

@@ -37,6 +37,15 @@ def predicts_masked(model: PreTrainedModel) -> bool:
     return is_masked_head and not model.config.is_encoder_decoder
 
 
+def require_head(model: PreTrainedModel) -> None:
+    """InputError if ``model`` is a bare one, which predicts nothing."""
+    if model.base_model is model:
+        raise InputError(
+            f"found a {type(model).__name__}, which predicts no tokens, expected a language model: "
+            "load it with its head"
+        )
+
+
 def make_inputs_for_prediction(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,

@@ -10,6 +10,7 @@ from tiny_families import FAMILIES, tiny
 from transformers import AutoModelForCausalLM
 
 from hf_kernel_ffn import KernelFFNConfig, convert
+from hf_kernel_ffn.checkpoint_code.operators import namespace
 from hf_kernel_ffn.checkpoint_code.untrusted_files import read_headers
 from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.families.task_classes import get_stock_heads
@@ -84,6 +85,23 @@ def test_both_ways_of_converting_read_the_same_file(teacher_folder, tmp_path, mo
         assert end.value.code == 0
     files = [tmp_path / name / "model.safetensors" for name in ("memory", "stream")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("name", ["café", "cafè", "модель 模型", "a.b-c d'e", "😀"])
+def test_the_folder_may_have_any_name(tmp_path, name):
+    """It becomes part of the name of a module and of torch's operators."""
+    student = make()
+    student.save_pretrained(tmp_path / name)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, student(ids).logits)
+
+
+def test_operators_of_two_names_have_two_namespaces():
+    names = ("a.café.operators", "a.cafè.operators", "a.caf_.operators", "a.caf_e9_.operators")
+    spaces = [namespace(name) for name in names]
+    assert len({*spaces}) == 4 and all(space.isascii() and space.isidentifier() for space in spaces)
 
 
 @pytest.mark.parametrize("options", [{}, SMALL])
