@@ -39,9 +39,29 @@ for command in (
     app.command()(command)
 
 
+USAGE_ERROR: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"
+)
+"""What typer raises for arguments that a command does not take; it has no public name."""
+
+
 def main() -> None:
     """Entry point of ``hf-kernel-ffn``."""
-    run_app(app)
+    run_app(_run_command)
+
+
+def _run_command() -> None:
+    """Run the command that the arguments name; InputError if they are none that it takes."""
+    from ..checkpoint_code.errors import InputError
+
+    if len(sys.argv) < 2:
+        app()  # prints the help
+    try:
+        code = app(standalone_mode=False)
+    except USAGE_ERROR as error:
+        message = getattr(error, "format_message", error.__str__)()
+        raise InputError(f"{message.rstrip('.')}: see --help") from error
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def _show_every_character() -> None:

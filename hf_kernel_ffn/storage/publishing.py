@@ -144,7 +144,6 @@ def push_to_hub(
         InputError: the folder or the report is not what it should be, or the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     figures = None if report is None else read_json(report)
     if figures is not None and not {"tokens", *FIGURES} <= figures.keys():
@@ -153,20 +152,31 @@ def push_to_hub(
             "expected a file written by hf-kernel-ffn evaluate --json: check the path"
         )
     card = write_model_card(folder, base_model or base_model_of(folder), figures, repo)
-    write_text(Path(folder) / "README.md", card)
+    file = Path(folder) / "README.md"
+    before = file.read_bytes() if file.is_file() else None
 
     api = HfApi()
     try:
         address = api.create_repo(repo, exist_ok=True, private=private)
+        write_text(file, card)
         api.upload_folder(
             folder_path=str(folder), repo_id=repo, commit_message="Upload by hf_kernel_ffn"
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # of the hub, or of whichever library carries the bytes
+        _put_back(file, before)
         reason = json.dumps(" ".join(str(error).split())[:LONGEST_REASON])
         raise InputError(
             f"could not push {folder} to {repo} ({reason}): check the name and your token"
         ) from error
     return str(address)
+
+
+def _put_back(file: Path, content: bytes | None) -> None:
+    """Let ``file`` be what it was; None: it was not there."""
+    if content is None:
+        file.unlink(missing_ok=True)
+    else:
+        file.write_bytes(content)
 
 
 def _write_settings_row(path: str, layer: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from teachers import SUPPORT
 from tiny_families import tiny
-from training_runs import load, make_step, run
+from training_runs import load, make_step, move_away, run
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.distillation import Recipe
@@ -35,13 +35,17 @@ def teacher():
     return tiny("mixtral", "AutoModelForCausalLM", **shape, **vocabulary)
 
 
-@pytest.fixture(scope="module")
-def content(teacher, tokenizer, text_file, tmp_path_factory):
+@pytest.fixture(scope="module", params=["free", "tied"])
+def content(request, teacher, tokenizer, text_file, tmp_path_factory):
     """A recipe for it, without output_dir, batch sizes and shard."""
     folder = tmp_path_factory.mktemp("mixture")
     teacher.save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
-    student, _ = convert(teacher, KernelFFNConfig(init="single"), calibration_tokens=0)
+    free = request.param == "free"
+    settings = KernelFFNConfig(init="single") if free else KernelFFNConfig(rows="tied")
+    student, _ = convert(teacher, settings, calibration_tokens=0)
+    if not free:
+        move_away(student)
     student.save_pretrained(folder / "student")
     stage = {"tokens": STEPS * 2 * LENGTH, "learning_rate": 0.002, "optimizer": "adamw"}
     return {
