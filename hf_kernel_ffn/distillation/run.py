@@ -32,7 +32,12 @@ from ..storage.loading import (
 from ..storage.model_files import read_stock_config
 from ..text.documents import require_readable
 from ..text.packing import read_token_ids
-from ..text.prediction import make_inputs_for_prediction, require_head
+from ..text.prediction import (
+    make_inputs_for_prediction,
+    predicts_masked,
+    require_head,
+    require_mask,
+)
 from ..text.row_frame import find_row_frame
 from .accelerator import check_trackers, make_accelerator
 from .fused import choose_fused_readouts
@@ -210,6 +215,8 @@ def teacher_of(
     check_tokenizer(tokenizer, teacher)
     if any(stage.name == "logits" for stage in recipe.stages):
         require_head(teacher)
+    if predicts_masked(teacher):
+        require_mask(teacher, tokenizer)
     limit = getattr(teacher.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.sequence_length > limit:
         raise InputError(
