@@ -42,6 +42,7 @@ __all__ = [
     "get_tied_parameter_names",
     "hide_gguf_bar",
     "initialize_module",
+    "list_hub_files",
     "make_gguf_options",
     "make_model_from_config",
     "rename_source_key",
@@ -98,6 +99,23 @@ def find_cached_file(name: str, file: str) -> Path | None:
     """
     path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     return None if path is None else Path(path)
+
+
+def list_hub_files(name: str) -> list[str]:
+    """Return the names of all files of the model ``name`` on its hub, folders with ``/``.
+
+    Where the hub cannot be asked, those of the copy that was downloaded.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return list(HfApi().list_repo_files(name))
+    except Exception:  # offline, refused, no such repository: the cache may hold a copy
+        config = find_cached_file(name, "config.json")
+        if config is None:
+            return []
+        files = [path for path in config.parent.rglob("*") if path.is_file()]
+        return [path.relative_to(config.parent).as_posix() for path in files]
 
 
 def find_relative_imports(file: str | Path) -> list[Path]:
@@ -185,16 +203,20 @@ def forget_quantizer(model: PreTrainedModel) -> None:
 
 
 def make_model_from_config(
-    model_class: type, config: PreTrainedConfig, dtype: torch.dtype
+    model_class: type,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Make a model from ``config`` alone, in ``dtype``.
 
     Args:
         model_class: an Auto class, or a stock class, which has this under a private name only.
+        trust_remote_code: whether code that the model brings may run.
     """
     stock_class: Any = model_class
     if hasattr(stock_class, "from_config"):
-        return stock_class.from_config(config, dtype=dtype)
+        return stock_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return stock_class._from_config(config, dtype=dtype)
 
 

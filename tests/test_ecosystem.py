@@ -537,12 +537,14 @@ def test_push_uploads_everything_with_a_card(folder, hub, tmp_path, ids):
         "me/student",
         "--report",
         tmp_path / "report.json",
+        "--base-model",
+        "someone/llama",
     )
     assert done.returncode == 0, done.stderr
     assert set(hub.files) == {file.name for file in folder.iterdir()}
     card = hub.files["README.md"].decode()
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["library_name"] == "transformers" and front["base_model"].endswith("llama")
+    assert front["library_name"] == "transformers" and front["base_model"] == "someone/llama"
     assert "| kl | 0.1250 |" in card and "over 1,000 predicted tokens" in card
     assert "| layers.1.mlp | half-yat | softmax | mass | polarised | fixed |" in card
     assert 'from_pretrained("me/student", trust_remote_code=True)' in card

@@ -75,7 +75,7 @@ def get_custom_kernel_file(config: KernelConfigMixin) -> str | None:
             f"put {', '.join(sorted(files))} together"
         )
 
-    source = Path(files.pop()).read_text(encoding="utf-8")
+    source = _read_kernel_file(Path(files.pop()))
     # The package does not exist where the checkpoint is loaded without it.
     source = re.sub(
         rf"^from {PACKAGE}(\.checkpoint_code\.kernels)? import",
@@ -91,6 +91,17 @@ def get_custom_kernel_file(config: KernelConfigMixin) -> str | None:
             "the package"
         )
     return source
+
+
+def _read_kernel_file(file: Path) -> str:
+    """Source of a user's file, without a byte order mark; InputError if it is no UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"found {file} in another encoding than UTF-8 ({error}), which cannot travel with a "
+            "checkpoint: save it as UTF-8"
+        ) from error
 
 
 def _find_custom_kernel_files(config: KernelConfigMixin) -> set[str]:

@@ -11,10 +11,13 @@ import hashlib
 import json
 import math
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import InputError
 from .untrusted_files import TensorFacts, read_headers, read_json, weight_files
@@ -118,6 +121,39 @@ def check_model(
                 f"found {name} of shape {stored[1]} in {folder}, expected {shape} "
                 "by its config.json: one of them is damaged; copy or convert it again"
             )
+
+
+@contextmanager
+def set_aside_weights(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Rename what says where the weights in ``folder`` are, and remove it if the context ends well.
+
+    One file of weights, and the index of several, do not overwrite each other: of two saves the
+    older one would be read.
+    """
+    aside: dict[Path, Path] = {}
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        path = Path(folder, name)
+        if path.is_file():
+            aside[path] = path.with_name(f".{name}.before")
+            os.replace(path, aside[path])
+    try:
+        yield
+    except BaseException:
+        for path, before in aside.items():
+            os.replace(before, path)
+        raise
+    for before in aside.values():
+        before.unlink()
+
+
+def share_mode(folder: str | os.PathLike[str]) -> None:
+    """Give the weight files in ``folder`` the mode of config.json, as any new file has it.
+
+    The library that writes them lets nobody but their owner read them.
+    """
+    mode = stat.S_IMODE(Path(folder, "config.json").stat().st_mode)
+    for file in Path(folder).glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def compute_checksums(folder: str | os.PathLike[str]) -> dict[str, str]:

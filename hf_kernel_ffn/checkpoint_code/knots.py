@@ -237,7 +237,7 @@ def _differentiate(
             _flat(gate),
             None if up is None else _flat(up),
             Knots(knot, amount, far),
-            of_gate=torch.empty_like(gate) if weight is None else through,
+            of_gate=torch.empty_like(_flat(gate)) if weight is None else through,
             of_pieces=wanted[2] or wanted[3],
         )
         if weight is not None and wanted[4]:

@@ -6,8 +6,9 @@ This file travels inside converted checkpoints: it imports nothing but torch and
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,13 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .experts import KernelExperts
-from .integrity import check_folder, check_model, record_checksums
+from .integrity import (
+    check_folder,
+    check_model,
+    record_checksums,
+    set_aside_weights,
+    share_mode,
+)
 from .parameters import ConstrainedParameters
 from .record import Readout
 from .tied import AnyKernelFFN, make_ffn
@@ -24,6 +31,13 @@ if TYPE_CHECKING:  # it is put before a stock model class
     from transformers import PreTrainedModel as _StockModel
 else:
     _StockModel = object
+
+SAVE_ARGUMENTS = ("is_main_process", "state_dict", "push_to_hub", "max_shard_size", "variant")
+"""Arguments of ``save_pretrained`` after the folder, in order."""
+UPLOAD_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "create_pr")
+"""Arguments of ``save_pretrained`` that say how its result is pushed, and nothing else."""
+HUB_OPTIONS = (*UPLOAD_OPTIONS, "token", "revision", "max_shard_size")
+"""Those that ``push_to_hub`` takes."""
 
 Change = tuple[nn.Module, str, Any]
 """(owner, name, what it was) of one attribute that was changed."""
@@ -99,10 +113,37 @@ class KernelModelMixin(_StockModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As the stock method; also writes the checksums that ``hf-kernel-ffn verify`` checks."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
+        """As the stock method; also writes the checksums that ``hf-kernel-ffn verify`` checks.
+
+        The tensors keep the model's own names, also where transformers has other ones for the
+        files of a stock model. What a save before left is gone, whether it was in one file or in
+        several. What is pushed has its checksums too.
+
+        Raises:
+            InputError: ``save_directory`` is a file.
+        """
+        if os.path.isfile(save_directory):
+            raise InputError(f"found the file {save_directory}, expected a folder to save in")
+        kwargs.update(zip(SAVE_ARGUMENTS, args, strict=False))
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        kwargs = {name: value for name, value in kwargs.items() if name not in UPLOAD_OPTIONS}
+        kwargs["save_original_format"] = False
+        is_main_process = kwargs.get("is_main_process", True)
+        is_whole = kwargs.get("variant") is None and not getattr(
+            self, "_hf_peft_config_loaded", False
+        )
+        replaces = is_main_process and is_whole  # not another variant, nor an adapter, beside it
+
+        with set_aside_weights(save_directory) if replaces else nullcontext():
+            super().save_pretrained(save_directory, **kwargs)
+            if replaces:
+                share_mode(save_directory)
+        if is_main_process:
             record_checksums(save_directory)
+        if is_main_process and push_to_hub:
+            name = os.path.basename(os.path.abspath(save_directory))
+            self.push_to_hub(hub_options.pop("repo_id", name), **hub_options)
 
 
 def _require_all_loaded(model: Any, info: dict[str, Any], name: object) -> None:

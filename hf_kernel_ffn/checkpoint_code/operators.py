@@ -111,9 +111,11 @@ def namespace(module: str) -> str:
     """The namespace of the operators of ``module``.
 
     Every copy of a file has its own: a process may hold the package's operators and those of
-    several checkpoints.
+    several checkpoints. A folder may be called anything, and torch takes ASCII letters alone: the
+    others are written by their numbers.
     """
-    return re.sub(r"\W", "_", module)
+    ascii_letters = re.sub(r"[^\x00-\x7f]", lambda found: f"__{ord(found[0]):x}__", module)
+    return re.sub(r"\W", "_", ascii_letters)
 
 
 def differentiate(mixture: Any, backward: Callable[..., tuple[Tensor, ...]]) -> None:

@@ -61,20 +61,22 @@ def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The safetensors files in ``folder`` that its index names, or the only one.
+    """The safetensors files in ``folder``: the only one, or those that its index names.
+
+    Where there are both, transformers reads the one.
 
     Raises:
         InputError: one is missing, or the index names something else than files beside it.
     """
     folder = Path(folder)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        if not (folder / SAFE_WEIGHTS_NAME).is_file():
-            raise InputError(
-                f"found no {SAFE_WEIGHTS_NAME} in {folder}, "
-                "expected the weights in safetensors: copy it again"
-            )
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
         return [folder / SAFE_WEIGHTS_NAME]
+    if not index.is_file():
+        raise InputError(
+            f"found no {SAFE_WEIGHTS_NAME} in {folder}, "
+            "expected the weights in safetensors: copy it again"
+        )
 
     names = _read_weight_map(index).values()
     for name in names:
@@ -166,7 +168,8 @@ def read_headers(folder: str | os.PathLike[str]) -> dict[str, TensorFacts]:
     """
     files = weight_files(folder)
     index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
-    weight_map = _read_weight_map(index) if index.is_file() else None
+    is_sharded = files[0].name != SAFE_WEIGHTS_NAME or len(files) > 1
+    weight_map = _read_weight_map(index) if is_sharded else None
 
     tensors: dict[str, TensorFacts] = {}
     for file in files:

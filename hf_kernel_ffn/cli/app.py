@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -40,9 +41,36 @@ for command in (
     app.command()(command)
 
 
+USAGE_ERROR: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"
+)
+"""What typer raises for arguments that a command does not take; it has no public name."""
+
+
 def main() -> None:
     """Entry point of ``hf-kernel-ffn``."""
-    run_app(app)
+    run_app(_run_command)
+
+
+def _run_command() -> None:
+    """Run the command that the arguments name; InputError if they are none that it takes."""
+    from ..checkpoint_code.errors import InputError
+
+    if len(sys.argv) < 2:
+        app()  # prints the help
+    try:
+        code = app(standalone_mode=False)
+    except USAGE_ERROR as error:
+        message = getattr(error, "format_message", error.__str__)()
+        raise InputError(f"{message.rstrip('.')}: see --help") from error
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _show_every_character() -> None:
+    """Let no character end a command: one that the terminal cannot show is shown by its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run_app(command: Callable[[], object]) -> None:
@@ -52,10 +80,13 @@ def run_app(command: Callable[[], object]) -> None:
     """
     from ..checkpoint_code.errors import InputError
 
+    _show_every_character()
     try:
         command()
     except (InputError, FloatingPointError) as error:
         _exit_with_message(str(error), error)
+    except OSError as error:
+        _exit_with_message(f"the system refused a file ({error}): see that it is as it was", error)
     except Exception as error:
         from ..versions import describe_unsupported_version
 
@@ -69,5 +100,5 @@ def _exit_with_message(message: str, error: Exception) -> NoReturn:
     """End with exit code 2 and one line on stderr, before it the traceback if that is asked for."""
     if os.environ.get("HF_KERNEL_FFN_DEBUG") == "1":
         traceback.print_exception(error)
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {' '.join(message.splitlines())}\n")
     raise SystemExit(2) from error

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import quieten
+from .options import Trust, quieten
 from .tables import print_table
 
 
@@ -33,6 +33,7 @@ def verify(
 def export(
     student: Annotated[str, typer.Argument(help="local folder or hub id of a converted model")],
     file: Annotated[Path, typer.Argument(help="FILE.safetensors to write")],
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write the converted FFNs of STUDENT alone to FILE, which `apply` puts into the original
     model."""
@@ -41,8 +42,8 @@ def export(
     from ..storage.loading import load_student
 
     quieten()
-    require_place(file)
-    export_surgery(load_student(student), file)
+    require_place(file, student)
+    export_surgery(load_student(student, trust_remote_code=trust_remote_code), file)
     typer.echo(f"saved in {file}")
 
 
@@ -53,19 +54,22 @@ def apply(
         typer.Argument(help="local folder, .gguf file or hub id that it was made from"),
     ],
     out_dir: Annotated[Path, typer.Argument(help="new or empty folder for the student")],
+    trust_remote_code: Trust = False,
 ) -> None:
     """Make the student of TEACHER that FILE was exported from; refused if TEACHER is another
     model."""
     from ..storage.checkpoint import save_converted
-    from ..storage.exporting import apply_surgery
+    from ..storage.exporting import apply_surgery, require_export
     from ..storage.files import new_folder, require_empty
     from ..storage.loading import load_teacher
 
     quieten()
     require_empty(out_dir)
-    student = apply_surgery(file, load_teacher(teacher))
+    require_export(file)
+    stock = load_teacher(teacher, trust_remote_code=trust_remote_code)
+    student = apply_surgery(file, stock)
     with new_folder(out_dir) as made:
-        save_converted(student, teacher, made)
+        save_converted(student, teacher, made, place=out_dir)
     typer.echo(f"saved in {out_dir}")
 
 

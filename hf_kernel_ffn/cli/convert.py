@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .options import Bos, Chat, Device, Dtype, make_text_format, quieten
+from .options import Bos, Chat, Device, Dtype, TextField, Trust, make_text_format, quieten
 from .tables import print_conversion
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def convert(
     ] = None,
     chat: Chat = False,
     bos: Bos = "auto",
+    text_field: TextField = "text",
     stream: Annotated[
         bool,
         typer.Option(
@@ -107,6 +108,7 @@ def convert(
             help="of masks in the text, or of the tokens the model makes itself without any"
         ),
     ] = 0,
+    trust_remote_code: Trust = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> None:
@@ -123,6 +125,7 @@ def convert(
     from ..storage.kernel_files import import_kernel
     from ..storage.loading import load_stock_on_meta, load_teacher, load_tokenizer
     from ..storage.model_files import read_stock_config
+    from ..text.documents import require_readable
     from ..text.row_frame import find_row_frame
 
     quieten()
@@ -131,7 +134,7 @@ def convert(
     require_empty(out_dir)
     if stream and device != "cpu":
         raise InputError(f"found --stream with device {device!r}, expected cpu: it computes there")
-    text_format = make_text_format(chat, bos)
+    text_format = make_text_format(chat, bos, text_field)
     _check_calibration_options(calibration_text, calibration_tokens, text_format)
     fields = {
         "rows": rows,
@@ -152,7 +155,11 @@ def convert(
         read_stock_config(model)
         tokenizer = load_tokenizer(model)
         find_row_frame(tokenizer, text_format)  # refuses before the model is loaded
-    teacher = load_stock_on_meta(model) if stream else load_teacher(model, dtype, device)
+        require_readable([calibration_text])
+    if stream:
+        teacher = load_stock_on_meta(model, trust_remote_code=trust_remote_code)
+    else:
+        teacher = load_teacher(model, dtype, device, trust_remote_code)
     ids = None
     if calibration_text is not None and tokenizer is not None:
         ids = _read_calibration_rows(
@@ -165,11 +172,19 @@ def convert(
         )
     options: dict = dict(calibration_ids=ids, calibration_tokens=calibration_tokens, progress=True)
     if stream:
-        report = convert_streamed(model, out_dir, settings, layers, dtype=dtype, **options)
+        report = convert_streamed(
+            model,
+            out_dir,
+            settings,
+            layers,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
     else:
         student, report = conversion.convert(teacher, settings, layers, seed=seed, **options)
         with new_folder(out_dir) as folder:
-            save_converted(student, model, folder, conversion=report.to_dict())
+            save_converted(student, model, folder, place=out_dir, conversion=report.to_dict())
     print_conversion(report.layers)
     typer.echo(
         f"calibrated on {report.calibration_tokens:,} tokens ({report.calibration}); "
@@ -191,8 +206,8 @@ def _check_calibration_options(
         )
     if text is None and text_format != PLAIN:
         raise InputError(
-            "found --chat or --bos without a text that they are of, expected --calibration-text: "
-            "give one, or leave them out"
+            "found --chat, --bos or --text-field without a text that they are of, expected "
+            "--calibration-text: give one, or leave them out"
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .options import Bos, Chat, Device, Dtype, Trust, make_text_format, quieten
+from .options import Bos, Chat, Device, Dtype, TextField, Trust, make_text_format, quieten
 from .tables import print_report
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def evaluate(
     ] = 0,
     chat: Chat = False,
     bos: Bos = "auto",
+    text_field: TextField = "text",
     json_file: Annotated[
         Optional[Path], typer.Option("--json", help="where to write the report")
     ] = None,
@@ -61,6 +62,7 @@ def evaluate(
         load_tokenizer,
     )
     from ..storage.model_files import read_config, read_stock_config
+    from ..text.documents import require_readable
     from ..text.packing import read_token_ids
     from ..text.row_frame import find_row_frame
 
@@ -72,15 +74,16 @@ def evaluate(
             "evaluate needs the evaluate package: pip install 'hf-kernel-ffn[evaluate]'"
         ) from error
     if json_file is not None:
-        require_place(json_file)
+        require_place(json_file, student, teacher, text)
     quieten()
-    text_format = make_text_format(chat, bos)
+    text_format = make_text_format(chat, bos, text_field)
     read_config(student)
     read_stock_config(teacher)
     tokenizer = load_tokenizer(teacher)
     find_row_frame(tokenizer, text_format)  # refuses before the models are loaded
+    require_readable([text])
     converted = load_student(student, dtype, device, trust_remote_code)
-    stock = load_teacher(teacher, dtype, device)
+    stock = load_teacher(teacher, dtype, device, trust_remote_code)
     check_pair(converted, stock)
     check_vocabularies(student, teacher)
     share_equal_parameters(converted, stock)  # which halves what both hold
@@ -113,6 +116,8 @@ def evaluate(
         "bos": bos,
         **report,
     }
-    if json_file is not None:
-        write_text(json_file, json.dumps(report, indent=1) + "\n")
-    print_report(report)
+    try:
+        if json_file is not None:
+            write_text(json_file, json.dumps(report, indent=1) + "\n")
+    finally:  # a disk that is full by now takes no figures away
+        print_report(report)

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import quieten
+from .options import Trust, quieten
 from .tables import print_table
 
 
@@ -25,7 +25,7 @@ def families(
             help="whether what its family's entry says by names is so by numbers",
         ),
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="run the model's own code")] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """List the architectures that can be converted."""
     from ..families.lookup import join_path
@@ -40,7 +40,7 @@ def families(
         print_table(["FFN", "sizes", "activation", "entry"], [list(row.values()) for row in rows])
         return
     if check is not None:
-        _check_family(check)
+        _check_family(check, trust_remote_code)
         return
     print_table(
         ["model_type", "FFN", "W_in", "gate", "W_out", "default values"],
@@ -58,14 +58,14 @@ def families(
     )
 
 
-def _check_family(model: str) -> None:
+def _check_family(model: str, trust_remote_code: bool) -> None:
     """Print what the entry for ``model`` claims; InputError if a claim is wrong."""
     from ..checkpoint_code.errors import InputError
     from ..reading.validate import check_family
     from ..storage.loading import load_teacher
 
     quieten()
-    checks = check_family(load_teacher(model))
+    checks = check_family(load_teacher(model, trust_remote_code=trust_remote_code))
     verdicts = {True: "ok", False: "NOT OK", None: "–"}
     rows = [
         [

@@ -34,16 +34,22 @@ Bos = Annotated[
     ),
 ]
 
+TextField = Annotated[str, typer.Option(help="field of a row that is the text")]
+
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="allow a checkpoint's own kernel file")
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="allow code that a model brings: its family's, or a checkpoint's own kernel file",
+    ),
 ]
 
 
-def make_text_format(chat: bool, bos: str) -> TextFormat:
-    """Return the format that --chat and --bos ask for; InputError if it is none."""
+def make_text_format(chat: bool, bos: str, text_field: str) -> TextFormat:
+    """Return the format that --chat, --bos and --text-field ask for; InputError if it is none."""
     from ..text.text_format import TextFormat
 
-    return TextFormat(chat=chat, bos=cast("BosChoice", bos))
+    return TextFormat(text_field, chat, cast("BosChoice", bos))
 
 
 def quieten() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import Bos, Chat, Device, Dtype, Trust, make_text_format, quieten
+from .options import Bos, Chat, Device, Dtype, TextField, Trust, make_text_format, quieten
 from .tables import print_reading
 
 
@@ -48,6 +48,7 @@ def read(
     ] = 3,
     chat: Chat = False,
     bos: Bos = "auto",
+    text_field: TextField = "text",
     trust_remote_code: Trust = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -63,17 +64,22 @@ def read(
     from ..reading.tracing import list_last_positions, tokenize_prompt
     from ..storage.files import require_place, write_text
     from ..storage.loading import check_tokenizer, load_model, load_teacher, load_tokenizer
-    from ..storage.model_files import read_config
+    from ..storage.model_files import read_config, read_stock_config
+    from ..text.documents import require_readable
     from ..text.packing import read_token_ids
     from ..text.prediction import require_embedded
     from ..text.prompts import encode_prompt
 
     for file in (json_file, html):
         if file is not None:
-            require_place(file)
+            require_place(file, model, teacher, text)
     quieten()
-    text_format = make_text_format(chat, bos)
+    text_format = make_text_format(chat, bos, text_field)
     read_config(model)
+    if teacher is not None:
+        read_stock_config(teacher)
+    if text is not None:
+        require_readable([text])
     tokenizer = load_tokenizer(model)
     ids = tokenize_prompt(tokenizer, torch.tensor(encode_prompt(tokenizer, prompt, text_format)))
     loaded = load_model(model, dtype, device, trust_remote_code)
@@ -88,27 +94,21 @@ def read(
         length = min(256, getattr(loaded.config, "max_position_embeddings", None) or 256)
         support = Support(loaded, read_token_ids(tokenizer, [text], length, 16_384, text_format))
     found = summary(passed, tokenizer, position, layers=chosen, top=top, support=support)
-    if json_file is not None:
-        write_text(
-            json_file,
-            json.dumps({"model": model, "prompt": prompt, **found}, indent=1, ensure_ascii=False)
-            + "\n",
-        )
-    if html is not None:
-        from ..reading.report import other_mixtures, report_data, write_report
+    try:
+        if json_file is not None:
+            content = {"model": model, "prompt": prompt, **found}
+            write_text(json_file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        if html is not None:
+            from ..reading.report import other_mixtures, report_data, write_report
 
-        beside = (
-            None
-            if teacher is None
-            else trace(load_teacher(teacher, dtype, device), tokenizer, ids, positions)
-        )
-        write_report(
-            html,
-            report_data(
-                passed,
-                beside,
-                tokenizer=tokenizer,
-                alternatives=other_mixtures(passed, alternatives),
-            ),
-        )
-    print_reading(found)
+            beside = None
+            if teacher is not None:
+                stock = load_teacher(teacher, dtype, device, trust_remote_code)
+                beside = trace(stock, tokenizer, ids, positions)
+            mixtures = other_mixtures(passed, alternatives)
+            write_report(
+                html,
+                report_data(passed, beside, tokenizer=tokenizer, alternatives=mixtures),
+            )
+    finally:  # what goes wrong with a file takes no figures away
+        print_reading(found)

@@ -100,7 +100,7 @@ def calibrate_ffn(
     fitted: Iterable[Tensor],
     held: Iterable[Tensor],
     temperature: float | None,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Fit the output prototypes and output bias of ``ffn`` (float32) to ``teacher``, in place.
 
     Args:
@@ -115,7 +115,8 @@ def calibrate_ffn(
     Returns:
         ``fvu_start`` and ``fvu``: fraction of variance unexplained on the tokens held out, before
         and after; ``pull``; ``dictionary_growth``: norm of the dictionary over that of the initial
-        one at its best scale.
+        one at its best scale. All are None, and nothing is fitted, where no token was read to fit
+        or to hold out, as in an expert of a mixture.
     """
     weight = ffn.output_prototypes.weight
     bias = ffn.output_prototypes.bias
@@ -127,6 +128,12 @@ def calibrate_ffn(
 
     fitted_moments = _gather_moments(ffn, teacher, fitted, temperatures)
     held_moments = _gather_moments(ffn, teacher, held, temperatures)
+    if not (fitted_moments[0].count and held_moments[0].count):
+        typical = temperatures[len(temperatures) // 2]
+        if typical is not None:
+            ffn.set_reference("temperature", typical)
+        return dict.fromkeys(("fvu_start", "fvu", "pull", "dictionary_growth"))
+
     best: Solution | None = None
     for tau, train, test in zip(temperatures, fitted_moments, held_moments, strict=True):
         for solution in _solve_for_pulls(train, test, start, tau):

@@ -63,6 +63,7 @@ def convert_streamed(
     calibration_ids: Tensor | None = None,
     calibration_tokens: int | None = None,
     dtype: str = "float32",
+    trust_remote_code: bool = False,
     progress: bool = False,
 ) -> ConversionReport:
     """Convert the stock model at ``source`` into the new or empty folder ``out``, on the CPU.
@@ -78,6 +79,7 @@ def convert_streamed(
             since a model that is never whole in memory cannot write its own.
         calibration_tokens: how many of them are read; 0: no calibration; None: 16,384.
         dtype: of the weights while they are computed with.
+        trust_remote_code: whether code that the model brings may run.
         progress: show a bar.
 
     Raises:
@@ -89,7 +91,7 @@ def convert_streamed(
             "found a streamed conversion without text, expected calibration text, or 0 calibration "
             "tokens: give one"
         )
-    teacher = load_stock_on_meta(source, dtype)
+    teacher = load_stock_on_meta(source, dtype, trust_remote_code)
     chosen, settings = choose_ffns(teacher, config, layers)
     _require_one_stack(teacher)
     reader = Reader(source, teacher)
@@ -114,7 +116,7 @@ def convert_streamed(
             conversion.copy_what_is_left()
         student = _make_final_student(teacher, conversion.layers, stored)
         report = conversion.report.to_dict()
-        save_around_weights(student, weights, source, folder, conversion=report)
+        save_around_weights(student, weights, source, folder, place=out, conversion=report)
     return conversion.report
 
 

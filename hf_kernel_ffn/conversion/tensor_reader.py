@@ -187,7 +187,8 @@ def _find_files(name: str) -> list[Path]:
     if Path(name).is_dir():
         return weight_files(name)
     try:
-        index = find_cached_file(name, SAFE_WEIGHTS_INDEX_NAME)
+        whole = find_cached_file(name, SAFE_WEIGHTS_NAME)
+        index = find_cached_file(name, SAFE_WEIGHTS_INDEX_NAME) if whole is None else None
         if index is None:
             files = [cached_file(name, SAFE_WEIGHTS_NAME)]
         else:

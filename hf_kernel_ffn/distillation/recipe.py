@@ -151,7 +151,7 @@ class Recipe(_Section):
     student: str | None = None
     """Local folder of a converted model; None: the teacher is converted by ``kernel_ffn``."""
     trust_remote_code: bool = False
-    """Allow the student's own kernel file to run."""
+    """Allow code that the teacher's family or the student's own kernel file brings to run."""
     kernel_ffn: dict[str, Any] = Field(default_factory=dict)
     """Settings of KernelFFNConfig, and ``layers`` (such as 0-5,7) if not all. Without settings the
     teacher is converted as by `hf-kernel-ffn convert` without options."""

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.parameters import to_at_least_float32
 from ..conversion.convert import choose_ffns
-from ..storage.files import new_folder, require_empty
+from ..storage.files import new_folder, require_empty, save_tensors
 from ..storage.loading import load_student
+from ..text.documents import require_readable
 from ..text.inputs import make_forward_arguments
 from ..text.packing import PackedText
 from .accelerator import autocast, make_accelerator
@@ -68,6 +68,7 @@ def record(
     """
     require_empty(out_dir)
     temperature = _require_one_temperature(recipe)
+    require_readable(recipe.data.sources)
     tokenizer, teacher = teacher_of(recipe, make_accelerator(recipe).device)
     refuse_masked(teacher)
 
@@ -94,7 +95,7 @@ def record(
         temperature=temperature,
     )
     batches_per_shard = max(1, SHARD_BYTES // (sequence_bytes * rows))
-    with new_folder(out_dir) as folder:
+    with new_folder(out_dir, last=FACTS) as folder:
         written = _write_shards(answers, folder, batches_per_shard)
         facts = Facts(
             format=EXACT if exact else PACKED,
@@ -163,7 +164,7 @@ def _write_shards(answers: Iterator[_Answer], folder: Path, batches_per_shard: i
             name: torch.cat([batch.tensors[name] for batch in batches])
             for name in batches[0].tensors
         }
-        save_file(tensors, shard_file(folder, written.shards))
+        save_tensors(tensors, shard_file(folder, written.shards))
         written.shards += 1
         for batch in batches:
             written.sequences += len(batch.tensors["input_ids"])

@@ -30,8 +30,14 @@ from ..storage.loading import (
     load_tokenizer,
 )
 from ..storage.model_files import read_stock_config
+from ..text.documents import require_readable
 from ..text.packing import read_token_ids
-from ..text.prediction import make_inputs_for_prediction
+from ..text.prediction import (
+    make_inputs_for_prediction,
+    predicts_masked,
+    require_head,
+    require_mask,
+)
 from ..text.row_frame import find_row_frame
 from .accelerator import check_trackers, make_accelerator
 from .fused import choose_fused_readouts
@@ -169,6 +175,7 @@ def _require_same_recipe(before: Mapping[str, object], now: Mapping[str, object]
 
 def _load_models(recipe: Recipe, device: torch.device, state: Path | None) -> Models:
     """Everything that the stages run on, the student's FFNs ready to be trained."""
+    require_readable([*recipe.data.sources, *recipe.data.validation_sources])
     tokenizer, teacher = teacher_of(recipe, device)
     signals = make_signals(recipe, teacher)
     student = student_of(recipe, teacher, tokenizer, state)
@@ -204,8 +211,12 @@ def teacher_of(
     read_stock_config(recipe.teacher)
     tokenizer = load_tokenizer(recipe.teacher)
     find_row_frame(tokenizer, recipe.data.text_format)  # refuses before the model is loaded
-    teacher = load_teacher(recipe.teacher, recipe.dtype, device)
+    teacher = load_teacher(recipe.teacher, recipe.dtype, device, recipe.trust_remote_code)
     check_tokenizer(tokenizer, teacher)
+    if any(stage.name == "logits" for stage in recipe.stages):
+        require_head(teacher)
+    if predicts_masked(teacher):
+        require_mask(teacher, tokenizer)
     limit = getattr(teacher.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.sequence_length > limit:
         raise InputError(
@@ -276,6 +287,7 @@ def _finish(models: Models, recipe: Recipe, report: Mapping[str, object]) -> Non
             student,
             recipe.teacher,
             fresh,
+            place=out,
             recipe=json.loads(recipe.model_dump_json()),
             distillation=dict(report),
         )

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..checkpoint_code.errors import InputError
-from ..storage.files import explain_write_errors, sync_to_disk
+from ..storage.files import explain_write_errors, save_tensors, sync_to_disk
 from .sharding import gather_full, shard_like
 
 FOLDER = "resume"
@@ -82,10 +82,10 @@ def save_state(
         with explain_write_errors(f"the state of the distillation in {output_dir}"):
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
-            save_file(whole, fresh / "trained.safetensors")
-            save_file(optimizer_tensors, fresh / "optimizer.safetensors")
-            save_file(text_tensors, fresh / "text.safetensors")
-            (fresh / "state.json").write_text(content)
+            save_tensors(whole, fresh / "trained.safetensors")
+            save_tensors(optimizer_tensors, fresh / "optimizer.safetensors")
+            save_tensors(text_tensors, fresh / "text.safetensors")
+            (fresh / "state.json").write_text(content, encoding="utf-8")
             sync_to_disk(fresh)
     except InputError:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -140,7 +140,7 @@ def load_facts(folder: Path) -> dict[str, Any]:
         InputError: it is damaged.
     """
     try:
-        facts = json.loads((folder / "state.json").read_text())
+        facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folder, error) from error
     if not isinstance(facts, dict) or not facts.keys() >= NEEDED:

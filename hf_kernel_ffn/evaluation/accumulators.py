@@ -64,14 +64,14 @@ class OutputErrors:
         assert self._total is not None
         return self._total / self.tokens
 
-    def fvu(self) -> float:
+    def fvu(self) -> float | None:
         """Return the fraction of the true outputs' variance over ordinary tokens, all but spikes,
-        that the estimates leave unexplained."""
+        that the estimates leave unexplained; None if they have none, as a single token."""
         ordinary = ~self._find_spikes()
         error = torch.cat(self._squared_errors)[ordinary].sum()
         square = torch.cat(self._squared_norms)[ordinary].sum()
         variance = square - self._mean_ordinary().square().sum().cpu() * ordinary.sum()
-        return (error / variance).item()
+        return (error / variance).item() if ordinary.sum() > 1 and variance > 0 else None
 
     def fvu_spikes(self) -> float | None:
         """Return the same over spikes alone, None if there is none.

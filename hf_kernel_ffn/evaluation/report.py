@@ -89,7 +89,8 @@ def evaluate_student(
           :data:`~hf_kernel_ffn.evaluation.spike_units.SPIKE_UNITS`; empty without spikes;
         * ``teacher``: the same of the teacher's own FFN, but for the errors at spikes.
 
-        An FFN that several layers share is measured at the tokens of all of them.
+        An FFN that several layers share is measured at the tokens of all of them. Every figure of a
+        mixture's expert is None if no token of the text comes to it in one of the models.
 
     Raises:
         InputError: ``student`` is not converted, the two have different vocabularies or layers, a
@@ -109,12 +110,12 @@ def evaluate_student(
     columns = _read_both_models(
         of_student, of_teacher, track_progress(batches, "fidelity", progress), accumulators
     )
-    _require_tokens(accumulators)
+    used = _leave_out_idle_experts(accumulators)
     columns["ablated_nll"] = _read_readability(
-        of_teacher, track_progress(batches, "readability", progress), accumulators
+        of_teacher, track_progress(batches, "readability", progress), used
     )
-    if any(one.errors_at_student_inputs.spike_tokens() for one in accumulators.values()):
-        _read_student_spikes(student, track_progress(batches, "spikes", progress), accumulators)
+    if any(one.errors_at_student_inputs.spike_tokens() for one in used.values()):
+        _read_student_spikes(student, track_progress(batches, "spikes", progress), used)
 
     metric = Fidelity(keep_in_memory=True)
     report = metric.compute(**{name: torch.cat(parts).tolist() for name, parts in columns.items()})
@@ -126,7 +127,9 @@ def evaluate_student(
         size = max(1, batch_tokens // (max(map(len, texts)) + NEW_TOKENS))
         report["generation"] = compare_continuations(student, teacher, texts, size)
     length = ids.shape[1]
-    report["layers"] = [accumulator.summarise(length) for accumulator in accumulators.values()]
+    layers = {path: accumulator.summarise(length) for path, accumulator in used.items()}
+    blank = _make_blank(next(iter(layers.values())))
+    report["layers"] = [layers.get(path, {**blank, "path": path}) for path in accumulators]
     return report
 
 
@@ -251,12 +254,26 @@ def _read_student_spikes(
             accumulators[path].add_student_spikes(inputs)
 
 
-def _require_tokens(accumulators: Mapping[str, FFNAccumulator]) -> None:
+def _leave_out_idle_experts(
+    accumulators: Mapping[str, FFNAccumulator],
+) -> dict[str, FFNAccumulator]:
+    """Those to which tokens have come; InputError if one is left out that is no expert, or if none
+    is left."""
+    used = {path: one for path, one in accumulators.items() if not one.is_empty()}
     for path, accumulator in accumulators.items():
-        if accumulator.is_empty():
+        if path not in used and (accumulator.teacher.expert is None or not used):
             raise InputError(
                 f"found no token of the text that comes to {path}, expected some: give more text"
             )
+    return used
+
+
+def _make_blank(entry: Mapping[str, object]) -> dict[str, object]:
+    """An entry of the report with None for every figure."""
+    return {
+        name: _make_blank(value) if isinstance(value, Mapping) else None
+        for name, value in entry.items()
+    }
 
 
 def _pool(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -10,13 +10,12 @@ from typing import cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
 from ..families.hooks import capture_inputs_and_outputs
-from ..storage.files import replace_file
+from ..storage.files import replace_file, save_tensors
 from .model_parts import (
     get_blocks,
     get_embedding_weight,
@@ -59,7 +58,7 @@ class TunedLens:
         """Write the lens to ``file`` as safetensors."""
         tensors = {"maps": self.maps.contiguous(), "biases": self.biases.contiguous()}
         with replace_file(file) as beside:
-            save_file(tensors, beside)
+            save_tensors(tensors, beside)
 
     @classmethod
     def load(cls, file: Path | str) -> TunedLens:

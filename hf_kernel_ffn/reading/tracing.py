@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.record import Readout
 from ..compat import get_attention_implementation, run_with_cache, set_attention_implementation
+from ..text.prediction import require_head
+from ..text.row_frame import encode_once
 from .model_parts import (
     count_key_value_heads,
     decode_tokens,
@@ -133,8 +135,10 @@ def trace(
             :data:`POSITIONS` of a longer prompt.
 
     Raises:
-        InputError: the prompt has no token, or a position is outside of it.
+        InputError: the prompt has no token, or a position is outside of it; the model is a bare
+            one.
     """
+    require_head(model)
     ids = tokenize_prompt(tokenizer, text)
     kept = _choose_positions(len(ids), positions)
     ids = ids.to(get_embedding_weight(model).device)
@@ -162,7 +166,7 @@ def trace(
 
 def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, text: str | Tensor) -> Tensor:
     """(T,) token ids of ``text``, which may be token ids already. InputError if there are none."""
-    ids = torch.as_tensor(tokenizer(text)["input_ids"] if isinstance(text, str) else text).flatten()
+    ids = torch.as_tensor(encode_once(tokenizer, text) if isinstance(text, str) else text).flatten()
     if not len(ids):
         raise InputError("found a prompt without a token, expected at least one")
     return ids

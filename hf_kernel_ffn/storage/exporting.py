@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..checkpoint_code.carried_code import get_custom_kernel_file
@@ -22,7 +21,7 @@ from ..families.student import (
     make_student_from_entry,
     parameter_prefixes_of_converted_ffns,
 )
-from .files import replace_file
+from .files import replace_file, save_tensors
 
 if TYPE_CHECKING:
     from ..families.student import ConvertedModel
@@ -52,7 +51,7 @@ def export_surgery(student: ConvertedModel, file: str | Path) -> None:
         "fingerprint": fingerprint_model(student, entry),
     }
     with replace_file(file) as beside:
-        save_file(tensors, beside, metadata=metadata)
+        save_tensors(tensors, beside, metadata=metadata)
 
 
 def apply_surgery(file: str | Path, teacher: PreTrainedModel) -> ConvertedModel:
@@ -64,13 +63,7 @@ def apply_surgery(file: str | Path, teacher: PreTrainedModel) -> ConvertedModel:
         InputError: ``file`` is no export, or damaged, or was made with another base model.
     """
     file = Path(file)
-    if not file.is_file():
-        raise InputError(
-            f"found no file {file}, expected one made by hf-kernel-ffn export: check the path"
-        )
-    shapes = {name: shape for name, (_, shape) in read_header(file).items()}
-    entry, fingerprint = _read_metadata(file)
-
+    shapes, entry, fingerprint = require_export(file)
     if entry["family"] != teacher.config.model_type:
         raise InputError(
             f"found a {teacher.config.model_type!r}, "
@@ -86,6 +79,24 @@ def apply_surgery(file: str | Path, teacher: PreTrainedModel) -> ConvertedModel:
     student = make_student_from_entry(teacher, entry)
     _fill_ffns(student, shapes, file)
     return student
+
+
+def require_export(file: Path) -> tuple[dict[str, Shape], dict[str, Any], str]:
+    """Read what the export ``file`` says of itself, without its tensors.
+
+    Returns:
+        the shapes of its tensors by name, its ``kernel_ffn`` entry, and the fingerprint of the base
+        model.
+
+    Raises:
+        InputError: it is no export, or damaged.
+    """
+    if not file.is_file():
+        raise InputError(
+            f"found no file {file}, expected one made by hf-kernel-ffn export: check the path"
+        )
+    shapes = {name: shape for name, (_, shape) in read_header(file).items()}
+    return shapes, *_read_metadata(file)
 
 
 @torch.no_grad()

@@ -63,8 +63,9 @@ def load_teacher(
 ) -> PreTrainedModel:
     """Load the stock model at ``name``.
 
-    It has the head it is stored with, or that of a causal language model if it has none. Its config
-    remembers the dtype it is stored in. The weights of a GGUF file are dequantised.
+    It has the head it is stored with. One that is stored without a head has that of a causal
+    language model where that is all in the embedding, else none. Its config remembers the dtype it
+    is stored in. The weights of a GGUF file are dequantised.
 
     Args:
         name: local folder, local file that ends in .gguf, or hub id.
@@ -96,22 +97,25 @@ def load_teacher(
     return _move_to_device(model, device)
 
 
-def load_stock_on_meta(name: str, dtype: str = "float32") -> PreTrainedModel:
+def load_stock_on_meta(
+    name: str, dtype: str = "float32", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Load the stock model at ``name`` without its weights, on the meta device.
 
     Raises:
-        InputError: as :func:`load_teacher`; the family must be one that transformers has, and the
-            weights safetensors.
+        InputError: as :func:`load_teacher`; the weights must be safetensors.
     """
     if is_gguf(name):
         raise InputError(
             f"found the GGUF file {name} for a streamed conversion, expected a folder of "
             "safetensors: leave out --stream"
         )
-    model_class = get_teacher_class(read_stock_config(name), name, trust_remote_code=False)
-    config = load_pretrained(AutoConfig.from_pretrained, name)
+    model_class = get_teacher_class(read_stock_config(name), name, trust_remote_code)
+    config = load_pretrained(AutoConfig.from_pretrained, name, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = make_model_from_config(model_class, config, get_torch_dtype(dtype))
+        model = make_model_from_config(
+            model_class, config, get_torch_dtype(dtype), trust_remote_code
+        )
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(name)
     return model.eval()
@@ -258,10 +262,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
 def read_stored_dtype(name: str) -> torch.dtype:
     """Return the dtype in which the stock model at ``name`` is stored.
 
-    float32 if its config does not say, or if it is converted.
+    float32 if its config does not say, or if it is converted. No code of its author's runs.
     """
-    if read_config(name).get("kernel_ffn") is not None:
+    entry = read_config(name)
+    if entry.get("kernel_ffn") is not None:
         return torch.float32
+    if not get_stock_heads(str(entry.get("model_type"))):
+        named = str(entry.get("dtype") or entry.get("torch_dtype")).removeprefix("torch.")
+        return DTYPES.get(named, torch.float32)
     dtype = load_pretrained(AutoConfig.from_pretrained, name).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..checkpoint_code.errors import CheckpointError, InputError
 from ..checkpoint_code.modeling import KernelModelMixin
+from ..compat import get_tied_parameter_names, make_model_from_config
 from ..families.registry import get_architecture
 from ..families.task_classes import get_stock_heads, get_task_classes
-from .model_files import get_auto_class
+from .gguf_header import is_gguf
+from .model_files import get_auto_class, load_pretrained
 
 if TYPE_CHECKING:
     from ..families.student import ConvertedModel
@@ -65,14 +68,29 @@ def get_teacher_class(entry: Mapping[str, Any], name: str, trust_remote_code: bo
         }
         if head in task_heads or "AutoModelForCausalLM" not in heads:
             return getattr(transformers, head)
+        is_bare = head == heads.get("AutoModel")
+        if is_bare and not is_gguf(name) and not _has_head_in_embedding(name):
+            return getattr(transformers, head)
         return AutoModelForCausalLM
 
     if not trust_remote_code:
         raise InputError(
             f"found a {entry['model_type']!r} at {name}, which brings its own code: "
-            "read it, then allow it by --trust-remote-code"
+            "read it, then allow it by --trust-remote-code (in a recipe: trust_remote_code)"
         )
     return get_auto_class(entry, head)
+
+
+def _has_head_in_embedding(name: str) -> bool:
+    """Return whether a causal language model of the bare one at ``name`` has no weight more."""
+    config = load_pretrained(AutoConfig.from_pretrained, name)
+    if config.is_encoder_decoder:
+        return False  # the causal model is half of it
+    with torch.device("meta"):
+        model = make_model_from_config(AutoModelForCausalLM, config, torch.float32)
+    body = f"{model.base_model_prefix}."
+    head = {key for key, _ in model.named_parameters() if not key.startswith(body)}
+    return head <= get_tied_parameter_names(model)
 
 
 def _is_student_class(candidate: object) -> bool:

@@ -18,6 +18,8 @@ from ..families.registry import get_architecture
 from ..families.task_classes import get_stock_heads
 from .gguf_header import is_gguf, read_gguf_header
 
+ADAPTER = "adapter_config.json"
+"""The file by which an adapter of peft is known."""
 LANGUAGE_HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 """Which heads a model has whose file does not say: the first that its family has."""
 
@@ -31,6 +33,7 @@ def read_config(name: str) -> dict[str, Any]:
     """
     if is_gguf(name):
         return _read_gguf_config(name)
+    _refuse_adapters(name)
     if Path(name).exists() and not Path(name, "config.json").is_file():
         raise InputError(
             f"found no config.json in {name}, expected the folder of a saved model: check the path"
@@ -43,6 +46,15 @@ def read_config(name: str) -> dict[str, Any]:
             "give a local folder or a hub id"
         ) from error
     return read_json(str(file))
+
+
+def _refuse_adapters(name: str) -> None:
+    """InputError if there is an adapter at ``name``, which transformers would add to the model."""
+    if find_file(name, ADAPTER) is not None:
+        raise InputError(
+            f"found an adapter at {name} ({ADAPTER}), expected a model without: merge it into its "
+            "model by peft's merge_and_unload() and save that"
+        )
 
 
 def read_unconverted_config(name: str) -> dict[str, Any]:
@@ -145,7 +157,7 @@ def find_file(name: str, file: str) -> Path | None:
     """Return the path of one ``file`` of the model ``name``, or None."""
     try:
         return find_cached_file(name, file)
-    except OSError:
+    except (OSError, ValueError):  # the latter: what is no name of a model
         return None
 
 

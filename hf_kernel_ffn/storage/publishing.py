@@ -22,9 +22,9 @@ SETTINGS = ("kernel", "simplex", "intensity", "init", "values", "top_k")
 CARD = """---
 {front}---
 
-# {name}
+# {title}
 
-[{base}]({link}) with {count} of its FFNs replaced by **kernel-readout FFNs** \
+{base} with {count} of its FFNs replaced by **kernel-readout FFNs** \
 (hf_kernel_ffn {version}): each output is a mixture of
 output prototypes, weighted by a nonnegative kernel between the input and input prototypes.
 
@@ -34,7 +34,7 @@ output prototypes, weighted by a nonnegative kernel between the input and input 
 from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 readouts = model(**tokenizer("Hello", return_tensors="pt"), output_readouts=True).readouts
 ```
 
@@ -68,7 +68,7 @@ def write_model_card(
     Args:
         base_model: the teacher, a local folder or a hub id.
         report: of evaluate_student; None: not evaluated.
-        name: of the model; None: that of the folder.
+        name: what the model is loaded by, a place on the disk or a hub id; None: ``folder``.
 
     Raises:
         InputError: the model in ``folder`` is not converted.
@@ -82,17 +82,18 @@ def write_model_card(
         )
     layers: dict[str, Any] = entry["layers"]
     head = (config.get("architectures") or [""])[0]
-    front_matter = {
-        "library_name": "transformers",
-        "base_model": base_model,
-        "tags": ["kernel-ffn", "custom_code"],
-    }
-    is_local = Path(base_model).exists()
+    front_matter: dict[str, object] = {"library_name": "transformers"}
+    base = f"`{Path(base_model).absolute().name}`, a local model,"
+    if not Path(base_model).exists():  # a place on somebody's disk is no model of a hub
+        front_matter["base_model"] = base_model
+        base = f"[{base_model}](https://huggingface.co/{base_model})"
+    front_matter["tags"] = ["kernel-ffn", "custom_code"]
+    place = str(name or folder)
     return CARD.format(
         front=yaml.safe_dump(front_matter, sort_keys=False),
-        name=name or Path(folder).name,
-        base=base_model,
-        link=base_model if is_local else f"https://huggingface.co/{base_model}",
+        title=Path(place).absolute().name if Path(place).exists() else place.rpartition("/")[2],
+        name=place.replace("\\", "\\\\").replace('"', '\\"'),
+        base=base,
         count=len(layers),
         version=__version__,
         auto=get_auto_class(config, head).__name__,
@@ -104,10 +105,10 @@ def write_model_card(
 
 
 def base_model_of(folder: str | Path) -> str:
-    """Return what the card in ``folder`` says that the model was made from.
+    """Return which model of a hub the card in ``folder`` says that this one was made from.
 
     Raises:
-        InputError: there is no card, or it does not say so.
+        InputError: there is no card, or it does not say so: the model may be a local one.
     """
     card = Path(folder) / "README.md"
     parts = card.read_text(encoding="utf-8").split("---\n") if card.is_file() else []
@@ -115,8 +116,8 @@ def base_model_of(folder: str | Path) -> str:
         return str(yaml.safe_load(parts[1])["base_model"])
     except (IndexError, KeyError, TypeError, yaml.YAMLError) as error:
         raise InputError(
-            f"found no base_model in {card}, expected a card made by convert or distill: "
-            "name it by --base-model"
+            f"found no base_model in {card}, expected a card made by convert or distill from a "
+            "model of a hub: name it by --base-model"
         ) from error
 
 
@@ -143,7 +144,6 @@ def push_to_hub(
         InputError: the folder or the report is not what it should be, or the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     figures = None if report is None else read_json(report)
     if figures is not None and not {"tokens", *FIGURES} <= figures.keys():
@@ -152,20 +152,31 @@ def push_to_hub(
             "expected a file written by hf-kernel-ffn evaluate --json: check the path"
         )
     card = write_model_card(folder, base_model or base_model_of(folder), figures, repo)
-    write_text(Path(folder) / "README.md", card)
+    file = Path(folder) / "README.md"
+    before = file.read_bytes() if file.is_file() else None
 
     api = HfApi()
     try:
         address = api.create_repo(repo, exist_ok=True, private=private)
+        write_text(file, card)
         api.upload_folder(
             folder_path=str(folder), repo_id=repo, commit_message="Upload by hf_kernel_ffn"
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # of the hub, or of whichever library carries the bytes
+        _put_back(file, before)
         reason = json.dumps(" ".join(str(error).split())[:LONGEST_REASON])
         raise InputError(
             f"could not push {folder} to {repo} ({reason}): check the name and your token"
         ) from error
     return str(address)
+
+
+def _put_back(file: Path, content: bytes | None) -> None:
+    """Let ``file`` be what it was; None: it was not there."""
+    if content is None:
+        file.unlink(missing_ok=True)
+    else:
+        file.write_bytes(content)
 
 
 def _write_settings_row(path: str, layer: Mapping[str, Any]) -> str:

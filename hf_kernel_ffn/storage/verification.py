@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .. import __version__
 from ..checkpoint_code.errors import InputError
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Ends of the names of files that run code when they are read."""
+
+TRAINING_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
+"""Beginnings of the names of what a Trainer needs to go on, in the folder of a checkpoint."""
+TRAINER_STATE = "trainer_state.json"
+"""The file by which a Trainer's checkpoint is known."""
 
 Sources = dict[str, bytes]
 """Content by name of files of code."""
@@ -70,11 +76,16 @@ def verify_folder(folder: str | Path) -> list[Finding]:
     weights = "quantised: not looked into"
     if tensors is not None:
         weights = f"{len(tensors)} tensors, as the config has them"
+    has_both = all(
+        (folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
+    if has_both:
+        weights += f"; saved twice: {SAFE_WEIGHTS_NAME} is read, the shards of the index are not"
     return [
         Finding(
             "config", f"format {entry.get('format')}, converted by hf_kernel_ffn {version}", True
         ),
-        Finding("weights", weights, True),
+        Finding("weights", weights, not has_both),
         _look_at_checksums(folder),
         *_look_at_code(folder, config, student_class, has_own_kernel),
         _look_at_pickles(folder),
@@ -156,9 +167,17 @@ def _write_own_code(student_class: type[ConvertedModel]) -> tuple[Sources, Any]:
 
 
 def _look_at_pickles(folder: Path) -> Finding:
-    """List the files in ``folder`` that run code when they are read."""
+    """List the files in ``folder`` that run code when they are read.
+
+    Those of a Trainer's checkpoint are no part of the model, which loads without them.
+    """
     names = sorted(file.name for file in folder.rglob("*") if file.suffix in PICKLES)
-    return Finding("pickles", ", ".join(names) or "none", not names)
+    is_trainers = (folder / TRAINER_STATE).is_file()
+    odd = [name for name in names if not (is_trainers and name.startswith(TRAINING_STATE))]
+    if names and not odd:
+        listed = ", ".join(names)
+        return Finding("pickles", f"a Trainer's state, which the model needs not: {listed}", True)
+    return Finding("pickles", ", ".join(odd) or "none", not odd)
 
 
 def _list_differences(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:

@@ -47,7 +47,7 @@ def read_conversations(
 
 
 def find_messages(item: Item, text_field: str) -> Sequence[Message] | None:
-    """Return the conversation in ``item``; None of a blank line.
+    """Return the conversation in ``item``; None of a blank line, or of a row without text.
 
     Raises:
         InputError: there is none, or it is no list of messages.
@@ -56,7 +56,8 @@ def find_messages(item: Item, text_field: str) -> Sequence[Message] | None:
         line = item.line.strip()
         return [{"role": "user", "content": line}] if line else None
     if not isinstance(item.row, dict) or item.row.get(MESSAGES) is None:
-        return [{"role": "user", "content": get_text(item, text_field)}]
+        text = get_text(item, text_field)
+        return [{"role": "user", "content": text}] if text.strip() else None
 
     messages = item.row[MESSAGES]
     is_list = isinstance(messages, list) and len(messages) > 0

@@ -24,8 +24,8 @@ PIECES_AT_ONCE = 1000
 
 They are enough for its threads, and few enough to be held in memory.
 """
-
-
+CHARACTERS_AT_ONCE = 2**20
+"""Characters of text, about, that the tokenizer is given at a time, if that is fewer pieces."""
 MOST_UNKNOWN = 0.5
 """Share of unknown tokens with which a text is none for its tokenizer."""
 
@@ -189,7 +189,7 @@ class TokenReader:
 
     def _encode_more(self) -> bool:
         """Tokenise the next pieces; False where the last text ends."""
-        pieces = list(islice(self._pieces, PIECES_AT_ONCE))
+        pieces = self._read_pieces()
         if not pieces:
             if self._source >= len(self.sources):
                 return False
@@ -205,6 +205,17 @@ class TokenReader:
         self._waiting.extend(ids)
         self._taken = 0
         return True
+
+    def _read_pieces(self) -> list[tuple[str, bool]]:
+        """The next pieces, as many as are tokenised at a time."""
+        pieces: list[tuple[str, bool]] = []
+        characters = 0
+        for piece in islice(self._pieces, PIECES_AT_ONCE):
+            pieces.append(piece)
+            characters += len(piece[0])
+            if characters >= CHARACTERS_AT_ONCE:
+                break
+        return pieces
 
     def _require_known(self, ids: list[int]) -> None:
         """InputError if the tokenizer does not know most of the beginning of a source."""

@@ -37,6 +37,26 @@ def predicts_masked(model: PreTrainedModel) -> bool:
     return is_masked_head and not model.config.is_encoder_decoder
 
 
+def require_mask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Return the id of the mask token that ``model`` needs; InputError if there is none."""
+    mask_token_id = getattr(tokenizer, "mask_token_id", None)
+    if mask_token_id is None:
+        raise InputError(
+            f"found a {type(model).__name__} and no mask token, "
+            "expected the tokenizer of a masked language model: give its own"
+        )
+    return mask_token_id
+
+
+def require_head(model: PreTrainedModel) -> None:
+    """InputError if ``model`` is a bare one, which predicts nothing."""
+    if model.base_model is model:
+        raise InputError(
+            f"found a {type(model).__name__}, which predicts no tokens, expected a language model: "
+            "load it with its head"
+        )
+
+
 def make_inputs_for_prediction(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -59,12 +79,7 @@ def make_inputs_for_prediction(
     require_embedded(model, ids)
     if not predicts_masked(model):
         return ids
-    mask_token_id = getattr(tokenizer, "mask_token_id", None)
-    if mask_token_id is None:
-        raise InputError(
-            f"found a {type(model).__name__} and no mask token, "
-            "expected the tokenizer of a masked language model: give its own"
-        )
+    mask_token_id = require_mask(model, tokenizer)
     if isinstance(seed, str):
         seed = random.Random(seed).getrandbits(63)
     frame = NO_FRAME if tokenizer is None else find_row_frame(tokenizer).fit(ids)

@@ -13,7 +13,7 @@ from ..checkpoint_code.errors import InputError
 from .chat import Message, find_messages, find_template_start, render
 from .documents import read_items
 from .packing import SPREAD
-from .row_frame import begin_as_asked, find_row_frame
+from .row_frame import begin_as_asked, encode_once, find_row_frame
 from .text_format import PLAIN, TextFormat
 
 
@@ -30,8 +30,7 @@ def encode_prompt(
     if text_format.chat:
         turns = [{"role": "user", "content": prompt}]
         return _encode_turns(tokenizer, turns, "the prompt", text_format)
-    ids = cast(list[int], tokenizer(prompt)["input_ids"])
-    return begin_as_asked(tokenizer, list(ids), text_format.bos)
+    return begin_as_asked(tokenizer, encode_once(tokenizer, prompt), text_format.bos)
 
 
 def read_chat_prompts(

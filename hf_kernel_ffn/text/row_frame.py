@@ -71,6 +71,29 @@ def find_row_frame(tokenizer: PreTrainedTokenizerBase, text_format: TextFormat =
     return RowFrame(begin_as_asked(tokenizer, frame.prefix, text_format.bos), frame.suffix)
 
 
+def encode_once(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of ``text`` as ``tokenizer`` frames it.
+
+    What it puts around a text is not put there twice where the text has it typed in.
+
+    Raises:
+        InputError: the text is none that the tokenizer takes.
+    """
+    try:
+        ids = list(cast(list[int], tokenizer(text)["input_ids"]))
+    except (TypeError, ValueError) as error:  # half of a pair, from bytes that are no text
+        raise InputError(
+            f"found a text that the tokenizer refuses ({' '.join(str(error).split())}), expected "
+            "UTF-8: write it again"
+        ) from error
+    prefix, suffix = _ask_tokenizer(tokenizer)
+    if prefix and ids[: 2 * len(prefix)] == 2 * prefix:
+        ids = ids[len(prefix) :]
+    if suffix and ids[-2 * len(suffix) :] == 2 * suffix:
+        ids = ids[: -len(suffix)]
+    return ids
+
+
 def begin_as_asked(tokenizer: PreTrainedTokenizerBase, ids: list[int], bos: BosChoice) -> list[int]:
     """Return ``ids`` with the start token before them, or without it, or as they are.
 

@@ -68,7 +68,9 @@ def both(source, folder, config=None, layers=None, dtype="float32", **options):
     default, unless ``config`` says otherwise."""
     student, report = convert(load_teacher(str(source), dtype), config, layers, **options)
     with new_folder(folder / "whole") as made:
-        save_converted(student, str(source), made, conversion=report.to_dict())
+        save_converted(
+            student, str(source), made, place=folder / "streamed", conversion=report.to_dict()
+        )
     convert_streamed(str(source), folder / "streamed", config, layers, dtype=dtype, **options)
     return folder_bytes(folder / "whole"), folder_bytes(folder / "streamed")
 

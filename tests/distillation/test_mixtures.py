@@ -12,15 +12,18 @@ import torch
 from safetensors.torch import load_file
 from teachers import SUPPORT
 from tiny_families import tiny
-from training_runs import load, make_step, run
+from training_runs import load, make_step, move_away, run
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
+from hf_kernel_ffn.cli.tables import print_report
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation import trainer as trainer_module
 from hf_kernel_ffn.distillation.metrics import METRICS
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES, layer_wise
 from hf_kernel_ffn.distillation.recipe import Stage
 from hf_kernel_ffn.distillation.teacher_signal import RunningTeacher
+from hf_kernel_ffn.evaluation.accumulators import FFNAccumulator
+from hf_kernel_ffn.evaluation.report import evaluate_student
 
 EXPERTS = 6
 LENGTH = 6  # tokens of a sequence, few enough for an expert to be given none
@@ -35,13 +38,17 @@ def teacher():
     return tiny("mixtral", "AutoModelForCausalLM", **shape, **vocabulary)
 
 
-@pytest.fixture(scope="module")
-def content(teacher, tokenizer, text_file, tmp_path_factory):
+@pytest.fixture(scope="module", params=["free", "tied"])
+def content(request, teacher, tokenizer, text_file, tmp_path_factory):
     """A recipe for it, without output_dir, batch sizes and shard."""
     folder = tmp_path_factory.mktemp("mixture")
     teacher.save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
-    student, _ = convert(teacher, KernelFFNConfig(init="single"), calibration_tokens=0)
+    free = request.param == "free"
+    settings = KernelFFNConfig(init="single") if free else KernelFFNConfig(rows="tied")
+    student, _ = convert(teacher, settings, calibration_tokens=0)
+    if not free:
+        move_away(student)
     student.save_pretrained(folder / "student")
     stage = {"tokens": STEPS * 2 * LENGTH, "learning_rate": 0.002, "optimizer": "adamw"}
     return {
@@ -203,3 +210,35 @@ def test_two_processes_train_a_mixture_as_one_does(content, tmp_path):
         if name.endswith("prototypes.weight"):
             way = (tensor - begun[name]).norm()
             assert (theirs[name] - tensor).norm() <= 0.05 * way, name
+
+
+@pytest.mark.parametrize("rows", ["free", "tied"])
+def test_experts_without_tokens_are_calibrated_and_evaluated_with_the_others(teacher, rows):
+    """Of eight tokens in two rows, few come to each of twelve experts, to some none or one."""
+    settings = KernelFFNConfig(init="single") if rows == "free" else KernelFFNConfig(rows="tied")
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randint(3, 300, (2, 4), generator=generator)
+    student, _ = convert(teacher, settings, calibration_tokens=0, copy=True)
+    report = evaluate_student(student, teacher, few, batch_tokens=4)
+    assert json.loads(json.dumps(report, allow_nan=False))["kl"] >= 0
+    layers = report["layers"]
+    assert [layer["path"] for layer in layers] == list(student.kernel_ffns())
+    idle = [layer for layer in layers if layer["coherence"] is None]
+    assert 0 < len(idle) < len(layers)
+    for layer in idle:
+        assert layer["fvu"] is None and layer["teacher"]["coherence"] is None
+    print_report(report)
+
+    text = torch.randint(3, 40, (16, 16), generator=generator)  # few words, for few experts
+    _, report = convert(teacher, settings, calibration_ids=text, calibration_tokens=256, copy=True)
+    figures = [layer["fvu"] for layer in report.layers.values()]
+    assert any(figure is None for figure in figures) and not all(
+        figure is None for figure in figures
+    )
+
+
+def test_a_mixture_of_which_no_expert_reads_is_refused(teacher, monkeypatch):
+    student, _ = convert(teacher, calibration_tokens=0, copy=True)
+    monkeypatch.setattr(FFNAccumulator, "is_empty", lambda self: True)
+    with pytest.raises(InputError, match="no token of the text that comes to"):
+        evaluate_student(student, teacher, torch.ones(2, 4, dtype=torch.int64))

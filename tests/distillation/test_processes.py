@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from teachers import RECIPES, SUPPORT
+from training_runs import move_away
 from transformers import AutoModelForCausalLM
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
@@ -21,16 +22,18 @@ STAGE = {"tokens": 512, "learning_rate": 0.002, "optimizer": "adamw", "weight_de
 STEPS = 4  # of each stage: 512 tokens, four sequences of 32 in a step
 
 
-@pytest.fixture(scope="module")
-def content(teacher_folder, text_file, tmp_path_factory, ids):
+@pytest.fixture(scope="module", params=["free", "tied"])
+def content(request, teacher_folder, text_file, tmp_path_factory, ids):
     """A recipe for a dense student with every term in its losses, without batch size and
     output_dir. (A threshold is fitted to a sample of each process's tokens and averaged: nearly,
     not exactly, that of one process.)"""
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder("llama"), dtype=torch.float32)
     folder = tmp_path_factory.mktemp("student")
-    convert(teacher, KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256)[
-        0
-    ].save_pretrained(folder)
+    settings = KernelFFNConfig() if request.param == "free" else KernelFFNConfig(rows="tied")
+    student, _ = convert(teacher, settings, calibration_ids=ids, calibration_tokens=256)
+    if request.param == "tied":
+        move_away(student)
+    student.save_pretrained(folder)
     stages = [
         {"name": "layer-wise", **STAGE, "write_mass": 0.01},
         {"name": "logits", **STAGE, "cross_entropy": 0.5},

@@ -22,18 +22,21 @@ from hf_kernel_ffn.distillation import load_recipe
 from hf_kernel_ffn.storage.loading import load_student
 from hf_kernel_ffn.storage.verification import verify_folder
 
-SHARDED, PLAIN = "sharded", "plain"
+SHARDED, PLAIN, TIED = "sharded", "plain", "tied"
 
 
 @pytest.fixture(scope="module")
 def whole(ids, tmp_path_factory):
-    """One converted model, in one file and in shards."""
+    """A converted model of free rows, in one file and in shards, and one of tied rows."""
     student, _ = convert(
         tiny_teacher("llama"), KernelFFNConfig(), calibration_ids=ids, calibration_tokens=256
     )
     made = tmp_path_factory.mktemp("whole")
     student.save_pretrained(made / PLAIN)
     student.save_pretrained(made / SHARDED, max_shard_size="30KB")
+    tied = KernelFFNConfig(rows="tied")
+    student, _ = convert(tiny_teacher("llama"), tied, calibration_ids=ids, calibration_tokens=256)
+    student.save_pretrained(made / TIED)
     return made
 
 
@@ -266,6 +269,47 @@ DAMAGE = {
     "config deeply nested": (PLAIN, raw("config.json", b"[" * 200_000)),
     "config a list": (PLAIN, raw("config.json", b"[]")),
 }
+DAMAGE_OF_TIED = {
+    "knots missing": tensors(lambda t: t.pop(an_ffn(t, "pieces.knot"))),
+    "amounts missing": tensors(lambda t: t.pop(an_ffn(t, "pieces.amount"))),
+    "second rows missing": tensors(lambda t: t.pop(an_ffn(t, "value_proj.weight"))),
+    "knots too few": reshaped("pieces.knot", lambda t: t[1:]),
+    "amounts transposed": reshaped("pieces.amount", lambda t: t.T),
+    "second rows too short": reshaped("value_proj.weight", lambda t: t[:, 1:]),
+    "knots in integers": retyped("pieces.knot", torch.int64),
+    "knots in bytes": retyped("pieces.knot", torch.uint8),
+    "a piece too many": tensors(
+        lambda t: t.update({"model.layers.0.mlp.pieces.alpha": torch.zeros(8, 48)})
+    ),
+    "pieces huge": layer(lambda y: y["settings"].update(pieces=2**31 - 1)),
+    "pieces huger": layer(lambda y: y["settings"].update(pieces=HUGE**4)),
+    "pieces none": layer(lambda y: y["settings"].update(pieces=0)),
+    "pieces a string": layer(lambda y: y["settings"].update(pieces="8")),
+    "pieces a float": layer(lambda y: y["settings"].update(pieces=8.0)),
+    "pieces true": layer(lambda y: y["settings"].update(pieces=True)),
+    "rows are free": layer(lambda y: y["settings"].update(rows="free")),
+    "rows a list": layer(lambda y: y["settings"].update(rows=["tied"])),
+    "rows are code": layer(lambda y: y["settings"].update(rows=CODE)),
+    "values of free rows": layer(lambda y: y["settings"].update(values="gated")),
+    "values without second rows": layer(lambda y: y.update(gated=False)),
+    "gated a string": layer(lambda y: y.update(gated="yes")),
+    "far gone": layer(lambda y: y["reference"].pop("far")),
+    "far infinite": layer(lambda y: y["reference"].update(far=float("inf"))),
+    "far negative": layer(lambda y: y["reference"].update(far=-1.0)),
+    "far not a number": layer(lambda y: y["reference"].update(far=float("nan"))),
+    "far a string": layer(lambda y: y["reference"].update(far=CODE)),
+    "a kernel without knots": layer(lambda y: y["settings"].update(kernel="half-yat")),
+    "top-k of tied rows": layer(lambda y: y["settings"].update(simplex="top-k", top_k=5)),
+}
+DAMAGE.update((f"tied: {name}", (TIED, change)) for name, change in DAMAGE_OF_TIED.items())
+ONLY_FREE = ("units", "log-ratio")
+"""Beginnings of the names of what does not stand in a checkpoint of tied rows."""
+BOTH = {
+    name: (TIED, change)
+    for name, (kind, change) in DAMAGE.items()
+    if kind == PLAIN and not name.startswith(ONLY_FREE)
+}
+"""What is done to the one as to the other."""
 SILENT = {
     "class is code",
     "class of another library",
@@ -323,6 +367,12 @@ def test_a_damaged_checkpoint_is_refused(damaged, name):
     assert_refused(bounded(lambda: load_student(str(folder))))
 
 
+@pytest.mark.parametrize("name", BOTH)
+def test_a_damaged_checkpoint_of_tied_rows_is_refused(damaged, name):
+    folder = damaged(*BOTH[name])
+    assert_refused(bounded(lambda: load_student(str(folder))))
+
+
 @pytest.mark.parametrize("name", [name for name in DAMAGE if name not in SILENT])
 def test_it_is_no_model_by_its_own_code_either(damaged, name):
     folder = damaged(*DAMAGE[name])
@@ -350,7 +400,7 @@ def bad(folder):
     return {finding.what: finding.found for finding in verify_folder(folder) if not finding.good}
 
 
-@pytest.mark.parametrize("kind", [PLAIN, SHARDED])
+@pytest.mark.parametrize("kind", [PLAIN, SHARDED, TIED])
 def test_what_is_whole_is_found_whole(whole, kind):
     assert bad(whole / kind) == {}
     load_student(str(whole / kind))
@@ -510,11 +560,11 @@ def mutate(rng, folder):
     return file.name
 
 
-def fuzz(whole, scratch, seed, count):
+def fuzz(whole, scratch, seed, count, kinds=(PLAIN, SHARDED)):
     """How often the mutations were refused, found by verify, harmless, or no change."""
     rng, ends = random.Random(seed), Counter()
     for number in range(count):
-        folder = Path(shutil.copytree(whole / rng.choice((PLAIN, SHARDED)), scratch / str(number)))
+        folder = Path(shutil.copytree(whole / rng.choice(kinds), scratch / str(number)))
         before = {file.name: file.read_bytes() for file in folder.iterdir()}
         name = mutate(rng, folder)
         error = bounded(lambda folder=folder: load_student(str(folder)))
@@ -544,10 +594,17 @@ def test_mutations_are_refused_or_found(whole, tmp_path, monkeypatch):
     assert ends["refused when loaded"] > 20
 
 
-@pytest.mark.slow
-def test_many_mutations_are_refused_or_found(whole, tmp_path, monkeypatch):
+def test_mutations_of_tied_rows_are_refused_or_found(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fuzz(whole, tmp_path, 1, 1500)
+    ends = fuzz(whole, tmp_path, 3, 60, kinds=(TIED,))
+    assert ends["refused when loaded"] > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [(PLAIN, SHARDED), (TIED,)], ids=["free", "tied"])
+def test_many_mutations_are_refused_or_found(whole, tmp_path, monkeypatch, kinds):
+    monkeypatch.chdir(tmp_path)
+    fuzz(whole, tmp_path, 1, 1500, kinds)
 
 
 @pytest.mark.slow

@@ -130,3 +130,22 @@ def test_the_command_line_shows_the_traceback_if_asked(tmp_path, monkeypatch, ca
     assert printed[-1].startswith("error: found no config.json")
     assert ("Traceback" in printed[0]) == (debug == "1")
     assert (len(printed) == 1) == (debug == "")
+
+
+@pytest.mark.parametrize("start, travels", [(b"\xef\xbb\xbf", True), (b"# caf\xe9\n", False)])
+def test_a_kernel_file_in_another_encoding(tmp_path, ids, llama, registry, start, travels):
+    """With a mark of its byte order it travels, without the mark; as Latin-1 it does not."""
+    file = tmp_path / "encoded.py"
+    prefix = start if travels else b"# -*- coding: latin-1 -*-\n" + start
+    file.write_bytes(prefix + KERNEL.replace("cubed", f"cubed-{travels}").encode())
+    kernel = import_kernel(f"{file}:cubed-{travels}")
+    student, _ = convert(
+        llama, KernelFFNConfig(kernel=kernel), calibration_ids=ids, calibration_tokens=256
+    )
+    if not travels:
+        with pytest.raises(InputError, match="UTF-8"):
+            student.save_pretrained(tmp_path / "out")
+        return
+    student.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "custom_kernel.py").read_bytes().startswith(b"\nfrom .kernels")
+    load_student(str(tmp_path / "out"), trust_remote_code=True)

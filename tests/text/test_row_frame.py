@@ -6,7 +6,7 @@ import torch
 from hf_kernel_ffn import InputError
 from hf_kernel_ffn.text.packing import PackedText, pack_blocks, read_token_ids
 from hf_kernel_ffn.text.prediction import mask_tokens
-from hf_kernel_ffn.text.row_frame import RowFrame, find_row_frame
+from hf_kernel_ffn.text.row_frame import RowFrame, encode_once, find_row_frame
 
 CLS, SEP, BOS, MASK = 1, 2, 3, 4
 
@@ -83,3 +83,21 @@ def test_a_tokenizer_that_changes_the_text_itself_has_no_frame():
             return {"input_ids": [7] if add_special_tokens else [8]}
 
     assert find_row_frame(Odd([], [])) == RowFrame([], [])
+
+
+@pytest.mark.parametrize("prefix, suffix", FRAMES)
+def test_special_tokens_that_are_typed_in_are_not_put_twice(prefix, suffix):
+    class Reads(Framed):
+        """A tokenizer that takes its own special tokens out of a text, as those of the library."""
+
+        def __call__(self, text, add_special_tokens=True):
+            start, end = ("^" * text.startswith("^"), "$" * text.endswith("$"))
+            ids = super().__call__(text.strip("^$"), add_special_tokens=False)["input_ids"]
+            ids = [*(prefix if start else []), *ids, *(suffix if end else [])]
+            return {"input_ids": [*prefix, *ids, *suffix] if add_special_tokens else ids}
+
+    tokenizer = Reads(prefix, suffix)
+    expected = encode_once(tokenizer, "hello")
+    assert expected[: len(prefix)] == prefix
+    for text in ("^hello", "hello$", "^hello$"):
+        assert encode_once(tokenizer, text) == expected

@@ -12,8 +12,15 @@ import torch
 
 from hf_kernel_ffn import InputError
 from hf_kernel_ffn.checkpoint_code.errors import MissingPackage
-from hf_kernel_ffn.text.documents import read_documents
-from hf_kernel_ffn.text.packing import SPREAD, pack_blocks, read_token_ids, stream_tokens
+from hf_kernel_ffn.text import packing
+from hf_kernel_ffn.text.documents import LONGEST_PIECE, read_documents, split_text
+from hf_kernel_ffn.text.packing import (
+    CHARACTERS_AT_ONCE,
+    SPREAD,
+    pack_blocks,
+    read_token_ids,
+    stream_tokens,
+)
 from hf_kernel_ffn.text.text_format import TextFormat
 
 ROWS = ["A whale\nof a tale.", "Once – upon a time,\n\n", "the end"]
@@ -214,3 +221,92 @@ def test_a_missing_package_is_named_with_how_to_install_it(monkeypatch, source, 
         list(read_documents(source))
     assert isinstance(caught.value, InputError)
     assert isinstance(caught.value, ImportError)
+
+
+# long lines, marks, empty rows
+
+
+def write_kind(folder, kind, rows):
+    file = folder / f"long.{kind}"
+    if kind == "txt":
+        file.write_text("".join(rows), encoding="utf-8")
+    elif kind == "jsonl":
+        file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.table({"text": pa.array(rows, pa.string())}), file)
+    return str(file)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_long_line_or_row_is_read_in_pieces(tmp_path, tokenizer, kind, monkeypatch):
+    """As the tokens of it whole, by tokenizers that cut before white space."""
+    words = " ".join(f"whale{number}" for number in range(20_000))
+    source = write_kind(tmp_path, kind, [words, " the end"])
+    longest = []
+    encode = packing.encode_pieces
+
+    def watched(tokenizer, pieces):
+        longest.append(max(len(text) for text, _ in pieces))
+        return encode(tokenizer, pieces)
+
+    monkeypatch.setattr(packing, "encode_pieces", watched)
+    pieces = list(read_documents(source))
+    expected = words + " the end"
+    assert "".join(text for text, _ in pieces) == expected
+    assert sum(ends for _, ends in pieces) == (0 if kind == "txt" else 2)
+    found = list(stream_tokens(tokenizer, [source]))
+    end = [tokenizer.eos_token_id]
+    joined = ids_of(tokenizer, expected)
+    if kind != "txt":
+        joined = ids_of(tokenizer, words) + end + ids_of(tokenizer, " the end") + end
+    assert found == joined
+    assert max(longest) <= LONGEST_PIECE + len(" whale19999")
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_few_tokens_of_a_long_line_are_read_at_once(tmp_path, tokenizer, kind, monkeypatch):
+    """Of a book in one line, or in a row, only as much is tokenised as is asked for."""
+    source = write_kind(tmp_path, kind, ["a whale of a tale " * 400_000])
+    given = []
+    encode = packing.encode_pieces
+
+    def watched(tokenizer, pieces):
+        given.append(sum(len(text) for text, _ in pieces))
+        return encode(tokenizer, pieces)
+
+    monkeypatch.setattr(packing, "encode_pieces", watched)
+    assert read_token_ids(tokenizer, [source], 256, 1024).shape == (4, 256)
+    assert sum(given) <= CHARACTERS_AT_ONCE + LONGEST_PIECE < 400_000 * 18
+
+
+def test_a_script_without_spaces_is_cut_anywhere():
+    text = "鯨" * 10_000
+    pieces = list(split_text(text, 3_000))
+    assert "".join(pieces) == text and max(map(len, pieces)) == 3_000
+    assert list(split_text("")) == [""]
+    assert list(split_text(" " * 10, 4)) == [" " * 4, " " * 4, " " * 2]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_the_mark_of_the_byte_order_is_no_text(tmp_path, tokenizer, kind):
+    plain = write_kind(tmp_path, kind, ["A whale."])
+    marked = tmp_path / f"marked.{kind}"
+    marked.write_bytes(b"\xef\xbb\xbf" + (tmp_path / f"long.{kind}").read_bytes())
+    expected = list(stream_tokens(tokenizer, [plain]))
+    assert list(stream_tokens(tokenizer, [str(marked)])) == expected
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_with_nothing_in_them_are_left_out(tmp_path, tokenizer, kind):
+    source = write_kind(tmp_path, kind, ["", "A whale.", "  \n", "the end", "\t"])
+    assert list(read_documents(source)) == [("A whale.", True), ("the end", True)]
+    end = [tokenizer.eos_token_id]
+    expected = ids_of(tokenizer, "A whale.") + end + ids_of(tokenizer, "the end") + end
+    assert list(stream_tokens(tokenizer, [source])) == expected
+
+
+def test_a_row_nested_too_deeply_is_refused(tmp_path, tokenizer):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": ' + "[" * 100_000 + "\n")
+    with pytest.raises(InputError, match="line 1"):
+        list(stream_tokens(tokenizer, [str(file)]))
