@@ -158,8 +158,8 @@ def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tens
     if ffn.multiplies_by_up:
         up = ffn.value_proj(hidden_states)
         far = ffn.config.reference["far"]
-    knot = to_at_least_float32(ffn.pieces["knot"])
-    amount = to_at_least_float32(ffn.pieces["amount"]) * ffn.positive("scale")
+    knot = ffn.get_piece_tensor("knot")
+    amount = ffn.get_piece_tensor("amount") * ffn.positive("scale")
 
     output = ffn.output_prototypes
     if torch.compiler.is_compiling():
@@ -237,7 +237,7 @@ def _differentiate(
             _flat(gate),
             None if up is None else _flat(up),
             Knots(knot, amount, far),
-            of_gate=torch.empty_like(gate) if weight is None else through,
+            of_gate=torch.empty_like(_flat(gate)) if weight is None else through,
             of_pieces=wanted[2] or wanted[3],
         )
         if weight is not None and wanted[4]:

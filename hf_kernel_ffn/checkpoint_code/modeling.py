@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .errors import InputError
 from .experts import KernelExperts
 from .integrity import check_folder, check_model, record_checksums
+from .parallel_plan import fit_config_plan, fit_plans
 from .parameters import ConstrainedParameters
 from .record import Readout
 from .tied import AnyKernelFFN, make_ffn
@@ -60,7 +61,9 @@ class KernelModelMixin(_StockModel):
                     f"found no module {path!r} in {type(self).__name__}: "
                     "the kernel_ffn entry is of another model"
                 ) from None
+        fit_config_plan(self.base_model.config, self.base_model)
         super().post_init()
+        fit_plans(self)
 
     def kernel_ffns(self) -> dict[str, AnyKernelFFN]:
         """The converted FFNs by their path under the base model, in layer order."""
