@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import InputError
 from .experts import KernelExperts
 from .integrity import check_folder, check_model, record_checksums
-from .parallel_plan import fit_config_plan, fit_plans
+from .parallel_plan import fit_plans
 from .parameters import ConstrainedParameters
 from .record import Readout
 from .tied import AnyKernelFFN, make_ffn
@@ -61,7 +61,6 @@ class KernelModelMixin(_StockModel):
                     f"found no module {path!r} in {type(self).__name__}: "
                     "the kernel_ffn entry is of another model"
                 ) from None
-        fit_config_plan(self.base_model.config, self.base_model)
         super().post_init()
         fit_plans(self)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -38,23 +38,29 @@ Style = TypeVar("Style")
 def fit_plans(model: nn.Module) -> None:
     """Let the plans of ``model``, and of the models in it, name what is there.
 
-    That of experts loses the entries of those that were converted. The base model's config gets
-    the plan of tensor parallelism; config.json holds none.
+    Plans of tensor parallelism gain entries for tied rows, on the models and on their configs.
+    Those of experts lose the entries of experts that were converted. config.json holds no plan.
     """
+    fitted_configs = []
     for module in model.modules():
-        for kind in ("tp", "ep"):
-            plan = get_parallel_plan(module, kind)
-            if plan:
-                entries = name_tied_entries(module) if kind == "tp" else {}
-                set_parallel_plan(module, kind, {**keep_valid_entries(module, plan), **entries})
+        tensor_plan = get_parallel_plan(module, "tp")
+        if tensor_plan:
+            set_parallel_plan(module, "tp", _fit_tensor_plan(module, tensor_plan))
+        expert_plan = get_parallel_plan(module, "ep")
+        if expert_plan:
+            set_parallel_plan(module, "ep", keep_valid_entries(module, expert_plan))
+
+        config = getattr(module, "config", None)
+        is_base = getattr(module, "base_model", None) is module
+        stock_plan = getattr(type(config), "base_model_tp_plan", None)
+        # A part of a base model may have the same config: the plan is of the whole.
+        if is_base and stock_plan and not any(config is fitted for fitted in fitted_configs):
+            config.base_model_tp_plan = _fit_tensor_plan(module, stock_plan)
+            fitted_configs.append(config)
 
 
-def fit_config_plan(config: Any, base: nn.Module) -> None:
-    """Give ``config`` of the base model ``base`` the plan of tensor parallelism that fits it."""
-    stock = getattr(type(config), "base_model_tp_plan", None)
-    if stock:
-        valid = keep_valid_entries(base, stock)
-        config.base_model_tp_plan = {**valid, **name_tied_entries(base)}
+def _fit_tensor_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
+    return {**keep_valid_entries(model, plan), **name_tied_entries(model)}
 
 
 def keep_valid_entries(model: nn.Module, plan: Mapping[str, Style]) -> dict[str, Style]:
