@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -41,7 +41,7 @@ def fit_plans(model: nn.Module) -> None:
     Plans of tensor parallelism gain entries for tied rows, on the models and on their configs.
     Those of experts lose the entries of experts that were converted. config.json holds no plan.
     """
-    fitted_configs = []
+    fitted_configs: list[object] = []
     for module in model.modules():
         tensor_plan = get_parallel_plan(module, "tp")
         if tensor_plan:
@@ -50,7 +50,7 @@ def fit_plans(model: nn.Module) -> None:
         if expert_plan:
             set_parallel_plan(module, "ep", keep_valid_entries(module, expert_plan))
 
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         is_base = getattr(module, "base_model", None) is module
         stock_plan = getattr(type(config), "base_model_tp_plan", None)
         # A part of a base model may have the same config: the plan is of the whole.

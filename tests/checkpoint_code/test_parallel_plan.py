@@ -73,7 +73,7 @@ def test_stock_experts_beside_converted_ones_are_not_split():
     assert {name for name in plan if name.startswith("layers.*.mlp.experts")} == {
         name.replace("mlp.", "mlp.experts.*.") for name in TIED
     }
-    assert not student.ep_plan
+    assert not getattr(student, "ep_plan", {})  # transformers 5.17 has no such property
 
 
 def test_a_plan_that_fits_stays():

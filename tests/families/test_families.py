@@ -261,7 +261,8 @@ def test_parallel_plans_name_what_is_there(family, made):
     base = it.student.base_model
     stock = type(base.config).base_model_tp_plan
     assert not list_missing(it.student, it.student.tp_plan)
-    assert not list_missing(it.student, it.student.ep_plan)
+    of_experts = getattr(it.student, "ep_plan", {})  # transformers 5.17 has no such property
+    assert not list_missing(it.student, of_experts)
     assert not list_missing(base, base.config.base_model_pp_plan or {})
     assert bool(base.config.base_model_tp_plan) == bool(stock)
     if not stock:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 
 def gather(tensor):
@@ -21,7 +22,10 @@ def gather(tensor):
 
 def run(folder):
     """Logits with and without gradients, and the gradients of a loss, by name."""
-    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", trust_remote_code=True)
+    plan = DistributedConfig(tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=plan, trust_remote_code=True
+    )
     ids = torch.arange(3, 43).view(2, 20)
     with torch.no_grad():
         found = {"inference": gather(model(ids).logits)}
