@@ -1,10 +1,13 @@
-"""Facts about torch, peft and accelerate that they do not promise to keep, one small function each.
+"""Facts about torch, transformers, peft and accelerate that they do not promise to keep, one small
+function each.
 
 A checkpoint carries this code for years. Where a later version no longer has such a fact, the
 function answers what is safe, and the checkpoint still loads and computes the same.
 
 This file travels inside converted checkpoints: it imports nothing but torch.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,3 +60,17 @@ def adds_its_delta_alone(lora_layer: nn.Module, adapter: str) -> bool:
     if variants is None or biases is None:
         return False
     return adapter not in variants and not biases.get(adapter)
+
+
+def get_parallel_plan(module: nn.Module, kind: str) -> dict[str, Any] | None:
+    """The plan of a ``kind``, "tp" or "ep", that transformers keeps on a model; None without one.
+
+    The public property, ``tp_plan``, warns of entries when it is set before all are right.
+    """
+    plan = vars(module).get(f"_{kind}_plan")
+    return plan if isinstance(plan, dict) else None
+
+
+def set_parallel_plan(module: nn.Module, kind: str, plan: dict[str, Any]) -> None:
+    """Set what :func:`get_parallel_plan` gives."""
+    setattr(module, f"_{kind}_plan", plan)

@@ -158,8 +158,8 @@ def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tens
     if ffn.multiplies_by_up:
         up = ffn.value_proj(hidden_states)
         far = ffn.config.reference["far"]
-    knot = to_at_least_float32(ffn.pieces["knot"])
-    amount = to_at_least_float32(ffn.pieces["amount"]) * ffn.positive("scale")
+    knot = ffn.get_piece_tensor("knot")
+    amount = ffn.get_piece_tensor("amount") * ffn.positive("scale")
 
     output = ffn.output_prototypes
     if torch.compiler.is_compiling():

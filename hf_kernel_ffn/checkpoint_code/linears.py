@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .compat import adds_its_delta_alone, has_hooks, has_own_forward, is_lora_layer
+from .shards import get_local, is_split
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -23,11 +24,14 @@ def get_effective_weight(linear: nn.Module, like: Tensor) -> tuple[Tensor, Tenso
         like: any input of ``linear``, for its device and dtype.
 
     Returns:
-        the weight (out_features, in_features), and the bias (out_features,) or None.
+        the weight (out_features, in_features), and the bias (out_features,) or None; this
+        process's part of them where tensor parallelism has split them.
     """
     if _has_plain_weight(linear):
         plain = cast(nn.Linear, linear)
         return plain.weight, plain.bias
+    if is_split(linear):
+        return get_local(linear.weight), get_local(linear.bias)
     if is_lora_layer(linear):
         lora: Any = linear
         if lora.disable_adapters or lora.merged:

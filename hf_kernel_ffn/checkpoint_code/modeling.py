@@ -23,6 +23,7 @@ from .integrity import (
     set_aside_weights,
     share_mode,
 )
+from .parallel_plan import fit_plans
 from .parameters import ConstrainedParameters
 from .record import Readout
 from .tied import AnyKernelFFN, make_ffn
@@ -75,6 +76,7 @@ class KernelModelMixin(_StockModel):
                     "the kernel_ffn entry is of another model"
                 ) from None
         super().post_init()
+        fit_plans(self)
 
     def kernel_ffns(self) -> dict[str, AnyKernelFFN]:
         """The converted FFNs by their path under the base model, in layer order."""

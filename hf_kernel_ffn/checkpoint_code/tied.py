@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .errors import InputError
 from .ffn import ACTIVATION_BYTES, KernelFFN
 from .kernels import Kernel, get_kernel
 from .knot_blocks import BLOCKS
@@ -41,6 +42,7 @@ from .parameters import ConstrainedParameters, fill_linear, to_at_least_float32
 from .plan import Form, FusedKernels, choose_tied_form
 from .record import Readout
 from .settings import PIECES
+from .shards import get_local, is_split, sum_gradient
 
 CACHED_NUMBERS = 2**16
 """Scores that are worked on at once on a CPU: this many float32 numbers, several times over, fit
@@ -157,14 +159,23 @@ class TiedKernelFFN(ConstrainedParameters):
         """c (..., units), float32 at least, of either sign: what multiplies
         ``output_prototypes``."""
         scores = self._scores(hidden_states)
-        total = self._sum_pieces(scores, self.pieces["amount"])
+        total = self._sum_pieces(scores, self.get_piece_tensor("amount"))
         factor = self._factor(scores)
         return total if factor is None else total * factor
 
     def readout(self, hidden_states: Tensor) -> Readout:
-        """The record at ``hidden_states`` (..., hidden_size), over all v_i and then all −v_i."""
+        """The record at ``hidden_states`` (..., hidden_size), over all v_i and then all −v_i.
+
+        Raises:
+            InputError: units are spread over processes.
+        """
+        if self._units_are_split():
+            raise InputError(
+                "found a readout whose units are spread over processes, expected all in one: "
+                "load the model without tensor parallelism to read it"
+            )
         scores = self._scores(hidden_states)
-        amount = self.pieces["amount"]
+        amount = self.get_piece_tensor("amount")
         writes = self._sum_pieces(scores, amount.clamp_min(0))
         writes_against = self._sum_pieces(scores, (-amount).clamp_min(0))
         factor = self._factor(scores)
@@ -191,6 +202,22 @@ class TiedKernelFFN(ConstrainedParameters):
             names=(*(f"{unit}+" for unit in units), *(f"{unit}-" for unit in units)),
         )
 
+    def get_piece_tensor(self, name: str) -> Tensor:
+        """(pieces, units) one of ``pieces``, float32 at least; of this process's units, where
+        units are spread over processes."""
+        tensor = self.pieces[name]
+        return to_at_least_float32(get_local(tensor) if self._units_are_split() else tensor)
+
+    def _units_are_split(self) -> bool:
+        """Whether this process has some of the units, by tensor parallelism."""
+        return is_split(self.input_prototypes)
+
+    def _bounded_log_ratio(self, name: str) -> Tensor:
+        log_ratio = super()._bounded_log_ratio(name)
+        if self._units_are_split():
+            return sum_gradient(log_ratio, self.input_prototypes.weight)
+        return log_ratio
+
     @property
     def multiplies_by_up(self) -> bool:
         """Whether values are a product: kernels times u·x."""
@@ -212,12 +239,14 @@ class TiedKernelFFN(ConstrainedParameters):
         if self.config.gated:
             up = to_at_least_float32(self.value_proj(hidden_states))
         square = to_at_least_float32(hidden_states).square().sum(-1, keepdim=True)
+        if self._units_are_split():
+            square = sum_gradient(square, self.input_prototypes.weight)
         return Scores(gate, up, square)
 
     def _sum_pieces(self, scores: Scores, amount: Tensor) -> Tensor:
         """scale · Σ_p ``amount`` κ_p, (..., units)."""
         first = scores.first
-        numbers = self._piece_numbers(first, to_at_least_float32(amount) * self.positive("scale"))
+        numbers = self._piece_numbers(first, amount * self.positive("scale"))
         if torch.compiler.is_compiling():
             return self._sum_block(scores, numbers)
 
@@ -249,7 +278,9 @@ class TiedKernelFFN(ConstrainedParameters):
         """Of every piece (pieces, units): α, β, b, the amount; with a distance the bias of s and
         ‖w‖²."""
         numbers = {
-            name: self.pieces[name].to(like.dtype) for name in self.pieces if name != "amount"
+            name: self.get_piece_tensor(name).to(like.dtype)
+            for name in self.pieces
+            if name != "amount"
         }
         numbers["amount"] = amount
         if not self.kernel.uses_distance:

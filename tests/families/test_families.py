@@ -4,6 +4,8 @@ And every head of it.
 """
 
 import inspect
+import re
+import sys
 
 import pytest
 import torch
@@ -240,6 +242,50 @@ def test_bit_equal_where_the_package_is_not_installed(family, elsewhere, made):
     results, errors = elsewhere
     assert family not in errors, errors[family]
     assert torch.equal(results[family], made(family).output)
+
+
+def list_missing(model, plan):
+    """Patterns of ``plan`` that no module or parameter of ``model`` has the name of."""
+    names = [name for name, _ in model.named_modules()]
+    names += [name for name, _ in model.named_parameters()]
+    expressions = {pattern: re.escape(pattern).replace(r"\*", r"\d+") for pattern in plan}
+    return [
+        pattern
+        for pattern, expression in expressions.items()
+        if not any(re.fullmatch(expression, name) for name in names)
+    ]
+
+
+def test_parallel_plans_name_what_is_there(family, made):
+    it = made(family)
+    base = it.student.base_model
+    stock = type(base.config).base_model_tp_plan
+    assert not list_missing(it.student, it.student.tp_plan)
+    of_experts = getattr(it.student, "ep_plan", {})  # transformers 5.17 has no such property
+    assert not list_missing(it.student, of_experts)
+    assert not list_missing(base, base.config.base_model_pp_plan or {})
+    assert bool(base.config.base_model_tp_plan) == bool(stock)
+    if not stock:
+        return
+    assert list_missing(base, stock), "the stock plan would have been right"
+    assert not list_missing(base, base.config.base_model_tp_plan)
+    for path, ffn in it.student.kernel_ffns().items():
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", path)
+        split = {name for name in base.config.base_model_tp_plan if name.startswith(f"{pattern}.")}
+        for name, _ in ffn.named_parameters():
+            owner = f"{pattern}.{name.rpartition('.')[0]}"
+            is_split = f"{pattern}.{name}" in split or owner in split
+            assert is_split == (not name.startswith("log_ratio.")), name
+    assert "base_model_tp_plan" not in it.student.config.to_dict()
+
+
+def test_a_student_suits_the_same_serving_backends_as_its_teacher(family, made):
+    it = made(family)
+    for auto, name in get_stock_heads(family).items():
+        if auto != "AutoConfig":
+            student_class = getattr(sys.modules[type(it.student).__module__], f"Kernel{name}")
+            stock_class = getattr(transformers, name)
+            assert student_class.is_backend_compatible() == stock_class.is_backend_compatible()
 
 
 def test_stock_classes_refuse(family, made):
