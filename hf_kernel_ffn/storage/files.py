@@ -57,9 +57,9 @@ def replace_file(file: Path | str) -> Iterator[Path]:
     with explain_write_errors(target):
         if _is_written_into(target):
             with tempfile.TemporaryDirectory() as scratch:
-                made = Path(scratch, "made")
-                yield made
-                with made.open("rb") as content, target.open("ab") as stream:
+                whole = Path(scratch, "whole")
+                yield whole
+                with whole.open("rb") as content, target.open("ab") as stream:
                     shutil.copyfileobj(content, stream)
             return
 
