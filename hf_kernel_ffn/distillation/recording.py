@@ -76,6 +76,11 @@ def record(
     spans = spans_of_logits_stages(recipe, teacher, processes)
     count = sum(map(len, spans))
     vocabulary = teacher.config.get_text_config().vocab_size
+    if top_k > vocabulary:
+        raise InputError(
+            f"found top_k {top_k}, expected at most the {vocabulary} tokens of the teacher: give a "
+            "smaller --top-k"
+        )
     form = (ExactForm if exact else PackedForm)(top_k, vocabulary)
     sequence_bytes = form.token_bytes * length
     say(

@@ -11,6 +11,7 @@ from ..checkpoint_code.record import Readout
 from ..checkpoint_code.tied import AnyKernelFFN
 from ..families.lookup import StockFFN
 from ..families.weights import FFNWeights, read_teacher_readout
+from .fidelity import compute_in_memory
 from .readability import Readability, readability
 from .spike_units import SPIKE_RATIO, SpikeUnits
 
@@ -252,5 +253,4 @@ class FFNAccumulator:
             figure: torch.cat(values).tolist() for figure, values in self._figures[name].items()
         }
         teacher_mass = torch.cat(self._figures["teacher"]["write_mass"]).tolist()
-        metric = Readability(keep_in_memory=True)
-        return metric.compute(**columns, teacher_write_mass=teacher_mass)
+        return compute_in_memory(Readability, **columns, teacher_write_mass=teacher_mass)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from typing import cast
 
 import datasets
 import evaluate
@@ -55,6 +57,17 @@ class Fidelity(evaluate.Metric):
             "top1_agreement": mean(agrees),
             "loss_recovered": 1 - (student - teacher) / (ablated - teacher),
         }
+
+
+def compute_in_memory(metric_class: type[evaluate.Metric], **columns: Sequence[object]) -> dict:
+    """Return what a metric computes of ``columns``, one entry each per example.
+
+    The library makes a folder for every metric, by itself in a cache that one may not be allowed
+    to write; here it is a temporary one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        metric = metric_class(keep_in_memory=True, cache_dir=folder)
+        return cast(dict, metric.compute(**columns))
 
 
 def compare_predictions(teacher: Tensor, student: Tensor, answers: Tensor) -> dict[str, Tensor]:

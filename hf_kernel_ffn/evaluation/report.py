@@ -30,7 +30,7 @@ from ..progress import track_progress
 from ..text.inputs import Inputs, make_forward_arguments, select_rows
 from ..text.prediction import make_inputs_for_prediction, predicts_masked
 from .accumulators import FFNAccumulator
-from .fidelity import Fidelity, compare_predictions, mean, negative_at
+from .fidelity import Fidelity, compare_predictions, compute_in_memory, mean, negative_at
 from .generation import NEW_TOKENS, compare_continuations, select_prompts
 from .token_logits import TokenLogits
 
@@ -117,8 +117,8 @@ def evaluate_student(
     if any(one.errors_at_student_inputs.spike_tokens() for one in used.values()):
         _read_student_spikes(student, track_progress(batches, "spikes", progress), used)
 
-    metric = Fidelity(keep_in_memory=True)
-    report = metric.compute(**{name: torch.cat(parts).tolist() for name, parts in columns.items()})
+    figures = {name: torch.cat(parts).tolist() for name, parts in columns.items()}
+    report = compute_in_memory(Fidelity, **figures)
     if predicts_masked(teacher):
         cosines = compare_pooled_states(student, teacher, ids.split(rows))
         report["teacher"]["pooled_cosine_of_neighbours"] = cosines.pop("of_neighbours")

@@ -57,23 +57,25 @@ def replace_file(file: Path | str) -> Iterator[Path]:
     with explain_write_errors(target):
         if _is_written_into(target):
             with tempfile.TemporaryDirectory() as scratch:
-                made = Path(scratch, "made")
-                yield made
-                with made.open("rb") as content, target.open("ab") as stream:
+                whole = Path(scratch, "whole")
+                yield whole
+                with whole.open("rb") as content, target.open("ab") as stream:
                     shutil.copyfileobj(content, stream)
             return
 
         target = target.resolve()
         beside = _name_beside(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        made = _make_folders(target.parent)
         try:
             yield beside
             sync_to_disk(beside)
             if target.exists():
                 shutil.copymode(target, beside)
             os.replace(beside, target)
-        finally:
+        except BaseException:
             beside.unlink(missing_ok=True)
+            _remove_folders(made)
+            raise
 
 
 def _is_written_into(target: Path) -> bool:
@@ -156,16 +158,34 @@ def new_folder(out: str | os.PathLike, last: str = LAST) -> Iterator[Path]:
     is_there = place.is_dir()
     above = place if is_there else place.parent
     with explain_write_errors(out):
-        above.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=above, prefix=SCRATCH) as scratch:
-            folder = Path(scratch, place.name or "made")
-            folder.mkdir()
-            yield folder
-            sync_to_disk(folder)
-            if is_there:
-                _move_all(folder, place, last)
-            else:
-                os.replace(folder, place)
+        made = _make_folders(above)
+        try:
+            with tempfile.TemporaryDirectory(dir=above, prefix=SCRATCH) as scratch:
+                folder = Path(scratch, place.name or "made")
+                folder.mkdir()
+                yield folder
+                sync_to_disk(folder)
+                if is_there:
+                    _move_all(folder, place, last)
+                else:
+                    os.replace(folder, place)
+        except BaseException:
+            _remove_folders(made)
+            raise
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make ``folder`` and those above it; which were made, the innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_folders(folders: list[Path]) -> None:
+    """Remove ``folders`` that nobody else has put something into, the innermost first."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _move_all(folder: Path, place: Path, last: str) -> None:

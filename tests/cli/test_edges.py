@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -389,3 +390,26 @@ def test_figures_are_printed_where_the_report_cannot_be_written(
     assert not (tmp_path / "report.json").exists()
     code, printed, error = cli("read", made, "--prompt", "A", "--json", tmp_path / "r.json")
     assert code == 2 and "no space" in error and "next:" in printed
+
+
+def test_a_cache_that_cannot_be_written_ends_no_evaluation(
+    made, teacher_folder, text_file, tmp_path
+):
+    """That library makes a folder for every metric, after the models have run."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "XDG_", "TRANSFORMERS_"))
+    }
+    unwritable = str(text_file / "cache")
+    environment |= dict.fromkeys(("HF_HOME", "XDG_CACHE_HOME", "HOME"), unwritable)
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = ("evaluate", made, "--teacher", teacher_folder("llama"), "--text", text_file, *SHORT)
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_kernel_ffn", *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "top1_agreement" in done.stdout

@@ -265,7 +265,9 @@ def test_the_command(stored, text_file, tmp_path, monkeypatch, capsys):
         == run(tmp_path / "streamed", *options, "--stream")[0]
         == 0
     )
-    check_equal(folder_bytes(tmp_path / "whole"), folder_bytes(tmp_path / "streamed"))
+    whole, streamed = (folder_bytes(tmp_path / name) for name in ("whole", "streamed"))
+    whole["README.md"] = whole["README.md"].replace(b"whole", b"streamed")  # its own place
+    check_equal(whole, streamed)
     assert run(tmp_path / "none", "--calibration-tokens", 0, "--stream")[0] == 0
     for options, said in (
         (("--stream",), "calibration text, or 0"),

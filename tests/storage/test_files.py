@@ -70,6 +70,14 @@ def test_a_folder_that_fails_leaves_nothing(place):
         raise KeyboardInterrupt
     assert target.exists() == was_there
     assert not was_there or names(target) == []
+    assert not (target.parent / "a").exists() and not (target.parents[1] / "a").exists()
+
+
+def test_a_file_that_fails_leaves_no_folders(tmp_path):
+    with pytest.raises(KeyboardInterrupt), replace_file(tmp_path / "a" / "b" / "file") as beside:
+        beside.write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_filled_is_left_empty(tmp_path, monkeypatch):
