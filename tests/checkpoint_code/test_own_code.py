@@ -176,7 +176,7 @@ def test_these_versions_are_supported():
 def test_a_break_under_another_version_is_one_line(monkeypatch, capsys):
     from hf_kernel_ffn.cli import app as cli
 
-    def broken():
+    def broken(**options):
         raise AttributeError("transformers has moved something")
 
     monkeypatch.setattr(cli, "app", broken)
