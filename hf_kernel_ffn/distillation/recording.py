@@ -78,8 +78,8 @@ def record(
     vocabulary = teacher.config.get_text_config().vocab_size
     if top_k > vocabulary:
         raise InputError(
-            f"found top_k {top_k}, expected at most the {vocabulary} tokens of the teacher: give a "
-            "smaller --top-k"
+            f"found a teacher of {vocabulary} tokens, expected {top_k} tokens to choose from at "
+            "each position: give a smaller --top-k"
         )
     form = (ExactForm if exact else PackedForm)(top_k, vocabulary)
     sequence_bytes = form.token_bytes * length

@@ -642,6 +642,6 @@ def test_what_cannot_be_recorded_is_refused(recipe, folder, monkeypatch, tmp_pat
     def full(*arguments, **more):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(recording, "save_file", full)
+    monkeypatch.setattr(recording, "save_tensors", full)
     assert "No space left on device" in refusal(quietly, one, out)
     assert list(tmp_path.iterdir()) == []
