@@ -71,3 +71,19 @@ def test_a_saved_student_writes_and_answers_as_its_teacher(tmp_path):
     assert found["chat"]["prompts"] == 50
     assert found["chat"]["equal_continuations"] >= 0.5
     assert found["cloze"]["same_choice"] >= 0.9
+
+
+def test_the_tutorial_prints_what_it_shows(tmp_path):
+    """Its page is marked as one that fetches models, so other runs leave it out."""
+    model = fetch("smollm2")
+    page = ROOT / "docs" / "pages" / "guide" / "tutorial.md"
+    runnable = page.read_text(encoding="utf-8").replace(
+        "<!-- page: no, fetches models -->", "<!-- page: slow -->"
+    )
+    (tmp_path / "tutorial.md").write_text(runnable, encoding="utf-8")
+    (tmp_path / "work" / "runs").mkdir(parents=True)
+    (tmp_path / "work" / "runs" / "smollm2").symlink_to(model)
+    options = ["--slow", "--work", tmp_path / "work"]
+    done = run(ROOT / "scripts" / "run_docs.py", tmp_path / "tutorial.md", *options)
+    assert done.returncode == 0, done.stderr
+    assert "0 left out" in done.stdout
