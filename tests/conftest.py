@@ -151,3 +151,18 @@ def registry(monkeypatch):
     yield KERNELS
     for name in set(KERNELS) - before:
         del KERNELS[name]
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run the command line in this process: exit code, stdout, stderr."""
+    from hf_kernel_ffn.cli.app import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-kernel-ffn", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code, *capsys.readouterr()
+
+    return run

@@ -158,7 +158,10 @@ class TiedKernelFFN(ConstrainedParameters):
     def coefficients(self, hidden_states: Tensor) -> Tensor:
         """c (..., units), float32 at least, of either sign: what multiplies
         ``output_prototypes``."""
-        scores = self._scores(hidden_states)
+        return self.mix_scores(self.score(hidden_states))
+
+    def mix_scores(self, scores: Scores) -> Tensor:
+        """c (..., units), float32 at least, of what the layer's rows say of its inputs."""
         total = self._sum_pieces(scores, self.get_piece_tensor("amount"))
         factor = self._factor(scores)
         return total if factor is None else total * factor
@@ -174,7 +177,7 @@ class TiedKernelFFN(ConstrainedParameters):
                 "found a readout whose units are spread over processes, expected all in one: "
                 "load the model without tensor parallelism to read it"
             )
-        scores = self._scores(hidden_states)
+        scores = self.score(hidden_states)
         amount = self.get_piece_tensor("amount")
         writes = self._sum_pieces(scores, amount.clamp_min(0))
         writes_against = self._sum_pieces(scores, (-amount).clamp_min(0))
@@ -233,7 +236,8 @@ class TiedKernelFFN(ConstrainedParameters):
         far = self.config.reference["far"]
         return scores.second.clamp(-far, far)
 
-    def _scores(self, hidden_states: Tensor) -> Scores:
+    def score(self, hidden_states: Tensor) -> Scores:
+        """What all pieces are made of, at ``hidden_states`` (..., hidden_size)."""
         gate = to_at_least_float32(self.input_prototypes(hidden_states))
         up = None
         if self.config.gated:

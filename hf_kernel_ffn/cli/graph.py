@@ -105,6 +105,7 @@ def graph(
         nodes=nodes,
         heads=heads,
         rule=rule,
+        progress=True,
     )
     pruned = prune(whole, keep)
     found = None

@@ -7,7 +7,6 @@ It shows what every FFN wrote at every token, next to its attention and its teac
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
 from ..evaluation.spike_units import list_spike_units
-from ..storage.files import write_text
 from .decompositions import alternatives as alternative_shares
 from .model_parts import get_layer_number
 from .naming import written
+from .pages import fill_page, shorten
 from .picture import make_picture
 from .regimes import regime
 from .report_layer import (
@@ -28,7 +27,6 @@ from .report_layer import (
     describe_cells,
     encode_attention,
     measure_support,
-    shorten,
 )
 from .tracing import Trace
 
@@ -119,10 +117,7 @@ def write_report(file: str | Path, data: dict) -> None:
 
     The page needs no network.
     """
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # "<" could end the script element or open a comment in it; in JSON it stands in strings only.
-    text = text.replace("<", "\\u003c")
-    write_text(file, TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text, 1))
+    fill_page(file, TEMPLATE, data)
 
 
 def logit_lens(

@@ -12,6 +12,7 @@ from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.linears import get_effective_weight
 from ..checkpoint_code.record import Readout
 from .model_parts import is_kernel_ffn
+from .pages import shorten
 from .regimes import Mixture, mixtures
 
 NO_MASS = -1e9
@@ -114,8 +115,3 @@ def encode_attention(weights: Tensor, positions: list[int]) -> dict:
     rows = [torch.cat([kept[:, i, : i + 1], others[:, i, None]], 1) for i in range(len(positions))]
     packed = (torch.cat(rows, 1).clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
     return {"heads": len(weights), "weights": base64.b64encode(packed.numpy().tobytes()).decode()}
-
-
-def shorten(number: float, digits: int = 4) -> float:
-    """``number`` to so many significant digits."""
-    return float(f"{number:.{digits}g}")

@@ -3,14 +3,12 @@
 import copy
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 import yaml
 
 from hf_kernel_ffn import InputError
-from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.distillation import load_recipe
 from hf_kernel_ffn.distillation.batches import open_text
 from hf_kernel_ffn.storage.loading import load_tokenizer
@@ -21,20 +19,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 WORDS = "the old man looked at the sea and thought of the fish of his youth "
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run the command line in this process: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-kernel-ffn", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from teachers import RECIPES, tiny_teacher
-from transformers import AutoModelForCausalLM
+from own_code import EXAMPLE, save_causal_mean
+from teachers import tiny_teacher
 
 from hf_kernel_ffn import register_architecture
 from hf_kernel_ffn.cli.app import main
@@ -24,23 +23,8 @@ from hf_kernel_ffn.storage import files
 from hf_kernel_ffn.storage.loading import load_student, load_tokenizer
 from hf_kernel_ffn.storage.verification import verify_folder
 
-EXAMPLE = RECIPES / "examples" / "architectures" / "causal_mean"
 FEW = ("--calibration-tokens", 256)
 SHORT = ("--sequence-length", 32, "--max-tokens", 256)
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run the command line in this process: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-kernel-ffn", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -76,32 +60,8 @@ def own_code(monkeypatch, tokenizer, tmp_path):
     spec.loader.exec_module(module)
     register_architecture(module.CAUSAL_MEAN)
 
-    folder = tmp_path / "causal_mean"
-    folder.mkdir()
-    for file in EXAMPLE.glob("*_causal_mean.py"):
-        shutil.copy(file, folder)
-    auto_map = {
-        "AutoConfig": "configuration_causal_mean.CausalMeanConfig",
-        "AutoModel": "modeling_causal_mean.CausalMeanModel",
-        "AutoModelForCausalLM": "modeling_causal_mean.CausalMeanForCausalLM",
-    }
-    config = {"model_type": "causal_mean", "auto_map": auto_map, "vocab_size": 4096}
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    loaded = AutoModelForCausalLM.from_pretrained
-    from transformers import AutoConfig
-
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    model.save_pretrained(folder)
-    written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**written, "auto_map": auto_map}))
+    folder = save_causal_mean(tmp_path / "causal_mean", vocab_size=4096)
     tokenizer.save_pretrained(folder)
-    assert loaded(folder, trust_remote_code=True) is not None
     yield folder
     ARCHITECTURES.pop("causal_mean", None)
 

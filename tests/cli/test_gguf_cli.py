@@ -1,47 +1,23 @@
 """Every command takes a GGUF file where it takes a stock model, by the same loader."""
 
 import json
-import sys
 
 import pytest
 import torch
 import yaml
-from gguf_files import write_gguf
+from gguf_files import make_llama, write_gguf
 from safetensors.torch import load_file
 from teachers import tiny_teacher
 from transformers import AutoModelForCausalLM
-
-from hf_kernel_ffn.cli.app import main
 
 pytest.importorskip("gguf")
 
 FEW = ("--calibration-tokens", 256)
 
 
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run the command line in this process: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-kernel-ffn", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def file(tokenizer, tmp_path_factory):
-    llama = tiny_teacher(
-        "llama",
-        vocab_size=4096,
-        intermediate_size=64,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
+    llama = make_llama()
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", llama, tokenizer, "Q8_0")
 
 

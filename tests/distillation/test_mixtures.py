@@ -220,7 +220,7 @@ def test_experts_without_tokens_are_calibrated_and_evaluated_with_the_others(tea
     few = torch.randint(3, 300, (2, 4), generator=generator)
     student, _ = convert(teacher, settings, calibration_tokens=0, copy=True)
     report = evaluate_student(student, teacher, few, batch_tokens=4)
-    assert json.loads(json.dumps(report, allow_nan=False))["kl"] >= 0
+    json.dumps(report, allow_nan=False)  # without NaN or infinity
     layers = report["layers"]
     assert [layer["path"] for layer in layers] == list(student.kernel_ffns())
     idle = [layer for layer in layers if layer["coherence"] is None]

@@ -1,21 +1,16 @@
 """A user's own architecture, with its own code: by an entry it is like the built-in ones."""
 
 import importlib.util
-import json
-import shutil
 from importlib.metadata import EntryPoint
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from own_code import EXAMPLE, save_causal_mean
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert, register_architecture, restore
 from hf_kernel_ffn.families import registry as registry_module
 from hf_kernel_ffn.families.registry import ARCHITECTURES
 from hf_kernel_ffn.storage.loading import load_student, load_teacher
-
-EXAMPLE = Path(__file__).parents[2] / "recipes" / "examples" / "architectures" / "causal_mean"
 
 
 def entry():
@@ -40,29 +35,7 @@ def table(monkeypatch):
 @pytest.fixture(scope="module")
 def teacher_at(tmp_path_factory):
     """A saved model that brings its code."""
-    folder = tmp_path_factory.mktemp("own") / "causal_mean"
-    folder.mkdir()
-    for file in EXAMPLE.glob("*_causal_mean.py"):
-        shutil.copy(file, folder)
-    auto_map = {
-        "AutoConfig": "configuration_causal_mean.CausalMeanConfig",
-        "AutoModel": "modeling_causal_mean.CausalMeanModel",
-        "AutoModelForCausalLM": "modeling_causal_mean.CausalMeanForCausalLM",
-    }
-    (folder / "config.json").write_text(
-        json.dumps({"model_type": "causal_mean", "auto_map": auto_map})
-    )
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    model.save_pretrained(folder)
-    written = json.loads((folder / "config.json").read_text())
-    written["auto_map"] = auto_map
-    (folder / "config.json").write_text(json.dumps(written))
-    return folder
+    return save_causal_mean(tmp_path_factory.mktemp("own") / "causal_mean")
 
 
 def test_it_converts_saves_and_loads_like_the_built_in_ones(

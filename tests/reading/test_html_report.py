@@ -1,9 +1,8 @@
 """The report in a browser: it loads from disk alone, and computes what the layer computes."""
 
-import shutil
-
 import pytest
 import torch
+from browser import Hostile, open_page
 from letters import Letters
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
@@ -11,27 +10,10 @@ from hf_kernel_ffn.reading import trace
 from hf_kernel_ffn.reading.regimes import contributions
 from hf_kernel_ffn.reading.report import other_mixtures, report_data, write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 SLIDE = """(slider, value) => {
     slider.value = value;
     slider.dispatchEvent(new Event('input'));
 }"""
-HOSTILE = "</script><img src=x onerror=document.title='broken'>"
-
-
-class Hostile(Letters):
-    """A tokenizer whose tokens try to leave the page's data."""
-
-    def decode(self, ids):
-        return HOSTILE if ids[0] % 7 == 0 else super().decode(ids)
 
 
 @pytest.fixture(scope="module")
@@ -44,35 +26,14 @@ def passes(llama, ids):
 @pytest.fixture(scope="module")
 def page(passes, tmp_path_factory):
     """The page, open; what it logged and asked for is in ``page.noted``."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
     student, passed, teacher = passes
     file = tmp_path_factory.mktemp("report") / "page.html"
     write_report(
         file,
         report_data(passed, teacher, tokenizer=Hostile(), alternatives=other_mixtures(passed, 3)),
     )
-    with playwright.sync_playwright() as runner:
-        browser = runner.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1366, "height": 768})
-        page.noted = []
-        page.on(
-            "console",
-            lambda message: (
-                page.noted.append(message.text) if message.type in ("error", "warning") else None
-            ),
-        )
-        page.on("pageerror", lambda error: page.noted.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                None if request.url.startswith(file.as_uri()) else page.noted.append(request.url)
-            ),
-        )
-        page.goto(file.as_uri())
+    with open_page(file) as page:
         yield page
-        browser.close()
 
 
 @pytest.fixture(autouse=True)

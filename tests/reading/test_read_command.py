@@ -1,13 +1,12 @@
 """``hf-kernel-ffn read`` prints what the functions say, for converted and stock models."""
 
 import json
-import sys
+from functools import partial
 
 import pytest
 from tiny_families import tiny
 
 from hf_kernel_ffn import KernelFFNConfig, convert
-from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.reading import trace
 from hf_kernel_ffn.reading.regimes import contributions
 from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
@@ -16,16 +15,9 @@ PROMPT = "The old man looked at the sea and"
 
 
 @pytest.fixture
-def read(monkeypatch, capsys):
+def read(cli):
     """Exit code, stdout and stderr of one command."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-kernel-ffn", "read", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
+    return partial(cli, "read")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 import torch
-from gguf_files import round_as, write_gguf
+from gguf_files import make_llama, round_as, write_gguf
 from safetensors.torch import load_file
 from teachers import tiny_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,15 +26,7 @@ TEXT = "The old man, looked at\n\n 123 the sea's — ünïcode"
 
 @pytest.fixture(scope="module")
 def llama():
-    """Widths are multiples of 32, a block of Q8_0."""
-    return tiny_teacher(
-        "llama",
-        vocab_size=4096,
-        intermediate_size=64,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
+    return make_llama()
 
 
 @pytest.fixture(scope="module", params=KINDS)

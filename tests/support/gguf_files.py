@@ -3,6 +3,7 @@
 import json
 
 import torch
+from teachers import tiny_teacher
 
 HEADS = ("attn_q", "attn_k")
 """Whose rows llama.cpp keeps in another order."""
@@ -23,6 +24,19 @@ REST = {
     "lm_head": "output",
 }
 NORMAL, CONTROL = 1, 3
+
+
+def make_llama():
+    """A Llama with the shipped tokenizer's vocabulary; widths are multiples of 32, a block of
+    Q8_0."""
+    return tiny_teacher(
+        "llama",
+        vocab_size=4096,
+        intermediate_size=64,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
 
 
 def write_gguf(file, model, tokenizer, kind="F32", architecture="llama", claims=None, more=None):

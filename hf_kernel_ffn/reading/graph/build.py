@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...checkpoint_code.errors import InputError
+from ...progress import count_progress
 from ..model_parts import decode_tokens, get_embedding_weight
 from ..tracing import tokenize_prompt
 from .attributor import Attributor, Target
@@ -44,7 +45,7 @@ def attribution_graph(
     nodes: int = NODES,
     heads: bool = False,
     rule: str = "half",
-    see: Callable[[int], None] | None = None,
+    progress: bool = False,
 ) -> Graph:
     """Find which units of ``model`` (a causal language model) made which, up to the next token.
 
@@ -64,7 +65,7 @@ def attribution_graph(
             direction of what it wrote, which is held.
         rule: how a coefficient is split over its scores, ``half`` or ``derivative``; see
             :mod:`~hf_kernel_ffn.reading.graph.steps`.
-        see: is told how many nodes there are, after each step.
+        progress: show a bar.
 
     Raises:
         InputError: the prompt has no token, a target is not one token, ``nodes`` is below one, the
@@ -88,7 +89,8 @@ def attribution_graph(
     last = len(ids) - 1
     layers = attributor.table.layers
     expansion.expand([Target("logit", layers, last, token) for token in tokens])
-    expansion.grow(nodes, see)
+    with count_progress(nodes, "graph", progress) as see:
+        expansion.grow(nodes, see)
 
     return _assemble(
         expansion,

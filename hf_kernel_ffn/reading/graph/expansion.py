@@ -58,7 +58,7 @@ class Expansion:
             batch = targets[start : start + at_once]
             self._keep(batch, self.attributor.read_rows(batch))
 
-    def grow(self, count: int, see: Callable[[int], None] | None = None) -> None:
+    def grow(self, count: int, see: Callable[[int], None]) -> None:
         """Expand the most influential nodes until there are ``count`` beside the logits.
 
         Fewer if nothing else has an influence.
@@ -77,8 +77,7 @@ class Expansion:
             if not numbers:
                 return
             self.expand([Target(*table.find(number)) for number in numbers])
-            if see is not None:
-                see(len(self.targets) - logits)
+            see(len(self.targets) - logits)
 
     def spread(self) -> Tensor:
         """(units and heads,) how much each matters to the logits, over paths by nodes so far."""

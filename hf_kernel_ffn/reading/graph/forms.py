@@ -7,7 +7,7 @@ named beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from ...checkpoint_code.ffn import KernelFFN
 from ...checkpoint_code.linears import get_effective_weight
 from ...checkpoint_code.record import Readout
-from ...checkpoint_code.tied import TiedKernelFFN
+from ...checkpoint_code.tied import Scores, TiedKernelFFN
 from ...families.weights import FFNWeights
 
 Evaluate = Callable[..., Tensor]
@@ -68,39 +68,13 @@ def make_tied_form(ffn: TiedKernelFFN, inputs: Tensor) -> tuple[Form, list[Rows]
     rows = [_read_rows(ffn.input_prototypes, inputs)]
     if ffn.config.gated:
         rows.append(_read_rows(ffn.value_proj, inputs))
-    kernel = ffn.kernel
-    is_product = ffn.config.gated and ffn.config.settings.values == "product"
-    far = ffn.config.reference["far"] if is_product and kernel.uses_knot else None
-    numbers = {name: tensor.to(inputs.dtype) for name, tensor in ffn.pieces.items()}
-    amount = numbers["amount"] * ffn.positive("scale").to(inputs.dtype)
-    parameters = {name: value.to(inputs.dtype) for name, value in ffn.kernel_parameters().items()}
     square = inputs.square().sum(-1, keepdim=True)
-    norms = None
-    if kernel.uses_distance:
-        norms = _measure_pieces(rows, numbers)
 
-    def sum_pieces(first: Tensor, second: Tensor | None = None) -> Tensor:
-        total = torch.zeros_like(first)
-        for piece in range(len(amount)):
-            if kernel.uses_knot:
-                value = kernel.value(first, None, knot=numbers["knot"][piece], **parameters)
-            else:
-                score = numbers["shift"][piece] + first * numbers["alpha"][piece]
-                if "beta" in numbers and second is not None:
-                    score = score + second * numbers["beta"][piece]
-                distance2 = None
-                if norms is not None:
-                    squares, biases = norms
-                    between = score - biases[piece]
-                    distance2 = (square + squares[piece] - 2 * between).clamp_min(0)
-                value = kernel.value(score, distance2, **parameters)
-            total = total + value * amount[piece]
-        if not is_product or second is None:
-            return total
-        return total * (second if far is None else second.clamp(-far, far))
+    def mix(first: Tensor, second: Tensor | None = None) -> Tensor:
+        return ffn.mix_scores(Scores(first, second, square))
 
-    held = (LENGTH,) if kernel.uses_distance else ()
-    return Form(sum_pieces, held), rows
+    held = (LENGTH,) if ffn.kernel.uses_distance else ()
+    return Form(mix, held), rows
 
 
 def make_free_form(ffn: KernelFFN, inputs: Tensor, record: Readout) -> tuple[Form, list[Rows]]:
@@ -139,22 +113,6 @@ def _read_rows(linear: torch.nn.Module, inputs: Tensor) -> Rows:
     weight, bias = get_effective_weight(linear, inputs)
     bias = None if bias is None else bias.detach().to(inputs.dtype)
     return Rows(weight.detach().to(inputs.dtype), bias)
-
-
-def _measure_pieces(rows: Sequence[Rows], numbers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """‖w‖² and the bias inside the score of every piece (pieces, units)."""
-    first = rows[0]
-    alpha = numbers["alpha"]
-    squares = alpha.square() * first.weight.square().sum(-1)
-    biases = numbers["shift"] + (0 if first.bias is None else alpha * first.bias)
-    if "beta" not in numbers:
-        return squares, biases
-    second = rows[1]
-    beta = numbers["beta"]
-    between = (first.weight * second.weight).sum(-1)
-    squares = squares + beta.square() * second.weight.square().sum(-1) + 2 * alpha * beta * between
-    biases = biases + (0 if second.bias is None else beta * second.bias)
-    return squares, biases
 
 
 def _make_distance(ffn: KernelFFN, inputs: Tensor, rows: Rows) -> Callable[[Tensor], Tensor | None]:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LEAVES = ("embedding", "position", "bias", "remainder")
-"""Kinds of nodes that have no inputs."""
-KINDS = ("logit", "unit", "head", *LEAVES)
+from .sources import SOURCE_KINDS
+
+KINDS = ("logit", *SOURCE_KINDS)
 """What a node may be."""
 
 

@@ -7,10 +7,9 @@ supernodes, and saved as JSON. :func:`page_data` turns a graph into plain number
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from ...storage.files import write_text
+from ..pages import fill_page, shorten
 from .graph import Graph
 from .pruning import influences, score
 
@@ -30,16 +29,16 @@ def page_data(graph: Graph) -> dict[str, object]:
                 "layer": node.layer,
                 "position": node.position,
                 "name": node.name,
-                "value": _shorten(node.value) if has_inputs else None,
+                "value": shorten(node.value) if has_inputs else None,
                 "words": graph.labels[place] if graph.labels else "",
                 "contexts": graph.contexts[place] if graph.contexts else [],
-                "influence": _shorten(influence[place].item()),
-                "elsewhere": _shorten(graph.elsewhere[place].item()) if has_inputs else None,
+                "influence": shorten(influence[place].item()),
+                "elsewhere": shorten(graph.elsewhere[place].item()) if has_inputs else None,
                 "probability": graph.probabilities[place] if place < graph.logits else None,
             }
         )
     edges = [
-        [target, source, _shorten(graph.edges[target, source].item())]
+        [target, source, shorten(graph.edges[target, source].item())]
         for target, source in (graph.edges != 0).nonzero().tolist()
     ]
     return {
@@ -59,13 +58,4 @@ def page_data(graph: Graph) -> dict[str, object]:
 
 def write_page(file: str | Path, graph: Graph) -> None:
     """Write the page of ``graph`` to ``file``, whole or not at all. It needs no network."""
-    data = page_data(graph)
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # "<" could end the script element or open a comment in it; in JSON it stands in strings only.
-    text = text.replace("<", "\\u003c")
-    write_text(file, TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text, 1))
-
-
-def _shorten(number: float, digits: int = 4) -> float:
-    """``number`` to so many significant digits."""
-    return float(f"{number:.{digits}g}")
+    fill_page(file, TEMPLATE, page_data(graph))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-KINDS = ("unit", "head", "embedding", "position", "bias", "remainder")
+SOURCE_KINDS = ("unit", "head", "embedding", "position", "bias", "remainder")
 """Kinds of sources, in the order in which they are numbered."""
 
 
@@ -12,7 +12,7 @@ class Source(NamedTuple):
     """One source at one token."""
 
     kind: str
-    """One of :data:`KINDS`."""
+    """One of :data:`SOURCE_KINDS`."""
     layer: int
     """Its block; −1 for embeddings, the number of blocks for what comes after the last."""
     position: int

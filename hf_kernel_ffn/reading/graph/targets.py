@@ -18,10 +18,7 @@ def find_token(tokenizer: PreTrainedTokenizerBase, token: str | int) -> int:
     """
     if isinstance(token, int):
         return token
-    try:
-        ids = list(tokenizer(token, add_special_tokens=False)["input_ids"])
-    except TypeError:  # a tokenizer that knows no special tokens
-        ids = list(tokenizer(token)["input_ids"])
+    ids = list(tokenizer(token, add_special_tokens=False)["input_ids"])
     if len(ids) == 1:
         return int(ids[0])
     parts = ", ".join(repr(decode_tokens(tokenizer, [number])) for number in ids) or "none"

@@ -1,12 +1,11 @@
 """``hf-kernel-ffn graph`` says what the functions say; bad input is one line before any work."""
 
 import json
-import sys
+from functools import partial
 
 import pytest
 
 from hf_kernel_ffn import convert
-from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.reading.graph import attribution_graph, prune
 from hf_kernel_ffn.storage import loading
 from hf_kernel_ffn.storage.loading import load_student, load_teacher, load_tokenizer
@@ -15,16 +14,9 @@ PROMPT = "The old man looked at the sea and"
 
 
 @pytest.fixture
-def graph(monkeypatch, capsys):
+def graph(cli):
     """Exit code, stdout and stderr of one command."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-kernel-ffn", "graph", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
+    return partial(cli, "graph")
 
 
 @pytest.fixture(scope="module")

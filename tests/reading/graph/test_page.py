@@ -1,34 +1,16 @@
 """The page of a graph in a browser: it loads from disk alone, and what is pinned can be saved."""
 
 import json
-import shutil
 
 import pytest
 import torch
+from browser import Hostile, open_page
 from letters import Letters
 
 from hf_kernel_ffn import convert
 from hf_kernel_ffn.reading.contexts import contexts
 from hf_kernel_ffn.reading.graph import attribution_graph, group, label, prune, write_page
 from hf_kernel_ffn.reading.graph.page import page_data
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-HOSTILE = "</script><img src=x onerror=document.title='broken'>"
-
-
-class Hostile(Letters):
-    """A tokenizer whose tokens try to leave the page's data."""
-
-    def decode(self, ids):
-        return HOSTILE if ids and ids[0] % 7 == 0 else super().decode(ids)
 
 
 @pytest.fixture(scope="module")
@@ -44,33 +26,11 @@ def graph(make_teacher, ids):
 @pytest.fixture(scope="module")
 def opened(graph, tmp_path_factory):
     """The page, open; what it logged and asked for is in ``noted``."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
     file = tmp_path_factory.mktemp("graph") / "page.html"
     write_page(file, graph)
-    with playwright.sync_playwright() as runner:
-        browser = runner.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1366, "height": 768})
-        page.noted = []
-        page.on(
-            "console",
-            lambda message: (
-                page.noted.append(message.text) if message.type in ("error", "warning") else None
-            ),
-        )
-        page.on("pageerror", lambda error: page.noted.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                None
-                if request.url.startswith((file.as_uri(), "blob:"))
-                else page.noted.append(request.url)
-            ),
-        )
+    with open_page(file) as page:
         page.file = file
         yield page
-        browser.close()
 
 
 @pytest.fixture
