@@ -75,7 +75,7 @@ class ExactForm(RecordForm):
 
 
 class PackedForm(RecordForm):
-    """A third of the bytes, at a KL of about a millionth of a nat: see packed_logits."""
+    """A third of the bytes, at a KL of a few millionths of a nat: see packed_logits."""
 
     @property
     def columns(self) -> Mapping[str, tuple[str, int]]:

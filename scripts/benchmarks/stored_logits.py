@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kernel_ffn.distillation import Recipe, load_recipe
 from hf_kernel_ffn.distillation.batches import open_text
+from hf_kernel_ffn.distillation.divergence import kl
 from hf_kernel_ffn.distillation.objectives import logits
 from hf_kernel_ffn.distillation.optimizers import make_optimizers
 from hf_kernel_ffn.distillation.recipe import Stage
@@ -110,8 +111,12 @@ def main(
                     "bytes_per_token": Record(folder).facts.form.token_bytes,
                     "bytes": sum(part.stat().st_size for part in folder.iterdir()),
                 }
+            exact_name, packed_name, *_ = folders
             report["recipes"][file] = {
                 "KL": measure_divergences(start, folders),
+                "KL of packing": measure_packing(
+                    start, Record(folders[exact_name]), Record(folders[packed_name])
+                ),
                 **measure_speeds(start, folders, repeats, clock),
             }
     typer.echo(json.dumps(report, indent=1))
@@ -130,6 +135,16 @@ def prepare(file: str, tokens: int, text: str) -> Start:
     length = recipe.data.sequence_length
     held_out = read_token_ids(tokenizer, [text], length, HELD_OUT_TOKENS)
     return Start(recipe, tokenizer, teacher, student, held_out)
+
+
+def measure_packing(start: Start, exact: Record, packed: Record) -> float:
+    """KL in nats of what a packed record says of the same tokens, by its first sequences."""
+    text = open_text(start.tokenizer, start.recipe.data, start.recipe.seed)
+    ids = torch.stack(list(islice(text, start.stage.batch_size)))
+    vocabulary = start.teacher.config.vocab_size
+    _, expected = exact.look_up(ids, vocabulary)
+    _, found = packed.look_up(ids, vocabulary)
+    return kl(found.double(), expected.double()).mean().item()
 
 
 def measure_speeds(start: Start, folders: dict[str, Path], repeats: int, clock: str) -> dict:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kernel_ffn import convert, load_student, load_teacher, load_tokenizer
 from hf_kernel_ffn.checkpoint_code.settings import make_settings
+from hf_kernel_ffn.conversion.calibration_set import CALIBRATION_TOKENS
 from hf_kernel_ffn.storage.files import write_text
 from hf_kernel_ffn.storage.kernel_files import import_kernel
 from hf_kernel_ffn.text.packing import read_token_ids
@@ -39,6 +40,7 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON file to write")],
     tokens: Annotated[int, typer.Option(help="of each text")] = 8192,
     calibration_text: Annotated[Optional[str], typer.Option()] = None,
+    calibration_tokens: Annotated[Optional[int], typer.Option(help="as for convert")] = None,
     rows: Annotated[Optional[str], typer.Option()] = None,
     kernel: Annotated[Optional[str], typer.Option()] = None,
     values: Annotated[Optional[str], typer.Option()] = None,
@@ -60,10 +62,15 @@ def main(
     if student is None:
         ids = None
         if calibration_text is not None:
-            ids = read_rows(tokenizer, calibration_text, 16_384, spread=True)
+            wanted = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
+            ids = read_rows(tokenizer, calibration_text, wanted, spread=True)
         start = time.process_time()
         converted, report = convert(
-            teacher, make_settings(given), calibration_ids=ids, progress=True
+            teacher,
+            make_settings(given),
+            calibration_ids=ids,
+            calibration_tokens=calibration_tokens,
+            progress=True,
         )
         figures |= {
             "settings": given,

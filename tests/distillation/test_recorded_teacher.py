@@ -340,7 +340,7 @@ def test_all_of_the_vocabulary_is_the_running_teacher(
             assert way > 0 and (ended - parameter).norm() < 1e-3 * way, (path, name)
 
 
-def test_a_packed_record_is_the_exact_one_to_a_millionth_of_a_nat(recipe, folder, tmp_path):
+def test_a_packed_record_is_the_exact_one_to_millionths_of_a_nat(recipe, folder, tmp_path):
     pack(recipe("nowhere"), tmp_path / "packed", 16)
     exact, packed = Record(folder), Record(tmp_path / "packed")
     assert packed.places == exact.places
