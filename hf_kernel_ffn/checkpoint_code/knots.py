@@ -152,6 +152,29 @@ def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tens
 
     Where the output prototypes are a plain linear module, c is not kept for their gradient.
     """
+    scores = _read_scores(ffn, hidden_states)
+    output = ffn.output_prototypes
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain(output):
+        return _KnotReadout.apply(*scores[:4], output.weight, output.bias, scores.far, step)  # type: ignore[no-any-return]
+    return output(_mix(scores, step))
+
+
+def mix_knot_coefficients(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tensor:
+    """c (..., units) of all units, in the dtype of the scores; see :func:`mix_knots`."""
+    return _mix(_read_scores(ffn, hidden_states), step)
+
+
+class _KnotScores(NamedTuple):
+    """What a step works on."""
+
+    gate: Tensor
+    up: Tensor | None
+    knot: Tensor
+    amount: Tensor
+    far: float | None
+
+
+def _read_scores(ffn: TiedKernelFFN, hidden_states: Tensor) -> _KnotScores:
     gate = ffn.input_prototypes(hidden_states)
     up = None
     far = None
@@ -160,15 +183,17 @@ def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tens
         far = ffn.config.reference["far"]
     knot = ffn.get_piece_tensor("knot")
     amount = ffn.get_piece_tensor("amount") * ffn.positive("scale")
+    return _KnotScores(gate, up, knot, amount, far)
 
-    output = ffn.output_prototypes
+
+def _mix(scores: _KnotScores, step: KnotStep) -> Tensor:
+    """c (..., units), in the dtype of the scores."""
     if torch.compiler.is_compiling():
-        return output(_CompiledKnots.apply(gate, up, knot, amount, far, step))
-    if not torch.is_grad_enabled():
-        return output(_apply(step, gate, up, Knots(knot, amount, far)))
-    if is_plain(output):
-        return _KnotReadout.apply(gate, up, knot, amount, output.weight, output.bias, far, step)  # type: ignore[no-any-return]
-    return output(_KnotReadout.apply(gate, up, knot, amount, None, None, far, step))
+        return _CompiledKnots.apply(*scores, step)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled():
+        return _KnotReadout.apply(*scores[:4], None, None, scores.far, step)  # type: ignore[no-any-return]
+    gate, up, knot, amount, far = scores
+    return _apply(step, gate, up, Knots(knot, amount, far))
 
 
 def _apply(step: KnotStep, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:

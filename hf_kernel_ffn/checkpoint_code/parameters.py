@@ -30,6 +30,8 @@ class ConstrainedParameters(nn.Module):
     kernel: Kernel
     log_ratio: nn.ParameterDict
     """Log-ratios by name, one element each."""
+    threshold_log_ratio: Tensor
+    """Log-ratio of the threshold to its reference, (1,), where there is one."""
 
     def kernel_parameters(self) -> dict[str, Tensor]:
         """The kernel's parameters by name, positive, shape (1,) each."""
@@ -52,6 +54,23 @@ class ConstrainedParameters(nn.Module):
         reference = {**self.config.reference, name: value}
         self.config = replace(self.config, reference=reference)
 
+    def set_top_k(self, top_k: int) -> None:
+        """Give ``config`` another number of prototypes that a sparse map keeps."""
+        settings = replace(self.config.settings, top_k=top_k)
+        self.config = replace(self.config, settings=settings)
+
+    def log_threshold(self) -> Tensor:
+        """The logarithm of :meth:`threshold`, shape (1,), at least float32."""
+        log_ratio = to_at_least_float32(self.threshold_log_ratio)
+        return math.log(self.config.reference["threshold"]) + log_ratio
+
+    def threshold(self) -> Tensor:
+        """The loudness from which on a prototype takes part, shape (1,), at least float32.
+
+        Of free rows it is κ, of tied ones |c_i|‖v_i‖.
+        """
+        return self.log_threshold().exp()
+
 
 class ReadoutParameters(ConstrainedParameters):
     """What a kernel-readout FFN learns, and how its constrained values are read.
@@ -69,7 +88,6 @@ class ReadoutParameters(ConstrainedParameters):
     """
 
     units: Tensor
-    threshold_log_ratio: Tensor
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -158,20 +176,6 @@ class ReadoutParameters(ConstrainedParameters):
             ffn.gate.weight.zero_()
             ffn.gate.bias.fill_(gate_bias)
         return ffn
-
-    def set_top_k(self, top_k: int) -> None:
-        """Give ``config`` another number of prototypes that a sparse map keeps."""
-        settings = replace(self.config.settings, top_k=top_k)
-        self.config = replace(self.config, settings=settings)
-
-    def log_threshold(self) -> Tensor:
-        """The log κ from which on a prototype takes part, shape (1,), at least float32."""
-        log_ratio = to_at_least_float32(self.threshold_log_ratio)
-        return math.log(self.config.reference["threshold"]) + log_ratio
-
-    def threshold(self) -> Tensor:
-        """The κ from which on a prototype takes part, shape (1,), at least float32."""
-        return self.log_threshold().exp()
 
 
 def fill_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:

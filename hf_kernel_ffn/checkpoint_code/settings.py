@@ -96,7 +96,10 @@ class KernelFFNConfig:
     and otherwise fitted per layer at conversion. It is learned in the second case alone.
     """
     top_k: int | None = None
-    """Prototypes kept per token by the simplex map top-k; by threshold, on average over text."""
+    """Prototypes kept per token by the simplex map top-k; by threshold, on average over text.
+
+    Where rows are tied, units are kept, each of which writes v or −v.
+    """
     expansion: float | None = None
     """Prototypes per hidden unit, from 1 to 8.
 
@@ -169,7 +172,7 @@ class KernelFFNConfig:
             return
 
         expected: dict[str, tuple[object, ...]] = {
-            "simplex": ("softmax",),
+            "simplex": ("softmax", "top-k", "threshold"),
             "intensity": ("mass",),
             "values": (None, "fixed", "product"),
             "init": (None, "pieces"),

@@ -15,6 +15,8 @@ knot's side of zero, g_i·x with its bias. With values ``product``, u_i·x is cl
 piece is then a product of two Brownian covariances, between x and a point of the unit's plane at
 which g_i·x is the knot and u_i·x is ±far. So it is positive definite too.
 
+A sparse map keeps few units of a token whole, the loudest by |c_i|‖v_i‖, and nothing of the others.
+
 The signs of the amounts a_ip and of u_i·x say whether a piece writes v_i or −v_i. Over the
 dictionary of all v_i and all −v_i the coefficients are sums of kernels, or of products of kernels
 with relu(±u_i·x), and nonnegative: the readout is conic.
@@ -24,8 +26,9 @@ This file travels inside converted checkpoints: it imports nothing but torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +38,7 @@ from .errors import InputError
 from .ffn import ACTIVATION_BYTES, KernelFFN
 from .kernels import Kernel, get_kernel
 from .knot_blocks import BLOCKS
-from .knots import mix_knots
+from .knots import mix_knot_coefficients, mix_knots
 from .layer_config import LayerConfig
 from .linears import get_effective_weight
 from .parameters import ConstrainedParameters, fill_linear, to_at_least_float32
@@ -43,6 +46,10 @@ from .plan import Form, FusedKernels, choose_tied_form
 from .record import Readout
 from .settings import PIECES
 from .shards import get_local, is_split, sum_gradient
+from .simplex import top_k_mask
+
+if TYPE_CHECKING:
+    from .knots import KnotStep
 
 CACHED_NUMBERS = 2**16
 """Scores that are worked on at once on a CPU: this many float32 numbers, several times over, fit
@@ -105,6 +112,8 @@ class TiedKernelFFN(ConstrainedParameters):
         self.pieces = nn.ParameterDict({name: nn.Parameter(torch.zeros(shape)) for name in names})
         learned = [*self.kernel.parameters, "scale"]
         self.log_ratio = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in learned})
+        if settings.simplex == "threshold":
+            self.register_buffer("threshold_log_ratio", torch.zeros(1))
         self.dropout = nn.Dropout(config.dropout)
 
     @classmethod
@@ -140,28 +149,74 @@ class TiedKernelFFN(ConstrainedParameters):
             parameter.copy_(pieces[name])
         for parameter in ffn.log_ratio.values():
             parameter.zero_()
+        if config.settings.simplex == "threshold":
+            ffn.threshold_log_ratio.zero_()
         return ffn
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to (..., hidden_size), in the dtype of the input."""
         form = choose_tied_form(self, hidden_states).form
+        step: KnotStep | None = None
         if form is Form.FUSED and self.fused is not None:
-            return self.dropout(mix_knots(self, hidden_states, self.fused.knot_step()))
-        if form is Form.ONE_PASS:
-            return self.dropout(mix_knots(self, hidden_states, BLOCKS))
+            step = self.fused.knot_step()
+        elif form is Form.ONE_PASS:
+            step = BLOCKS
+        is_sparse = self.config.settings.sparse
+        if step is not None and not is_sparse:
+            return self.dropout(mix_knots(self, hidden_states, step))
 
-        coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
+        if step is not None:
+            coefficients = self.keep_loudest(mix_knot_coefficients(self, hidden_states, step))
+        else:
+            coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
         hidden_dropout = self.config.hidden_dropout
         coefficients = nn.functional.dropout(coefficients, hidden_dropout, self.training)
         return self.dropout(self.output_prototypes(coefficients))
 
     def coefficients(self, hidden_states: Tensor) -> Tensor:
         """c (..., units), float32 at least, of either sign: what multiplies
-        ``output_prototypes``."""
-        return self.mix_scores(self.score(hidden_states))
+        ``output_prototypes``; zero where a sparse map does not keep a unit."""
+        return self.keep_loudest(self.mix_scores(self.score(hidden_states)))
+
+    def keep_loudest(self, coefficients: Tensor) -> Tensor:
+        """``coefficients`` (..., units), zero where a sparse map does not keep the unit."""
+        settings = self.config.settings
+        if not settings.sparse:
+            return coefficients
+        loudness = self._measure_loudness(coefficients)
+        if settings.simplex == "threshold":
+            return coefficients * (loudness >= self.threshold())
+        self._require_whole("keeps a number of units per token")
+        return coefficients * top_k_mask(loudness, settings.top_k or 0)
+
+    def _measure_loudness(self, coefficients: Tensor) -> Tensor:
+        """|c_i|‖v_i‖ (..., units), float32 at least, without gradients."""
+        weight, _ = get_effective_weight(self.output_prototypes, coefficients)
+        lengths = to_at_least_float32(weight.detach()).norm(dim=0)
+        return to_at_least_float32(coefficients.detach()).abs() * lengths
+
+    @torch.no_grad()
+    def fit_threshold(self, hidden_states: Tensor, rate: float = 1.0) -> None:
+        """Move the threshold toward where ``top_k`` units pass on average.
+
+        Args:
+            hidden_states: (..., hidden_size) tokens over which the average is taken.
+            rate: the share of the way, in its logarithm.
+        """
+        every = self.mix_scores(self.score(hidden_states))
+        loudness = self._measure_loudness(every).flatten(0, -2)
+        firing = int((loudness > 0).sum())
+        passing = min((self.config.settings.top_k or 0) * len(loudness), firing)
+        if not passing:
+            return
+        smallest = loudness.flatten().kthvalue(loudness.numel() - passing + 1).values
+        target = smallest.log() - math.log(self.config.reference["threshold"])
+        step = target.to(self.threshold_log_ratio.dtype) - self.threshold_log_ratio
+        self.threshold_log_ratio.add_(rate * step)
 
     def mix_scores(self, scores: Scores) -> Tensor:
-        """c (..., units), float32 at least, of what the layer's rows say of its inputs."""
+        """c (..., units), float32 at least, of what the layer's rows say of its inputs: of all
+        units, whatever a sparse map keeps."""
         total = self._sum_pieces(scores, self.get_piece_tensor("amount"))
         factor = self._factor(scores)
         return total if factor is None else total * factor
@@ -172,25 +227,8 @@ class TiedKernelFFN(ConstrainedParameters):
         Raises:
             InputError: units are spread over processes.
         """
-        if self._units_are_split():
-            raise InputError(
-                "found a readout whose units are spread over processes, expected all in one: "
-                "load the model without tensor parallelism to read it"
-            )
-        scores = self.score(hidden_states)
-        amount = self.get_piece_tensor("amount")
-        writes = self._sum_pieces(scores, amount.clamp_min(0))
-        writes_against = self._sum_pieces(scores, (-amount).clamp_min(0))
-        factor = self._factor(scores)
-        if factor is not None:
-            along = factor.clamp_min(0)
-            against = (-factor).clamp_min(0)
-            plus = writes * along + writes_against * against
-            minus = writes * against + writes_against * along
-        else:
-            plus = writes
-            minus = writes_against
-
+        self._require_whole("is to be read")
+        plus, minus = self._signed_coefficients(self.score(hidden_states))
         coefficients = torch.cat([plus, minus], -1)
         intensity = coefficients.sum(-1, keepdim=True)
         shares = coefficients / intensity.where(intensity > 0, torch.ones_like(intensity))
@@ -204,6 +242,35 @@ class TiedKernelFFN(ConstrainedParameters):
             intensity=intensity.squeeze(-1),
             names=(*(f"{unit}+" for unit in units), *(f"{unit}-" for unit in units)),
         )
+
+    def _signed_coefficients(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """What multiplies v_i and what multiplies −v_i, (..., units) each, both nonnegative.
+
+        A unit that a sparse map keeps is one kernel, of all its pieces: it writes one of the two.
+        """
+        if self.config.settings.sparse:
+            kept = self.keep_loudest(self.mix_scores(scores))
+            return kept.clamp_min(0), (-kept).clamp_min(0)
+
+        amount = self.get_piece_tensor("amount")
+        writes = self._sum_pieces(scores, amount.clamp_min(0))
+        writes_against = self._sum_pieces(scores, (-amount).clamp_min(0))
+        factor = self._factor(scores)
+        if factor is None:
+            return writes, writes_against
+        along = factor.clamp_min(0)
+        against = (-factor).clamp_min(0)
+        plus = writes * along + writes_against * against
+        minus = writes * against + writes_against * along
+        return plus, minus
+
+    def _require_whole(self, purpose: str) -> None:
+        """InputError where this process has only some of the units."""
+        if self._units_are_split():
+            raise InputError(
+                f"found a readout whose units are spread over processes and that {purpose}, "
+                "expected all units in one: load the model without tensor parallelism"
+            )
 
     def get_piece_tensor(self, name: str) -> Tensor:
         """(pieces, units) one of ``pieces``, float32 at least; of this process's units, where

@@ -27,8 +27,9 @@ def convert_ffn(
 ) -> tuple[AnyKernelFFN, dict[str, Any]]:
     """Make the readout, in float32, for the FFN ``stock`` of ``model``, and its figures.
 
-    Free rows are calibrated on what ``source`` reads, unless that is None; tied ones need no more
-    than the fit of their pieces.
+    Output prototypes of free rows, and of tied ones that are sparse, are calibrated on what
+    ``source`` reads, unless that is None. Dense tied rows need no more than the fit of their
+    pieces.
     """
     weights = read_stock_weights(model, stock)
     if source is None:
@@ -41,29 +42,39 @@ def convert_ffn(
     weights = weights._replace(**in_float32)
 
     ffn: AnyKernelFFN
-    figures: dict[str, Any] = {}
     if settings.rows == "tied":
         size = weights.up.shape[1]
         layer = make_layer_config(
             model, stock, settings, size=size, prototypes=len(weights.up), reference={}
         )
         ffn = make_tied_ffn(weights, layer, sample)
-        if source is not None:
-            figures = measure_fvu(ffn, stock, source.read(stock, "held_out"))
     else:
         ffn = _make_free_ffn(model, stock, settings, weights, sample)
-        if source is not None:
-            fitted = source.read(stock, "ridge")
-            held = source.read(stock, "held_out")
-            figures = calibrate_ffn(
-                ffn, stock, sample, fitted=fitted, held=held, temperature=settings.temperature
-            )
+    if settings.simplex == "threshold":
+        _fit_threshold(ffn, sample)
+
+    figures: dict[str, Any] = {}
+    if source is not None and (settings.rows == "free" or settings.sparse):
+        fitted = source.read(stock, "ridge")
+        held = source.read(stock, "held_out")
+        figures = calibrate_ffn(
+            ffn, stock, sample, fitted=fitted, held=held, temperature=settings.temperature
+        )
+    elif source is not None:
+        figures = measure_fvu(ffn, stock, source.read(stock, "held_out"))
     return ffn, {
         "prototypes": ffn.config.prototypes,
         "parameters": sum(parameter.numel() for parameter in ffn.parameters()),
         "reference": dict(ffn.config.reference),
         **figures,
     }
+
+
+def _fit_threshold(ffn: AnyKernelFFN, sample: Tensor) -> None:
+    """Make the threshold that keeps ``top_k`` prototypes over ``sample`` the reference."""
+    ffn.fit_threshold(sample)
+    ffn.set_reference("threshold", math.exp(ffn.log_threshold().item()))
+    ffn.threshold_log_ratio.zero_()
 
 
 def _make_free_ffn(
@@ -80,7 +91,7 @@ def _make_free_ffn(
     if not settings.coefficients_are_kernel:
         reference["temperature"] = settings.temperature or 1.0
     if settings.simplex == "threshold":
-        reference["threshold"] = 1.0  # found below
+        reference["threshold"] = 1.0  # found by _fit_threshold
 
     up_rows = None
     up_bias = None
@@ -103,10 +114,6 @@ def _make_free_ffn(
         up_bias=up_bias,
         gate_bias=initial_gate_bias(),
     ).requires_grad_(False)
-    if settings.simplex == "threshold":
-        ffn.fit_threshold(sample)
-        ffn.set_reference("threshold", math.exp(ffn.log_threshold().item()))
-        ffn.threshold_log_ratio.zero_()
     return ffn
 
 

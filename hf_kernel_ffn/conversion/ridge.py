@@ -2,6 +2,7 @@
 
 The output prototypes are solved for anew by ridge regression toward where they start, the scaled
 columns of W_out. The strength of the pull is chosen on tokens that the solution has not seen.
+A spike token counts as one whose output is as long as an ordinary one may be.
 Tokens are seen batch by batch, and only sums over them are kept; under torch.distributed each
 process reads a share of them.
 """
@@ -16,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checkpoint_code.ffn import KernelFFN
+from ..checkpoint_code.tied import AnyKernelFFN
 from .calibration_set import is_distributed
+from .figures import SPIKE
 
 PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for the pull toward the initial dictionary, in units of a prototype's mean squared
@@ -49,10 +52,16 @@ class Moments:
         self.cy = torch.zeros(prototypes + 1, size, device=device)
         self.yy = 0.0
 
-    def add(self, coefficients: Tensor, outputs: Tensor) -> None:
-        """Add tokens by ``coefficients`` (tokens, prototypes) and ``outputs`` (tokens, size)."""
-        extended = torch.cat([coefficients, coefficients.new_ones(len(coefficients), 1)], 1)
-        self.count += len(outputs)
+    def add(self, coefficients: Tensor, outputs: Tensor, longest: float = torch.inf) -> None:
+        """Add tokens by ``coefficients`` (tokens, prototypes) and ``outputs`` (tokens, size).
+
+        Where an output is longer than ``longest``, the token's errors are scaled down as if its
+        output were that long.
+        """
+        shrink = (longest / outputs.norm(dim=-1, keepdim=True)).clamp_max(1)
+        outputs = outputs * shrink
+        extended = torch.cat([coefficients * shrink, shrink], 1)
+        self.count += shrink.square().sum().item()
         self.cc.addmm_(extended.T, extended)
         self.cy.addmm_(extended.T, outputs)
         self.yy += outputs.double().square().sum().item()
@@ -93,7 +102,7 @@ class Moments:
 
 @torch.no_grad()
 def calibrate_ffn(
-    ffn: KernelFFN,
+    ffn: AnyKernelFFN,
     teacher: Callable[[Tensor], Tensor],
     sample: Tensor,
     *,
@@ -122,12 +131,13 @@ def calibrate_ffn(
     bias = ffn.output_prototypes.bias
     start = torch.cat([weight.T, bias[None]])
     temperatures: list[float | None] = [None]
-    if "temperature" in ffn.log_ratio and temperature is None:
+    if isinstance(ffn, KernelFFN) and "temperature" in ffn.log_ratio and temperature is None:
         spread = _log_kernel_spread(ffn, sample)
         temperatures = [share * spread for share in TEMPERATURES]
 
-    fitted_moments = _gather_moments(ffn, teacher, fitted, temperatures)
-    held_moments = _gather_moments(ffn, teacher, held, temperatures)
+    longest = SPIKE * teacher(sample).float().norm(dim=-1).median().item()
+    fitted_moments = _gather_moments(ffn, teacher, fitted, temperatures, longest)
+    held_moments = _gather_moments(ffn, teacher, held, temperatures, longest)
     if not (fitted_moments[0].count and held_moments[0].count):
         typical = temperatures[len(temperatures) // 2]
         if typical is not None:
@@ -183,15 +193,16 @@ def _solve_for_pulls(
 
 
 def _gather_moments(
-    ffn: KernelFFN,
+    ffn: AnyKernelFFN,
     teacher: Callable[[Tensor], Tensor],
     batches: Iterable[Tensor],
     temperatures: Sequence[float | None],
+    longest: float,
 ) -> list[Moments]:
     """The moments for every temperature, gathered side by side: inputs are seen once."""
+    device = ffn.output_prototypes.weight.device
     all_moments = [
-        Moments(ffn.config.prototypes, ffn.config.hidden_size, ffn.units.device)
-        for _ in temperatures
+        Moments(ffn.config.prototypes, ffn.config.hidden_size, device) for _ in temperatures
     ]
     for batch in batches:
         for chunk in batch.split(CHUNK):
@@ -199,7 +210,7 @@ def _gather_moments(
             for moments, temperature in zip(all_moments, temperatures, strict=True):
                 if temperature is not None:
                     ffn.set_reference("temperature", temperature)
-                moments.add(ffn.coefficients(chunk.float()), outputs)
+                moments.add(ffn.coefficients(chunk.float()), outputs, longest)
     for moments in all_moments:
         moments.all_reduce()
     return all_moments

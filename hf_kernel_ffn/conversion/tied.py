@@ -24,6 +24,8 @@ def make_tied_ffn(weights: FFNWeights, config: LayerConfig, inputs: Tensor) -> T
     reference = {**fitted.parameters, "scale": fitted.scale}
     if fitted.far is not None and get_kernel(config.settings.kernel).uses_knot:
         reference["far"] = fitted.far
+    if config.settings.simplex == "threshold":
+        reference["threshold"] = 1.0  # found on the sample
     pieces = {name: value for name, value in fitted.pieces._asdict().items() if value is not None}
     return TiedKernelFFN.from_pieces(
         replace(config, reference=reference, gated=gated, prototypes=len(weights.down)),

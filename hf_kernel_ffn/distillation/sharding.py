@@ -31,8 +31,7 @@ def shard(ffns: Iterable[nn.Module], device: torch.device, reshard: bool) -> Non
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for ffn in ffns:
         fully_shard(ffn, mesh=mesh, reshard_after_forward=reshard)
-        if hasattr(ffn, "fit_threshold"):  # tied rows have no thresholds
-            register_fsdp_forward_method(ffn, "fit_threshold")
+        register_fsdp_forward_method(ffn, "fit_threshold")
 
 
 def gather_full(tensor: Tensor) -> Tensor:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.parameters import to_at_least_float32
 from ..checkpoint_code.tied import AnyKernelFFN
 from .collectives import count_processes, mean_over_processes, sum_over_processes
@@ -107,12 +105,11 @@ class Watch:
         for path, ffn in self.ffns.items():
             if ffn.config.settings.simplex != "threshold":
                 continue
-            readout = cast(KernelFFN, ffn)  # tied rows have no threshold
             samples = self.inputs.pop(path, {})
             if samples:
                 tokens = torch.cat([samples[number] for number in sorted(samples)])
-                readout.fit_threshold(tokens, max(RATE, 1 / (step + 1)))
-            reduce(readout.threshold_log_ratio)
+                ffn.fit_threshold(tokens, max(RATE, 1 / (step + 1)))
+            reduce(ffn.threshold_log_ratio)
 
     def _see_input(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -182,7 +182,9 @@ def move_to_clusters(
             place_at_centroids(ffn, fitted, stock(fitted).float(), seed)
             sample = read_fit_sample(teacher, path, ids)
             temperature = ffn.config.settings.temperature
-            figures = calibrate_ffn(ffn, stock, sample, [fitted], [held], temperature)
+            figures = calibrate_ffn(
+                ffn, stock, sample, fitted=[fitted], held=[held], temperature=temperature
+            )
         fvus.append(figures["fvu"])
     return fvus
 

@@ -70,11 +70,17 @@ def make_tied_form(ffn: TiedKernelFFN, inputs: Tensor) -> tuple[Form, list[Rows]
         rows.append(_read_rows(ffn.value_proj, inputs))
     square = inputs.square().sum(-1, keepdim=True)
 
-    def mix(first: Tensor, second: Tensor | None = None) -> Tensor:
-        return ffn.mix_scores(Scores(first, second, square))
+    held = [LENGTH] if ffn.kernel.uses_distance else []
+    kept: Tensor | None = None
+    if ffn.config.settings.sparse:
+        held.append(SUPPORT)
+        kept = ffn.coefficients(inputs) != 0
 
-    held = (LENGTH,) if ffn.kernel.uses_distance else ()
-    return Form(mix, held), rows
+    def mix(first: Tensor, second: Tensor | None = None) -> Tensor:
+        coefficients = ffn.mix_scores(Scores(first, second, square))
+        return coefficients if kept is None else coefficients * kept
+
+    return Form(mix, tuple(held)), rows
 
 
 def make_free_form(ffn: KernelFFN, inputs: Tensor, record: Readout) -> tuple[Form, list[Rows]]:
