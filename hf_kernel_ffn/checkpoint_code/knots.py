@@ -30,6 +30,21 @@ if TYPE_CHECKING:
 BROWNIAN = get_kernel("brownian")
 
 
+class Bounds(NamedTuple):
+    """What c of a few tokens is made of: a sum of clamped g, and a clamped u."""
+
+    low: Tensor
+    """(pieces, units) min(0, k), where the clamp of g begins."""
+    high: Tensor
+    """(pieces, units) max(0, k), where it ends."""
+    signed: Tensor
+    """(pieces, units) a with the sign of k; 0 where k is 0."""
+    least: Tensor | None
+    """(1,) −far; None where coefficients are not multiplied by u."""
+    most: Tensor | None
+    """(1,) far."""
+
+
 class Knots(NamedTuple):
     """The numbers of a layer's pieces, in float32 at least."""
 
@@ -39,6 +54,8 @@ class Knots(NamedTuple):
     """(pieces, units) a, the layer's scale included."""
     far: float | None
     """Where u is clamped; None where coefficients are not multiplied by it."""
+    bounds: Bounds | None = None
+    """What follows from the others, where it has been made; see :func:`make_bounds`."""
 
 
 class KnotGradients(NamedTuple):
@@ -83,6 +100,17 @@ class KnotStep(Protocol):
             of_pieces: whether those of the pieces are wanted.
         """
         ...
+
+
+def make_bounds(knot: Tensor, amount: Tensor, far: float | None) -> Bounds:
+    """The bounds of the pieces ``knot`` and ``amount`` (pieces, units), the scale included."""
+    least = None
+    most = None
+    if far is not None:
+        # Tensors, not numbers: u is then clamped in their dtype, not in its own.
+        least = knot.new_full((1,), -far)
+        most = knot.new_full((1,), far)
+    return Bounds(knot.clamp_max(0), knot.clamp_min(0), amount * knot.sign(), least, most)
 
 
 def sum_knots(gate: Tensor, knot: Tensor, amount: Tensor) -> Tensor:
@@ -153,19 +181,18 @@ def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tens
     Where the output prototypes are a plain linear module, c is not kept for their gradient.
     """
     gate = ffn.input_prototypes(hidden_states)
-    up = None
-    far = None
-    if ffn.multiplies_by_up:
-        up = ffn.value_proj(hidden_states)
-        far = ffn.config.reference["far"]
+    up = ffn.value_proj(hidden_states) if ffn.multiplies_by_up else None
+    output = ffn.output_prototypes
+    is_compiling = torch.compiler.is_compiling()
+    if not (is_compiling or torch.is_grad_enabled()):
+        return output(_apply(step, gate, up, ffn.kept_knots.get(ffn)))
+
+    far = None if up is None else ffn.config.reference["far"]
     knot = ffn.get_piece_tensor("knot")
     amount = ffn.get_piece_tensor("amount") * ffn.positive("scale")
-
-    output = ffn.output_prototypes
-    if torch.compiler.is_compiling():
+    if is_compiling:
         return output(_CompiledKnots.apply(gate, up, knot, amount, far, step))
-    if not torch.is_grad_enabled():
-        return output(_apply(step, gate, up, Knots(knot, amount, far)))
+    ffn.kept_knots.forget()
     if is_plain(output):
         return _KnotReadout.apply(gate, up, knot, amount, output.weight, output.bias, far, step)  # type: ignore[no-any-return]
     return output(_KnotReadout.apply(gate, up, knot, amount, None, None, far, step))

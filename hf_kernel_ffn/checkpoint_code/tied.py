@@ -24,8 +24,8 @@ This file travels inside converted checkpoints: it imports nothing but torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
 from .ffn import ACTIVATION_BYTES, KernelFFN
+from .kept_knots import KeptKnots
 from .kernels import Kernel, get_kernel
 from .knot_blocks import BLOCKS
-from .knots import mix_knots
+from .knots import KnotStep, mix_knots
 from .layer_config import LayerConfig
 from .linears import get_effective_weight
 from .parameters import ConstrainedParameters, fill_linear, to_at_least_float32
@@ -91,6 +92,8 @@ class TiedKernelFFN(ConstrainedParameters):
         self.activation_bytes = ACTIVATION_BYTES
         self.fused: FusedKernels | None = None
         """Triton kernels that may serve this layer, put here by hf_kernel_ffn.gpu.fused.fuse()."""
+        self.kept_knots = KeptKnots()
+        """What calls without gradients reuse while the weights are the same."""
 
         size = config.hidden_size
         units = config.prototypes
@@ -145,15 +148,31 @@ class TiedKernelFFN(ConstrainedParameters):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) to (..., hidden_size), in the dtype of the input."""
         form = choose_tied_form(self, hidden_states).form
+        if form is Form.PLAIN:
+            return self.dropout(self._mix_plainly(hidden_states))
+        step: KnotStep = BLOCKS
         if form is Form.FUSED and self.fused is not None:
-            return self.dropout(mix_knots(self, hidden_states, self.fused.knot_step()))
-        if form is Form.ONE_PASS:
-            return self.dropout(mix_knots(self, hidden_states, BLOCKS))
+            step = self.fused.knot_step()
+        output = mix_knots(self, hidden_states, step)
+        return self.dropout(output) if self.training else output
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as nn.Module does; what was kept for evaluation is dropped."""
+        self.kept_knots.forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to()`` and its like call: what was kept is of the old device and dtype."""
+        self.kept_knots.forget()
+        return super()._apply(fn, recurse)
+
+    def _mix_plainly(self, hidden_states: Tensor) -> Tensor:
+        """The output (..., hidden_size) before its dropout, by its definition."""
 
         coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
         hidden_dropout = self.config.hidden_dropout
         coefficients = nn.functional.dropout(coefficients, hidden_dropout, self.training)
-        return self.dropout(self.output_prototypes(coefficients))
+        return self.output_prototypes(coefficients)
 
     def coefficients(self, hidden_states: Tensor) -> Tensor:
         """c (..., units), float32 at least, of either sign: what multiplies
