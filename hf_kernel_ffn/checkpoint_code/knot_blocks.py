@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .knots import KnotGradients, Knots, differentiate_knots
+from .knots import Bounds, KnotGradients, Knots, differentiate_knots, make_bounds
 
 FORWARD_NUMBERS = 2**17
 """Coefficients that are worked on at once on a CPU, so that they stay in its cache."""
@@ -88,15 +88,22 @@ class BlockStep:
 
 
 def _mix_few(gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
-    """c of few tokens, shape and dtype of ``gate``."""
-    knot = knots.knot
-    signed = knots.amount * knot.sign()
-    score = gate.to(knot.dtype)[:, None]
-    clamped = torch.clamp(score, knot.clamp_max(0), knot.clamp_min(0))
-    total = clamped.mul_(signed).sum(1)
-    if up is not None and knots.far is not None:
-        total.mul_(up.to(knot.dtype).clamp(-knots.far, knots.far))
-    return total.to(gate.dtype)
+    """c of few tokens, shape and dtype of ``gate``.
+
+    Operations take g and u in their own dtype and compute in that of the pieces.
+    """
+    bounds = _get_bounds(knots)
+    clamped = torch.clamp(gate[:, None], bounds.low, bounds.high)
+    total = clamped.mul_(bounds.signed).sum(1)
+    if up is None or bounds.least is None:
+        return total.to(gate.dtype)
+    factor = torch.clamp(up, bounds.least, bounds.most)
+    return torch.mul(total, factor, out=torch.empty_like(gate))
+
+
+def _get_bounds(knots: Knots) -> Bounds:
+    """The bounds of ``knots``, made if they are not there."""
+    return knots.bounds or make_bounds(knots.knot, knots.amount, knots.far)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
@@ -119,9 +126,9 @@ class _Pieces:
     """Of every piece (units,): where its clamp begins and ends, and its amount on g's side."""
 
     def __init__(self, knots: Knots):
-        knot = knots.knot
-        self.signed = knots.amount * knot.sign()
-        numbers = (knot.clamp_max(0), knot.clamp_min(0), self.signed)
+        bounds = _get_bounds(knots)
+        self.signed = bounds.signed
+        numbers = (bounds.low, bounds.high, bounds.signed)
         self.rows = list(zip(*(number.unbind() for number in numbers), strict=True))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -30,6 +30,21 @@ if TYPE_CHECKING:
 BROWNIAN = get_kernel("brownian")
 
 
+class Bounds(NamedTuple):
+    """What c of a few tokens is made of: a sum of clamped g, and a clamped u."""
+
+    low: Tensor
+    """(pieces, units) min(0, k), where the clamp of g begins."""
+    high: Tensor
+    """(pieces, units) max(0, k), where it ends."""
+    signed: Tensor
+    """(pieces, units) a with the sign of k; 0 where k is 0."""
+    least: Tensor | None
+    """(1,) −far; None where coefficients are not multiplied by u."""
+    most: Tensor | None
+    """(1,) far."""
+
+
 class Knots(NamedTuple):
     """The numbers of a layer's pieces, in float32 at least."""
 
@@ -39,6 +54,8 @@ class Knots(NamedTuple):
     """(pieces, units) a, the layer's scale included."""
     far: float | None
     """Where u is clamped; None where coefficients are not multiplied by it."""
+    bounds: Bounds | None = None
+    """What follows from the others, where it has been made; see :func:`make_bounds`."""
 
 
 class KnotGradients(NamedTuple):
@@ -83,6 +100,17 @@ class KnotStep(Protocol):
             of_pieces: whether those of the pieces are wanted.
         """
         ...
+
+
+def make_bounds(knot: Tensor, amount: Tensor, far: float | None) -> Bounds:
+    """The bounds of the pieces ``knot`` and ``amount`` (pieces, units), the scale included."""
+    least = None
+    most = None
+    if far is not None:
+        # Tensors, not numbers: u is then clamped in their dtype, not in its own.
+        least = knot.new_full((1,), -far)
+        most = knot.new_full((1,), far)
+    return Bounds(knot.clamp_max(0), knot.clamp_min(0), amount * knot.sign(), least, most)
 
 
 def sum_knots(gate: Tensor, knot: Tensor, amount: Tensor) -> Tensor:
@@ -152,20 +180,27 @@ def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tens
 
     Where the output prototypes are a plain linear module, c is not kept for their gradient.
     """
-    scores = _read_scores(ffn, hidden_states)
     output = ffn.output_prototypes
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain(output):
-        return _KnotReadout.apply(*scores[:4], output.weight, output.bias, scores.far, step)  # type: ignore[no-any-return]
-    return output(_mix(scores, step))
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain(output):
+        return output(mix_knot_coefficients(ffn, hidden_states, step))
+    scores = _read_scores(ffn, hidden_states)
+    return _KnotReadout.apply(*scores[:4], output.weight, output.bias, scores.far, step)  # type: ignore[no-any-return]
 
 
 def mix_knot_coefficients(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tensor:
     """c (..., units) of all units, in the dtype of the scores; see :func:`mix_knots`."""
-    return _mix(_read_scores(ffn, hidden_states), step)
+    if torch.compiler.is_compiling():
+        return _CompiledKnots.apply(*_read_scores(ffn, hidden_states), step)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled():
+        scores = _read_scores(ffn, hidden_states)
+        return _KnotReadout.apply(*scores[:4], None, None, scores.far, step)  # type: ignore[no-any-return]
+    gate = ffn.input_prototypes(hidden_states)
+    up = ffn.value_proj(hidden_states) if ffn.multiplies_by_up else None
+    return _apply(step, gate, up, ffn.kept_knots.get(ffn))
 
 
 class _KnotScores(NamedTuple):
-    """What a step works on."""
+    """What a step with gradients works on."""
 
     gate: Tensor
     up: Tensor | None
@@ -176,24 +211,13 @@ class _KnotScores(NamedTuple):
 
 def _read_scores(ffn: TiedKernelFFN, hidden_states: Tensor) -> _KnotScores:
     gate = ffn.input_prototypes(hidden_states)
-    up = None
-    far = None
-    if ffn.multiplies_by_up:
-        up = ffn.value_proj(hidden_states)
-        far = ffn.config.reference["far"]
+    up = ffn.value_proj(hidden_states) if ffn.multiplies_by_up else None
+    far = None if up is None else ffn.config.reference["far"]
     knot = ffn.get_piece_tensor("knot")
     amount = ffn.get_piece_tensor("amount") * ffn.positive("scale")
+    if not torch.compiler.is_compiling():
+        ffn.kept_knots.forget()
     return _KnotScores(gate, up, knot, amount, far)
-
-
-def _mix(scores: _KnotScores, step: KnotStep) -> Tensor:
-    """c (..., units), in the dtype of the scores."""
-    if torch.compiler.is_compiling():
-        return _CompiledKnots.apply(*scores, step)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled():
-        return _KnotReadout.apply(*scores[:4], None, None, scores.far, step)  # type: ignore[no-any-return]
-    gate, up, knot, amount, far = scores
-    return _apply(step, gate, up, Knots(knot, amount, far))
 
 
 def _apply(step: KnotStep, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:

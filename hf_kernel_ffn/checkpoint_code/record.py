@@ -11,7 +11,10 @@ from .layer_config import LayerConfig
 
 
 class Readout(NamedTuple):
-    """What one FFN or attention head wrote: ``output() = coefficients @ dictionary + bias``."""
+    """What one FFN or attention head wrote.
+
+    ``output() = coefficients @ dictionary + bias``, and ``skip`` where there is one.
+    """
 
     coefficients: Tensor
     """(..., prototypes). A kernel readout with fixed values has none below zero."""
@@ -31,11 +34,15 @@ class Readout(NamedTuple):
     """
     names: tuple[str, ...]
     """The dictionary rows by name."""
+    skip: Tensor | None = None
+    """(..., hidden_size) what a linear map of the input writes beside the mixture."""
 
     def output(self) -> Tensor:
         """(..., hidden_size): the FFN's output, as the record's own sum."""
         written = self.coefficients @ self.dictionary
-        return written if self.bias is None else written + self.bias
+        if self.bias is not None:
+            written = written + self.bias
+        return written if self.skip is None else written + self.skip
 
 
 @runtime_checkable

@@ -116,9 +116,17 @@ class KernelFFNConfig:
     """
     pieces: int | None = None
     """Kernels per unit where rows are tied. None: 8, or 7 where the FFN has no gate."""
+    skip: bool = False
+    """Write a linear map of the input beside the mixture, as skip transcoders do (tied rows).
+
+    It is fitted together with the output prototypes, and belongs to no prototype: what it writes is
+    told apart from the mixture.
+    """
 
     def __post_init__(self) -> None:
         require_one_of("rows", self.rows, ROWS)
+        if not isinstance(self.skip, bool):
+            raise InputError(f"found skip={self.skip!r}, expected true or false")
         self._choose_by_rows()
         require_one_of("simplex", self.simplex, SIMPLEX_MAPS)
         require_one_of("intensity", self.intensity, INTENSITIES)
@@ -168,6 +176,11 @@ class KernelFFNConfig:
                 raise InputError(
                     "found values 'product', init 'pieces' or a number of pieces with rows 'free', "
                     "expected rows 'tied' with them: set rows, or leave them out"
+                )
+            if self.skip:
+                raise InputError(
+                    "found skip with rows 'free', expected rows 'tied' with it: set rows, or leave "
+                    "it out"
                 )
             return
 
@@ -221,10 +234,12 @@ class KernelFFNConfig:
 
     @property
     def regime(self) -> str:
-        """convex, conic or linear: what may be said about the coefficients."""
+        """convex, conic or linear: what may be said about the coefficients; and ``+ linear`` where
+        a linear map is written beside them."""
         if self.values == "gated":
             return "linear"
-        return "convex" if self.intensity == "none" else "conic"
+        regime = "convex" if self.intensity == "none" else "conic"
+        return f"{regime} + linear" if self.skip else regime
 
 
 DEFAULT_SETTINGS = KernelFFNConfig(rows="tied")
@@ -248,7 +263,7 @@ def make_settings(fields: Mapping[str, Any]) -> KernelFFNConfig:
         return DEFAULT_SETTINGS
     if "rows" in fields:
         return KernelFFNConfig(**fields)
-    is_tied = "pieces" in fields or fields.get("values") == "product"
+    is_tied = "pieces" in fields or fields.get("values") == "product" or fields.get("skip")
     return KernelFFNConfig(**fields, rows="tied" if is_tied else "free")
 
 

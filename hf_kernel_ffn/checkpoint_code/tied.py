@@ -15,7 +15,8 @@ knot's side of zero, g_i·x with its bias. With values ``product``, u_i·x is cl
 piece is then a product of two Brownian covariances, between x and a point of the unit's plane at
 which g_i·x is the knot and u_i·x is ±far. So it is positive definite too.
 
-A sparse map keeps few units of a token whole, the loudest by |c_i|‖v_i‖, and nothing of the others.
+A sparse map keeps few units of a token whole, the loudest by |c_i|‖v_i‖, and nothing of the
+others. With ``skip``, a linear map A x of the input is written beside the mixture.
 
 The signs of the amounts a_ip and of u_i·x say whether a piece writes v_i or −v_i. Over the
 dictionary of all v_i and all −v_i the coefficients are sums of kernels, or of products of kernels
@@ -26,9 +27,8 @@ This file travels inside converted checkpoints: it imports nothing but torch.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,20 +36,18 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
 from .ffn import ACTIVATION_BYTES, KernelFFN
+from .kept_knots import KeptKnots
 from .kernels import Kernel, get_kernel
 from .knot_blocks import BLOCKS
-from .knots import mix_knot_coefficients, mix_knots
+from .knots import KnotStep, mix_knot_coefficients, mix_knots
 from .layer_config import LayerConfig
 from .linears import get_effective_weight
-from .parameters import ConstrainedParameters, fill_linear, to_at_least_float32
+from .parameters import fill_linear, to_at_least_float32
 from .plan import Form, FusedKernels, choose_tied_form
 from .record import Readout
 from .settings import PIECES
 from .shards import get_local, is_split, sum_gradient
-from .simplex import top_k_mask
-
-if TYPE_CHECKING:
-    from .knots import KnotStep
+from .sparse_units import SparseUnits
 
 CACHED_NUMBERS = 2**16
 """Scores that are worked on at once on a CPU: this many float32 numbers, several times over, fit
@@ -79,15 +77,16 @@ class Scores(NamedTuple):
             yield Scores(first, second, square)
 
 
-class TiedKernelFFN(ConstrainedParameters):
+class TiedKernelFFN(SparseUnits):
     """A readout with ``config.settings.pieces`` kernels per unit of the teacher, rows tied to the
     unit's own.
 
     Weights: ``input_prototypes`` (units, hidden_size) holds g with the teacher's bias;
     ``value_proj`` (units, hidden_size) u, in gated FFNs; ``output_prototypes`` (hidden_size, units)
     v, with b_out as its bias. ``pieces`` holds ``amount`` and ``alpha`` and ``shift``, and ``beta``
-    where values are fixed in a gated FFN, or ``knot`` alone; (pieces, units) each. ``log_ratio``
-    holds learned log-ratios to the layer's reference values.
+    where values are fixed in a gated FFN, or ``knot`` alone; (pieces, units) each. ``skip`` holds A
+    (hidden_size, hidden_size), where there is one. ``log_ratio`` holds learned log-ratios to the
+    layer's reference values.
     """
 
     def __init__(self, config: LayerConfig):
@@ -98,6 +97,8 @@ class TiedKernelFFN(ConstrainedParameters):
         self.activation_bytes = ACTIVATION_BYTES
         self.fused: FusedKernels | None = None
         """Triton kernels that may serve this layer, put here by hf_kernel_ffn.gpu.fused.fuse()."""
+        self.kept_knots = KeptKnots()
+        """What calls without gradients reuse while the weights are the same."""
 
         size = config.hidden_size
         units = config.prototypes
@@ -114,6 +115,8 @@ class TiedKernelFFN(ConstrainedParameters):
         self.log_ratio = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in learned})
         if settings.simplex == "threshold":
             self.register_buffer("threshold_log_ratio", torch.zeros(1))
+        if settings.skip:
+            self.skip = nn.Linear(size, size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
     @classmethod
@@ -151,6 +154,8 @@ class TiedKernelFFN(ConstrainedParameters):
             parameter.zero_()
         if config.settings.simplex == "threshold":
             ffn.threshold_log_ratio.zero_()
+        if config.settings.skip:
+            ffn.skip.weight.zero_()
         return ffn
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -161,58 +166,43 @@ class TiedKernelFFN(ConstrainedParameters):
             step = self.fused.knot_step()
         elif form is Form.ONE_PASS:
             step = BLOCKS
-        is_sparse = self.config.settings.sparse
-        if step is not None and not is_sparse:
-            return self.dropout(mix_knots(self, hidden_states, step))
 
-        if step is not None:
-            coefficients = self.keep_loudest(mix_knot_coefficients(self, hidden_states, step))
-        else:
+        if step is None:
             coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
+            output = self._read_out(coefficients)
+        elif self.config.settings.sparse:
+            every = mix_knot_coefficients(self, hidden_states, step)
+            output = self._read_out(self.keep_loudest(every))
+        else:
+            output = mix_knots(self, hidden_states, step)
+        if self.config.settings.skip:
+            output = output + self.skip(hidden_states)
+        return self.dropout(output) if self.training else output
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as nn.Module does; what was kept for evaluation is dropped."""
+        self.kept_knots.forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to()`` and its like call: what was kept is of the old device and dtype."""
+        self.kept_knots.forget()
+        return super()._apply(fn, recurse)
+
+    def _read_out(self, coefficients: Tensor) -> Tensor:
+        """The mixture (..., hidden_size) by its ``coefficients`` (..., units)."""
         hidden_dropout = self.config.hidden_dropout
-        coefficients = nn.functional.dropout(coefficients, hidden_dropout, self.training)
-        return self.dropout(self.output_prototypes(coefficients))
+        kept = nn.functional.dropout(coefficients, hidden_dropout, self.training)
+        return self.output_prototypes(kept)
 
     def coefficients(self, hidden_states: Tensor) -> Tensor:
         """c (..., units), float32 at least, of either sign: what multiplies
         ``output_prototypes``; zero where a sparse map does not keep a unit."""
-        return self.keep_loudest(self.mix_scores(self.score(hidden_states)))
+        return self.keep_loudest(self.coefficients_of_all(hidden_states))
 
-    def keep_loudest(self, coefficients: Tensor) -> Tensor:
-        """``coefficients`` (..., units), zero where a sparse map does not keep the unit."""
-        settings = self.config.settings
-        if not settings.sparse:
-            return coefficients
-        loudness = self._measure_loudness(coefficients)
-        if settings.simplex == "threshold":
-            return coefficients * (loudness >= self.threshold())
-        self._require_whole("keeps a number of units per token")
-        return coefficients * top_k_mask(loudness, settings.top_k or 0)
-
-    def _measure_loudness(self, coefficients: Tensor) -> Tensor:
-        """|c_i|‖v_i‖ (..., units), float32 at least, without gradients."""
-        weight, _ = get_effective_weight(self.output_prototypes, coefficients)
-        lengths = to_at_least_float32(weight.detach()).norm(dim=0)
-        return to_at_least_float32(coefficients.detach()).abs() * lengths
-
-    @torch.no_grad()
-    def fit_threshold(self, hidden_states: Tensor, rate: float = 1.0) -> None:
-        """Move the threshold toward where ``top_k`` units pass on average.
-
-        Args:
-            hidden_states: (..., hidden_size) tokens over which the average is taken.
-            rate: the share of the way, in its logarithm.
-        """
-        every = self.mix_scores(self.score(hidden_states))
-        loudness = self._measure_loudness(every).flatten(0, -2)
-        firing = int((loudness > 0).sum())
-        passing = min((self.config.settings.top_k or 0) * len(loudness), firing)
-        if not passing:
-            return
-        smallest = loudness.flatten().kthvalue(loudness.numel() - passing + 1).values
-        target = smallest.log() - math.log(self.config.reference["threshold"])
-        step = target.to(self.threshold_log_ratio.dtype) - self.threshold_log_ratio
-        self.threshold_log_ratio.add_(rate * step)
+    def coefficients_of_all(self, hidden_states: Tensor) -> Tensor:
+        """c (..., units), float32 at least, whatever a sparse map keeps."""
+        return self.mix_scores(self.score(hidden_states))
 
     def mix_scores(self, scores: Scores) -> Tensor:
         """c (..., units), float32 at least, of what the layer's rows say of its inputs: of all
@@ -227,7 +217,7 @@ class TiedKernelFFN(ConstrainedParameters):
         Raises:
             InputError: units are spread over processes.
         """
-        self._require_whole("is to be read")
+        self.require_whole("is to be read")
         plus, minus = self._signed_coefficients(self.score(hidden_states))
         coefficients = torch.cat([plus, minus], -1)
         intensity = coefficients.sum(-1, keepdim=True)
@@ -241,6 +231,7 @@ class TiedKernelFFN(ConstrainedParameters):
             shares=shares,
             intensity=intensity.squeeze(-1),
             names=(*(f"{unit}+" for unit in units), *(f"{unit}-" for unit in units)),
+            skip=self.skip(hidden_states) if self.config.settings.skip else None,
         )
 
     def _signed_coefficients(self, scores: Scores) -> tuple[Tensor, Tensor]:
@@ -264,7 +255,7 @@ class TiedKernelFFN(ConstrainedParameters):
         minus = writes * against + writes_against * along
         return plus, minus
 
-    def _require_whole(self, purpose: str) -> None:
+    def require_whole(self, purpose: str) -> None:
         """InputError where this process has only some of the units."""
         if self._units_are_split():
             raise InputError(

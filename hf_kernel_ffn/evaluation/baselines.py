@@ -147,20 +147,20 @@ class Transcoder(nn.Module):
         return y.view(hidden_states.shape)
 
     def readout(self, hidden_states: Tensor) -> Readout:
-        """The record; a skip connection stands in its bias, (..., hidden_size), as what is written
-        beside the dictionary."""
+        """The record; a skip connection is what is written beside the dictionary."""
         latents, indices, pre_activations = self.coder.encode(hidden_states.flatten(0, -2))
         coefficients = torch.zeros_like(pre_activations).scatter(-1, indices, latents)
-        bias = self.coder.b_dec
+        skip = None
         if self.coder.W_skip is not None:
-            bias = bias + hidden_states @ self.coder.W_skip.T
+            skip = hidden_states @ self.coder.W_skip.T
         return Readout(
             coefficients=coefficients.view(*hidden_states.shape[:-1], -1),
             dictionary=self.coder.W_dec,
-            bias=bias,
+            bias=self.coder.b_dec,
             shares=None,
             intensity=None,
             names=_number_names(self.config.prototypes),
+            skip=skip,
         )
 
 

@@ -58,16 +58,17 @@ def interleaved(
     for _ in range(repeats):
         for name, once in work.items():
             rounds[name].append(_time_calls(once, calls[name], now, device))
-    return {name: {**_quartiles(seconds), "rounds": seconds} for name, seconds in rounds.items()}
+    return {name: {**quartiles(seconds), "rounds": seconds} for name, seconds in rounds.items()}
 
 
 def ratio(times: Mapping[str, dict], name: str, against: str) -> dict[str, float]:
     """Divide the time of ``name`` by that of ``against``, round by round: median and quartiles."""
     pairs = zip(times[name]["rounds"], times[against]["rounds"], strict=True)
-    return _quartiles([seconds / others for seconds, others in pairs])
+    return quartiles([seconds / others for seconds, others in pairs])
 
 
-def _quartiles(values: list[float]) -> dict[str, float]:
+def quartiles(values: list[float]) -> dict[str, float]:
+    """The ``median`` of ``values``, and the quartiles ``low`` and ``high``."""
     if len(values) == 1:
         return {"median": values[0], "low": values[0], "high": values[0]}
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -1,0 +1,69 @@
+"""Which units a readout with tied rows keeps, where a sparse map keeps few of them.
+
+A unit is as loud at a token as what it writes is long: |c_i|‖v_i‖. ``top-k`` keeps the loudest of
+every token, ``threshold`` all that pass one value per layer.
+
+This file travels inside converted checkpoints: it imports nothing but torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .linears import get_effective_weight
+from .parameters import ConstrainedParameters, to_at_least_float32
+from .simplex import top_k_mask
+
+
+class SparseUnits(ConstrainedParameters):
+    """What a readout with tied rows does about loudness."""
+
+    output_prototypes: nn.Linear
+
+    def coefficients_of_all(self, hidden_states: Tensor) -> Tensor:
+        """c (..., units), whatever a sparse map keeps."""
+        raise NotImplementedError(f"{type(self).__name__} does not define its coefficients")
+
+    def keep_loudest(self, coefficients: Tensor) -> Tensor:
+        """``coefficients`` (..., units), zero where a sparse map does not keep the unit."""
+        settings = self.config.settings
+        if not settings.sparse:
+            return coefficients
+        loudness = self.measure_loudness(coefficients)
+        if settings.simplex == "threshold":
+            return coefficients * (loudness >= self.threshold())
+        self.require_whole("keeps a number of units per token")
+        return coefficients * top_k_mask(loudness, settings.top_k or 0)
+
+    def measure_loudness(self, coefficients: Tensor) -> Tensor:
+        """|c_i|‖v_i‖ (..., units), float32 at least, without gradients."""
+        weight, _ = get_effective_weight(self.output_prototypes, coefficients)
+        lengths = to_at_least_float32(weight.detach()).norm(dim=0)
+        return to_at_least_float32(coefficients.detach()).abs() * lengths
+
+    @torch.no_grad()
+    def fit_threshold(self, hidden_states: Tensor, rate: float = 1.0) -> None:
+        """Move the threshold toward where ``top_k`` units pass on average.
+
+        Args:
+            hidden_states: (..., hidden_size) tokens over which the average is taken.
+            rate: the share of the way, in its logarithm.
+        """
+        loudness = self.measure_loudness(self.coefficients_of_all(hidden_states)).flatten(0, -2)
+        firing = int((loudness > 0).sum())
+        asked_for = (self.config.settings.top_k or 0) * len(loudness)
+        passing = min(asked_for, firing)  # units that do not fire set no limit
+        if not passing:
+            return
+
+        smallest_passing = loudness.flatten().kthvalue(loudness.numel() - passing + 1).values
+        target = smallest_passing.log() - math.log(self.config.reference["threshold"])
+        step = target.to(self.threshold_log_ratio.dtype) - self.threshold_log_ratio
+        self.threshold_log_ratio.add_(rate * step)
+
+    def require_whole(self, purpose: str) -> None:
+        """InputError where this process has only some of the units."""
+        raise NotImplementedError(f"{type(self).__name__} does not say where its units are")
