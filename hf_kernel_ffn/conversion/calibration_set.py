@@ -91,7 +91,7 @@ class CalibrationSet:
 
 def fits_only_pieces(settings: Iterable[KernelFFNConfig]) -> bool:
     """Whether a conversion by ``settings``, one for each FFN, solves for no output prototypes."""
-    return all(each.rows == "tied" and not each.sparse for each in settings)
+    return all(each.rows == "tied" and not (each.sparse or each.skip) for each in settings)
 
 
 def choose_calibration(inputs: Inputs, tokens: int, *, only_pieces: bool) -> CalibrationSet:

@@ -22,6 +22,7 @@ from ..families.student import make_config_entry, make_student_from_entry
 from ..families.weights import is_finite, refuse_quantised_weights
 from ..progress import track_progress
 from ..text.inputs import Inputs
+from .allocation import allocate_top_k
 from .block_source import BlockSource
 from .calibration_set import (
     CALIBRATION_TOKENS,
@@ -67,6 +68,8 @@ def convert(
     calibration_ids: Inputs | None = None,
     calibration_tokens: int | None = None,
     copy: bool = False,
+    allocate: bool = False,
+    start: ConvertedModel | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[ConvertedModel, ConversionReport]:
@@ -88,6 +91,10 @@ def convert(
             made-up inputs. None: 16,384; where all rows are tied, 4,096 of the teacher's own.
         copy: own copies of the parameters that teacher and student have in common, instead of
             sharing their memory.
+        allocate: share the numbers of units that sparse maps keep out over the layers, by what
+            leaving a unit out costs (:func:`hf_kernel_ffn.conversion.allocation.allocate_top_k`).
+        start: a converted model with tied rows, whose pieces are taken instead of fitting them: for
+            other settings of what is read off them.
         seed: of the teacher's own tokens.
         progress: show a bar.
 
@@ -120,12 +127,36 @@ def convert(
         calibration = None
         if ids is not None:
             calibration = choose_calibration(ids, tokens, only_pieces=only_pieces)
+        if allocate:
+            settings = _allocate(teacher, chosen, settings, ids, seed, progress)
         kind = "own tokens" if calibration_ids is None else "text"
         report = start_report(teacher, calibration, kind)
         ffns = _convert_blocks(
-            teacher, chosen, settings, calibration=calibration, report=report, progress=progress
+            teacher,
+            chosen,
+            settings,
+            calibration=calibration,
+            report=report,
+            start=start,
+            progress=progress,
         )
     return _make_student(teacher, ffns, copy), report
+
+
+def _allocate(
+    teacher: PreTrainedModel,
+    chosen: Mapping[str, StockFFN],
+    settings: Mapping[str, KernelFFNConfig],
+    ids: Inputs | None,
+    seed: int,
+    progress: bool,
+) -> dict[str, KernelFFNConfig]:
+    """``settings`` with ``top_k`` shared out over layers; InputError without a calibration set."""
+    if ids is None:
+        raise InputError(
+            "found allocate with 0 calibration tokens, expected some: costs are measured on them"
+        )
+    return allocate_top_k(teacher, chosen, settings, ids, seed=seed, progress=progress)
 
 
 def _require_whole_and_finite(teacher: PreTrainedModel, progress: bool) -> None:
@@ -158,6 +189,7 @@ def _convert_blocks(
     *,
     calibration: CalibrationSet | None,
     report: ConversionReport,
+    start: ConvertedModel | None,
     progress: bool,
 ) -> dict[str, AnyKernelFFN]:
     """The readouts of all ``chosen`` FFNs by path, in their place in ``teacher``."""
@@ -168,7 +200,7 @@ def _convert_blocks(
         number = ffns[0].number
         if source is not None and number > 0:
             source.close_blocks(number - 1)
-        converted |= convert_block(teacher, ffns, settings, source, report)
+        converted |= convert_block(teacher, ffns, settings, source, report, start)
     return converted
 
 
@@ -220,6 +252,7 @@ def convert_block(
     settings: Mapping[str, KernelFFNConfig],
     source: BlockSource | None,
     report: ConversionReport,
+    start: ConvertedModel | None = None,
 ) -> dict[str, AnyKernelFFN]:
     """Make the readouts of one block's ``ffns``, and put them in their place in ``model``.
 
@@ -228,6 +261,7 @@ def convert_block(
     Args:
         settings: by FFN path.
         source: reads what comes to the FFNs; None: they are not calibrated.
+        start: whose pieces are taken; None: they are fitted.
 
     Returns:
         the readouts by path, in the model's dtype.
@@ -237,7 +271,10 @@ def convert_block(
     dtype = next(model.parameters()).dtype
     converted: dict[str, AnyKernelFFN] = {}
     for stock in ffns:
-        ffn, report.layers[stock.path] = convert_ffn(model, stock, settings[stock.path], source)
+        fitted = None if start is None else start.kernel_ffns()[stock.path]
+        ffn, report.layers[stock.path] = convert_ffn(
+            model, stock, settings[stock.path], source, fitted
+        )
         converted[stock.path] = ffn.to(dtype)
     for path, ffn in converted.items():
         install_ffn(model.base_model, path, ffn)

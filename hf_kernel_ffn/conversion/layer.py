@@ -23,13 +23,20 @@ from .tied import make_tied_ffn
 
 
 def convert_ffn(
-    model: PreTrainedModel, stock: StockFFN, settings: KernelFFNConfig, source: BlockSource | None
+    model: PreTrainedModel,
+    stock: StockFFN,
+    settings: KernelFFNConfig,
+    source: BlockSource | None,
+    start: AnyKernelFFN | None = None,
 ) -> tuple[AnyKernelFFN, dict[str, Any]]:
     """Make the readout, in float32, for the FFN ``stock`` of ``model``, and its figures.
 
     Output prototypes of free rows, and of tied ones that are sparse, are calibrated on what
     ``source`` reads, unless that is None. Dense tied rows need no more than the fit of their
-    pieces.
+    pieces, which are those of ``start`` where that is given.
+
+    Raises:
+        InputError: ``start`` has pieces of other settings.
     """
     weights = read_stock_weights(model, stock)
     if source is None:
@@ -47,19 +54,23 @@ def convert_ffn(
         layer = make_layer_config(
             model, stock, settings, size=size, prototypes=len(weights.up), reference={}
         )
-        ffn = make_tied_ffn(weights, layer, sample)
+        ffn = make_tied_ffn(weights, layer, sample, start)
     else:
         ffn = _make_free_ffn(model, stock, settings, weights, sample)
     if settings.simplex == "threshold":
         _fit_threshold(ffn, sample)
 
     figures: dict[str, Any] = {}
-    if source is not None and (settings.rows == "free" or settings.sparse):
+    if source is not None and (settings.rows == "free" or settings.sparse or settings.skip):
         fitted = source.read(stock, "ridge")
         held = source.read(stock, "held_out")
         figures = calibrate_ffn(
             ffn, stock, sample, fitted=fitted, held=held, temperature=settings.temperature
         )
+        if settings.rows == "tied":
+            figures |= measure_fvu(ffn, stock, source.read(stock, "held_out"))
+        if settings.rows == "tied" and settings.simplex == "threshold":
+            _fit_threshold(ffn, sample)  # units are louder or quieter by their new outputs
     elif source is not None:
         figures = measure_fvu(ffn, stock, source.read(stock, "held_out"))
     return ffn, {

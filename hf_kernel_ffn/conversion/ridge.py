@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checkpoint_code.ffn import KernelFFN
-from ..checkpoint_code.tied import AnyKernelFFN
+from ..checkpoint_code.tied import AnyKernelFFN, TiedKernelFFN
 from .calibration_set import is_distributed
 from .figures import SPIKE
 
@@ -112,6 +112,8 @@ def calibrate_ffn(
 ) -> dict[str, float | None]:
     """Fit the output prototypes and output bias of ``ffn`` (float32) to ``teacher``, in place.
 
+    The linear map of a layer with ``skip`` is fitted with them, pulled to zero.
+
     Args:
         sample: (tokens, hidden_size) inputs, the same on every process, whose spread gives the
             candidates for the temperature.
@@ -130,6 +132,8 @@ def calibrate_ffn(
     weight = ffn.output_prototypes.weight
     bias = ffn.output_prototypes.bias
     start = torch.cat([weight.T, bias[None]])
+    if ffn.config.settings.skip:
+        start = torch.cat([weight.T, weight.new_zeros(len(weight), len(weight)), bias[None]])
     temperatures: list[float | None] = [None]
     if isinstance(ffn, KernelFFN) and "temperature" in ffn.log_ratio and temperature is None:
         spread = _log_kernel_spread(ffn, sample)
@@ -153,13 +157,16 @@ def calibrate_ffn(
 
     if best.temperature is not None:
         ffn.set_reference("temperature", best.temperature)
-    weight.copy_(best.dictionary[:-1].T)
+    prototypes = weight.shape[1]
+    weight.copy_(best.dictionary[:prototypes].T)
     bias.copy_(best.dictionary[-1])
+    if isinstance(ffn, TiedKernelFFN) and ffn.config.settings.skip:
+        ffn.skip.weight.copy_(best.dictionary[prototypes:-1].T)
     return {
         "fvu_start": best.error_start,
         "fvu": best.error,
         "pull": best.pull,
-        "dictionary_growth": (weight.norm() / best.start[:-1].norm()).item(),
+        "dictionary_growth": (weight.norm() / best.start[:prototypes].norm()).item(),
     }
 
 
@@ -200,17 +207,20 @@ def _gather_moments(
     longest: float,
 ) -> list[Moments]:
     """The moments for every temperature, gathered side by side: inputs are seen once."""
+    size = ffn.config.hidden_size
+    features = ffn.config.prototypes + (size if ffn.config.settings.skip else 0)
     device = ffn.output_prototypes.weight.device
-    all_moments = [
-        Moments(ffn.config.prototypes, ffn.config.hidden_size, device) for _ in temperatures
-    ]
+    all_moments = [Moments(features, size, device) for _ in temperatures]
     for batch in batches:
         for chunk in batch.split(CHUNK):
             outputs = teacher(chunk).float()
             for moments, temperature in zip(all_moments, temperatures, strict=True):
                 if temperature is not None:
                     ffn.set_reference("temperature", temperature)
-                moments.add(ffn.coefficients(chunk.float()), outputs, longest)
+                coefficients = ffn.coefficients(chunk.float())
+                if ffn.config.settings.skip:
+                    coefficients = torch.cat([coefficients, chunk.float()], 1)
+                moments.add(coefficients, outputs, longest)
     for moments in all_moments:
         moments.all_reduce()
     return all_moments
