@@ -14,6 +14,7 @@ from .tables import print_conversion
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..families.student import ConvertedModel
     from ..text.inputs import Inputs
     from ..text.text_format import TextFormat
 
@@ -59,6 +60,22 @@ def convert(
     ] = None,
     top_k: Annotated[
         Optional[int], typer.Option(help="prototypes kept by top-k, by threshold on average")
+    ] = None,
+    skip: Annotated[
+        bool,
+        typer.Option("--skip", help="write a linear map beside the mixture (tied rows)"),
+    ] = False,
+    allocate: Annotated[
+        bool,
+        typer.Option(
+            "--allocate",
+            help="share the units that a sparse map keeps out over layers, by what leaving one "
+            "out costs",
+        ),
+    ] = False,
+    start: Annotated[
+        Optional[str],
+        typer.Option(help="converted model with tied rows whose pieces are taken, not fitted"),
     ] = None,
     intensity: Annotated[
         Optional[str], typer.Option(help="none, mass or gate  [default: mass]")
@@ -134,6 +151,11 @@ def convert(
     require_empty(out_dir)
     if stream and device != "cpu":
         raise InputError(f"found --stream with device {device!r}, expected cpu: it computes there")
+    if stream and (allocate or start is not None):
+        raise InputError(
+            "found --stream with --allocate or --start, expected neither: they need a whole model "
+            "in memory; leave them out"
+        )
     text_format = make_text_format(chat, bos, text_field)
     _check_calibration_options(calibration_text, calibration_tokens, text_format)
     fields = {
@@ -143,6 +165,7 @@ def convert(
         "values": values,
         "simplex": simplex,
         "top_k": top_k,
+        "skip": skip or None,
         "intensity": intensity,
         "init": init,
         "expansion": expansion,
@@ -182,6 +205,8 @@ def convert(
             **options,
         )
     else:
+        options["start"] = _load_start(start, teacher, dtype, device, trust_remote_code)
+        options["allocate"] = allocate
         student, report = conversion.convert(teacher, settings, layers, seed=seed, **options)
         with new_folder(out_dir) as folder:
             save_converted(student, model, folder, place=out_dir, conversion=report.to_dict())
@@ -190,6 +215,24 @@ def convert(
         f"calibrated on {report.calibration_tokens:,} tokens ({report.calibration}); "
         f"saved in {out_dir}"
     )
+
+
+def _load_start(
+    start: str | None,
+    teacher: PreTrainedModel,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+) -> ConvertedModel | None:
+    """The model whose pieces are taken; InputError if it was not made of one like ``teacher``."""
+    from ..families.student import check_pair
+    from ..storage.loading import load_student
+
+    if start is None:
+        return None
+    student = load_student(start, dtype, device, trust_remote_code)
+    check_pair(student, teacher)
+    return student
 
 
 def _check_calibration_options(

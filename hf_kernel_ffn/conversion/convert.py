@@ -271,14 +271,26 @@ def convert_block(
     dtype = next(model.parameters()).dtype
     converted: dict[str, AnyKernelFFN] = {}
     for stock in ffns:
-        fitted = None if start is None else start.kernel_ffns()[stock.path]
         ffn, report.layers[stock.path] = convert_ffn(
-            model, stock, settings[stock.path], source, fitted
+            model, stock, settings[stock.path], source, _find_start(start, stock.path)
         )
         converted[stock.path] = ffn.to(dtype)
     for path, ffn in converted.items():
         install_ffn(model.base_model, path, ffn)
     return converted
+
+
+def _find_start(start: ConvertedModel | None, path: str) -> AnyKernelFFN | None:
+    """The readout of ``start`` at ``path``; InputError if that is no converted FFN there."""
+    if start is None:
+        return None
+    ffn = start.kernel_ffns().get(path)
+    if ffn is None:
+        raise InputError(
+            f"found no readout at {path} in the model to start from, expected one for every layer "
+            "that is converted: choose layers by it, or leave start out"
+        )
+    return ffn
 
 
 def _settings_by_layer(

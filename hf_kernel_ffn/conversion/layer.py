@@ -15,7 +15,7 @@ from ..checkpoint_code.tied import AnyKernelFFN
 from ..families.lookup import StockFFN, get_attribute_at
 from ..families.weights import FFNWeights, read_stock_weights
 from .block_source import BlockSource
-from .figures import measure_fvu
+from .figures import SPIKE, measure_fvu
 from .initialization import initial_gate_bias, initialise_prototypes
 from .ridge import calibrate_ffn
 from .sampling import make_blind_sample
@@ -65,7 +65,13 @@ def convert_ffn(
         fitted = source.read(stock, "ridge")
         held = source.read(stock, "held_out")
         figures = calibrate_ffn(
-            ffn, stock, sample, fitted=fitted, held=held, temperature=settings.temperature
+            ffn,
+            stock,
+            sample,
+            fitted=fitted,
+            held=held,
+            temperature=settings.temperature,
+            longest=_find_longest_ordinary(weights, sample),
         )
         if settings.rows == "tied":
             figures |= measure_fvu(ffn, stock, source.read(stock, "held_out"))
@@ -79,6 +85,14 @@ def convert_ffn(
         "reference": dict(ffn.config.reference),
         **figures,
     }
+
+
+def _find_longest_ordinary(weights: FFNWeights, sample: Tensor) -> float:
+    """How long an output is at most that is no spike, by those at ``sample``."""
+    outputs = weights.coefficients(sample) @ weights.down
+    if weights.down_bias is not None:
+        outputs = outputs + weights.down_bias
+    return SPIKE * outputs.norm(dim=-1).median().item()
 
 
 def _fit_threshold(ffn: AnyKernelFFN, sample: Tensor) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.tied import AnyKernelFFN, TiedKernelFFN
 from .calibration_set import is_distributed
-from .figures import SPIKE
 
 PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for the pull toward the initial dictionary, in units of a prototype's mean squared
@@ -109,6 +108,7 @@ def calibrate_ffn(
     fitted: Iterable[Tensor],
     held: Iterable[Tensor],
     temperature: float | None,
+    longest: float = torch.inf,
 ) -> dict[str, float | None]:
     """Fit the output prototypes and output bias of ``ffn`` (float32) to ``teacher``, in place.
 
@@ -122,6 +122,7 @@ def calibrate_ffn(
         held: batches that choose the pull, and the temperature where ``temperature`` is None and
             the readout has one.
         temperature: of the settings; None: to be fitted.
+        longest: tokens with longer outputs than this, spikes, count as ones of that length.
 
     Returns:
         ``fvu_start`` and ``fvu``: fraction of variance unexplained on the tokens held out, before
@@ -139,7 +140,6 @@ def calibrate_ffn(
         spread = _log_kernel_spread(ffn, sample)
         temperatures = [share * spread for share in TEMPERATURES]
 
-    longest = SPIKE * teacher(sample).float().norm(dim=-1).median().item()
     fitted_moments = _gather_moments(ffn, teacher, fitted, temperatures, longest)
     held_moments = _gather_moments(ffn, teacher, held, temperatures, longest)
     if not (fitted_moments[0].count and held_moments[0].count):

@@ -19,6 +19,10 @@ def describe_unknown_key(key: object, known: list[str]) -> str:
     return f"unknown key {key!r}, {hint}"
 
 
+CONVERSION_KEYS = ("layers", "allocate")
+"""Keys of ``kernel_ffn`` that are arguments of the conversion, and no settings of a layer."""
+
+
 class _Section(BaseModel):
     """Keys of a recipe that belong together. An unknown key is refused with the nearest one."""
 
@@ -153,8 +157,9 @@ class Recipe(_Section):
     trust_remote_code: bool = False
     """Allow code that the teacher's family or the student's own kernel file brings to run."""
     kernel_ffn: dict[str, Any] = Field(default_factory=dict)
-    """Settings of KernelFFNConfig, and ``layers`` (such as 0-5,7) if not all. Without settings the
-    teacher is converted as by `hf-kernel-ffn convert` without options."""
+    """Settings of KernelFFNConfig; ``layers`` (such as 0-5,7) if not all; and ``allocate``, whether
+    the units that sparse maps keep are shared out over layers by cost. Without settings the teacher
+    is converted as by `hf-kernel-ffn convert` without options."""
     data: Data
     stages: list[Stage] = Field(min_length=1)
     lora: Lora | None = None
@@ -186,10 +191,12 @@ class Recipe(_Section):
     @field_validator("kernel_ffn")
     @classmethod
     def _settings_exist(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        allowed = ["layers", *(f.name for f in fields(KernelFFNConfig))]
+        allowed = [*CONVERSION_KEYS, *(f.name for f in fields(KernelFFNConfig))]
         for key in settings:
             if key not in allowed:
                 raise ValueError(describe_unknown_key(key, allowed))
+        if not isinstance(settings.get("allocate", False), bool):
+            raise ValueError(f"found allocate {settings['allocate']!r}, expected true or false")
         layers = settings.get("layers")
         if isinstance(layers, (str, type(None))):
             return settings
@@ -205,14 +212,17 @@ class Recipe(_Section):
         return self
 
     def kernel_settings(self) -> KernelFFNConfig:
-        """``kernel_ffn`` without ``layers``; a kernel given as FILE.py:NAME is registered.
+        """``kernel_ffn`` without :data:`CONVERSION_KEYS`; a kernel given as FILE.py:NAME is
+        registered.
 
         Raises:
             InputError: the combination is refused, or the kernel's file cannot be run.
         """
         from ..storage.kernel_files import import_kernel
 
-        settings = {key: value for key, value in self.kernel_ffn.items() if key != "layers"}
+        settings = dict(self.kernel_ffn)
+        for key in CONVERSION_KEYS:
+            settings.pop(key, None)
         if isinstance(settings.get("kernel"), str):
             settings["kernel"] = import_kernel(settings["kernel"])
         return make_settings(settings)

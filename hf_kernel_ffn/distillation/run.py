@@ -262,6 +262,7 @@ def student_of(
         cast(Any, recipe.kernel_ffn.get("layers")),
         calibration_ids=make_inputs_for_prediction(teacher, tokenizer, ids, recipe.seed),
         calibration_tokens=recipe.calibration_tokens,
+        allocate=bool(recipe.kernel_ffn.get("allocate", False)),
         seed=recipe.seed,
     )
     return student

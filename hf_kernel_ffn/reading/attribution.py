@@ -21,7 +21,7 @@ from .norms import linearise_norm
 from .rows import Rows
 from .tracing import Trace
 
-KINDS = ("embedding", "head", "prototype", "bias")
+KINDS = ("embedding", "head", "prototype", "linear", "bias")
 """What a part of a logit may be."""
 ROUNDING = 1e-3
 """Largest remainder that passes for rounding, over the largest part."""
@@ -141,7 +141,8 @@ def _attention_parts(trace: Trace, direction: Tensor, place: int) -> Iterator[Pa
 
 
 def _ffn_parts(trace: Trace, direction: Tensor, place: int) -> Iterator[Part]:
-    """What every prototype that fired, and the bias of every FFN, wrote along ``direction``."""
+    """What every prototype that fired, and the bias and the linear map of every FFN, wrote along
+    ``direction``."""
     for path in trace.ffn_inputs:
         layer = get_layer_number(path)
         record = trace.ffn(path)
@@ -150,8 +151,9 @@ def _ffn_parts(trace: Trace, direction: Tensor, place: int) -> Iterator[Part]:
             name = record.names[prototype]
             yield Part("prototype", layer, name, amounts[prototype].item())
         if record.bias is not None:
-            bias = record.bias if record.bias.ndim == 1 else record.bias[place]
-            yield Part("bias", layer, "FFN", (direction @ bias.double()).item())
+            yield Part("bias", layer, "FFN", (direction @ record.bias.double()).item())
+        if record.skip is not None:
+            yield Part("linear", layer, "FFN", (direction @ record.skip[place].double()).item())
 
 
 def _require_rounding(trace: Trace, remainder: float, largest: float, rounded: float) -> None:

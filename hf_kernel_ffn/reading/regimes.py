@@ -64,8 +64,9 @@ def regime(readout: Readout, tolerance: float = TOLERANCE) -> Regime:
     least = coefficients.min().item()
     sums = coefficients.sum(-1)
     sums_to_one = bool(((sums - 1).abs() <= tolerance).all())
+    name = REGIMES[least >= 0, sums_to_one]
     return Regime(
-        name=REGIMES[least >= 0, sums_to_one],
+        name=name if readout.skip is None else f"{name} + linear",
         least=least,
         negative_mass=negative.item(),
         sums=(sums.min().item(), sums.max().item()),

@@ -54,8 +54,6 @@ FRESH_RATE = 0.2
 CALIBRATION_TOKENS = 16_384
 READABILITY_ROWS = 8
 """Rows of the first test text on which figures of layers are taken."""
-PROMPTS = 24
-"""That are continued greedily."""
 DIRECTIONS = 8
 """Random directions that a cosine of Jacobians is estimated from."""
 WRITE_MASS = 0.03
@@ -85,6 +83,8 @@ class Setting:
     """(rows, length)."""
     tests: dict[str, Tensor]
     """(rows, length) by the name of the text."""
+    prompts: int
+    """That are continued greedily."""
     starts: dict[str, PreTrainedModel] = field(default_factory=dict)
     """Dense students whose pieces are taken, by kernel."""
 
@@ -132,6 +132,7 @@ def run(
     only: Annotated[
         str, typer.Option(help="rows of these names, without their count; comma-separated by ';'")
     ] = "",
+    prompts: Annotated[int, typer.Option(help="that are continued greedily; 0: none")] = 24,
     seconds: Annotated[Optional[float], typer.Option(help="begin no row after so many")] = None,
     dtype: Annotated[str, typer.Option(help="of the computation in training")] = "float32",
     seed: int = 0,
@@ -143,7 +144,7 @@ def run(
     tokenizer = load_tokenizer(teacher)
     tests = {Path(file).name: read_rows(tokenizer, file, test_tokens).to(device) for file in test}
     calibration = read_rows(tokenizer, train, CALIBRATION_TOKENS, spread=True)
-    setting = Setting(model, tokenizer, calibration, tests)
+    setting = Setting(model, tokenizer, calibration, tests, prompts)
     units = model.config.intermediate_size
 
     out.mkdir(parents=True, exist_ok=True)
@@ -252,7 +253,7 @@ def evaluate(student: PreTrainedModel, setting: Setting) -> dict[str, Any]:
     student.eval()
     teacher = setting.teacher
     first = next(iter(setting.tests.values()))
-    report = evaluate_student(student, teacher, first[:READABILITY_ROWS])
+    report = evaluate_student(student, teacher, first[:READABILITY_ROWS].cpu())
     layers = report["layers"]
     figures: dict[str, Any] = {
         "texts": {name: compare(student, teacher, ids) for name, ids in setting.tests.items()},
@@ -265,8 +266,9 @@ def evaluate(student: PreTrainedModel, setting: Setting) -> dict[str, Any]:
     figures["dead"] = fmean(layer["dead_prototypes"] for layer in layers)
     figures["teacher_coherence"] = fmean(layer["teacher"]["coherence"] for layer in layers)
     figures["jacobian_cosine"], figures["skip_share"] = compare_ffns(student, teacher, first[:2])
-    prompts = select_prompts(teacher, first, min(PROMPTS, len(first)))
-    figures["generation"] = compare_continuations(student, teacher, prompts)
+    if setting.prompts:
+        prompts = select_prompts(teacher, first.cpu(), setting.prompts)
+        figures["generation"] = compare_continuations(student, teacher, prompts)
     return figures
 
 
@@ -357,14 +359,15 @@ def make_cells(report: Mapping[str, Any]) -> dict[str, str]:
             f"{100 * each['top1_agreement']:.1f}%"
         )
     share = report["skip_share"]
-    generation = report["generation"]
+    generation = report.get("generation")
+    equal = None if generation is None else generation["tokens_until_difference"]
     cells["active"] = f"{report['active']:.0f}"
     cells["coherence"] = f"{report['coherence']:.3f}"
     cells["opposed"] = f"{100 * report['opposed_share']:.1f}%"
     cells["dead"] = f"{report['dead']:.0f}"
     cells["Jacobian cosine"] = f"{report['jacobian_cosine']:.3f}"
     cells["linear share"] = "–" if share is None else f"{100 * share:.0f}%"
-    cells["greedy tokens"] = f"{100 * generation['tokens_until_difference']:.0f}%"
+    cells["greedy tokens"] = "–" if equal is None else f"{100 * equal:.0f}%"
     cells["parameters"] = f"{report['parameters_ratio']:.3f}"
     return cells
 

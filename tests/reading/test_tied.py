@@ -116,3 +116,15 @@ def test_support_is_scored(student):
     scores = support_scores(student, path, inputs)
     assert scores["nearest"].shape == scores["mass"].shape == (5,)
     assert torch.isfinite(scores["nearest"]).all()
+
+
+def test_a_linear_map_is_a_part_of_its_own(make_teacher, ids):
+    settings = KernelFFNConfig(rows="tied", simplex="threshold", top_k=8, skip=True)
+    teacher = make_teacher("llama").double()
+    student, _ = convert(teacher, settings, calibration_ids=ids, copy=True)
+    passed = trace(student, Letters(), PROMPT)
+    record = passed.ffn(next(iter(passed.ffn_inputs)))
+    assert regime(record).name == "conic + linear"
+    split = logit_split(passed, *passed.logits[-1].topk(2).indices.tolist())
+    assert abs(split.remainder) < 1e-6
+    assert split.kinds()["linear"] != 0

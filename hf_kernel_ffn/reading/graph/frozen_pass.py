@@ -2,8 +2,9 @@
 
 The model runs once under hooks. What is no node and not linear is held at its value on the prompt:
 queries and keys, so attention patterns, and the scales of norms. What an FFN writes, and an
-embedding, is a leaf. Biases are leaves too. A backward pass from anything then gives what it reads
-of every leaf, and since all is affine, leaf times gradient adds up to it.
+embedding, is a leaf; the linear map that some readouts have beside their mixture is passed through.
+Biases are leaves too. A backward pass from anything then gives what it reads of every leaf, and
+since all is affine, leaf times gradient adds up to it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..model_parts import (
     get_layer_number,
     get_output_projection,
     get_qkv_names,
+    has_tied_rows,
     list_ffn_paths,
 )
 from ..norms import MISFIT, NormResponse, measure_norm
@@ -305,8 +307,13 @@ def _hook_ffn(
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}
 
     def cut_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        passed.ffn_outputs[path] = output.detach()
-        return passed.add_leaf("ffn", get_layer_number(path), output).clone()
+        if not (has_tied_rows(ffn) and ffn.config.settings.skip):
+            passed.ffn_outputs[path] = output.detach()
+            return passed.add_leaf("ffn", get_layer_number(path), output).clone()
+        linear = ffn.skip(passed.ffn_inputs[path])  # passes on what was written before
+        mixture = output - linear.detach()
+        passed.ffn_outputs[path] = mixture.detach()
+        return passed.add_leaf("ffn", get_layer_number(path), mixture) + linear
 
     return [
         ffn.register_forward_pre_hook(keep_input, with_kwargs=True),

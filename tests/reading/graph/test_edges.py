@@ -20,6 +20,8 @@ STUDENTS = {
     "default": {"rows": "tied", "kernel": "brownian", "values": "product"},
     "tied, half-yat, fixed": {"rows": "tied", "kernel": "half-yat"},
     "tied, yat, product": {"rows": "tied", "kernel": "yat", "values": "product"},
+    "tied, threshold": {"rows": "tied", "simplex": "threshold", "top_k": 6},
+    "tied, top-k, linear map": {"rows": "tied", "simplex": "top-k", "top_k": 6, "skip": True},
     "exponential": {"kernel": "exponential"},
     "gaussian": {"kernel": "gaussian"},
     "half-yat": {},
