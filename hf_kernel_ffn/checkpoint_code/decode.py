@@ -123,6 +123,17 @@ def decode_token(ffn: KernelFFN, hidden_states: Tensor) -> Tensor:
     return written.view(hidden_states.shape)
 
 
+def sum_kept(linear: nn.Linear, coefficients: Tensor) -> Tensor:
+    """Σ c_i v_i + b_out (..., hidden_size) at one token, over the coefficients that are not zero.
+
+    plan.py says whether that serves ``coefficients`` (1, …, 1, prototypes).
+    """
+    flat = coefficients.flatten()
+    active = flat.nonzero()[:, 0]
+    written = _sum_active(linear, flat.index_select(0, active), active)
+    return written.view(*coefficients.shape[:-1], -1)
+
+
 def _select_by_loudness(ffn: KernelFFN, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Which prototypes (n,) a sparse map keeps, and their coefficients (n,), scale · κ · u."""
     ups = ffn.compute_ups(hidden_states)

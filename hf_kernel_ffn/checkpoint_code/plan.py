@@ -156,8 +156,11 @@ def reason_against_fused_sum(ffn: KernelFFN, hidden_states: Tensor) -> str | Non
     return ffn.fused.reason_against_sum(ffn, hidden_states)
 
 
-def reason_against_one_token(ffn: KernelFFN, hidden_states: Tensor) -> str | None:
-    """Why the output is not that of few output prototypes at one token; None if it is."""
+def reason_against_one_token(ffn: KernelFFN | TiedKernelFFN, hidden_states: Tensor) -> str | None:
+    """Why the output is not that of few output prototypes at one token; None if it is.
+
+    Of tied rows it is the sum over the units that are kept, on a CPU.
+    """
     simplex = ffn.config.settings.simplex
     if simplex == "softmax":
         return "simplex 'softmax', expected a sparse one"
@@ -165,7 +168,8 @@ def reason_against_one_token(ffn: KernelFFN, hidden_states: Tensor) -> str | Non
         return "several tokens or gradients, expected one token without gradients"
     if ffn.training:
         return "training, expected evaluation"
-    if has_fixed_shapes(hidden_states) and simplex != "top-k":
+    is_tied = ffn.config.settings.rows == "tied"
+    if has_fixed_shapes(hidden_states) and (is_tied or simplex != "top-k"):
         return "a device or a compiler, expected a CPU where the number of prototypes varies"
     reason = reason_against_plain_weights([ffn.output_prototypes])
     if reason is not None:

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .decode import RowNorms
 from .linears import get_effective_weight
 from .parameters import ConstrainedParameters, to_at_least_float32
 from .simplex import top_k_mask
@@ -22,6 +23,7 @@ class SparseUnits(ConstrainedParameters):
     """What a readout with tied rows does about loudness."""
 
     output_prototypes: nn.Linear
+    column_norms: RowNorms
 
     def coefficients_of_all(self, hidden_states: Tensor) -> Tensor:
         """c (..., units), whatever a sparse map keeps."""
@@ -41,7 +43,9 @@ class SparseUnits(ConstrainedParameters):
     def measure_loudness(self, coefficients: Tensor) -> Tensor:
         """|c_i|‖v_i‖ (..., units), float32 at least, without gradients."""
         weight, _ = get_effective_weight(self.output_prototypes, coefficients)
-        lengths = to_at_least_float32(weight.detach()).norm(dim=0)
+        keep = not (self.training or torch.is_grad_enabled())
+        squares = self.column_norms.compute(weight.detach().T, keep)
+        lengths = to_at_least_float32(squares).sqrt()
         return to_at_least_float32(coefficients.detach()).abs() * lengths
 
     @torch.no_grad()

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .decode import RowNorms, sum_kept
 from .errors import InputError
 from .ffn import ACTIVATION_BYTES, KernelFFN
 from .kept_knots import KeptKnots
@@ -43,7 +44,7 @@ from .knots import KnotStep, mix_knot_coefficients, mix_knots
 from .layer_config import LayerConfig
 from .linears import get_effective_weight
 from .parameters import fill_linear, to_at_least_float32
-from .plan import Form, FusedKernels, choose_tied_form
+from .plan import Form, FusedKernels, choose_tied_form, reason_against_one_token
 from .record import Readout
 from .settings import PIECES
 from .shards import get_local, is_split, sum_gradient
@@ -97,6 +98,8 @@ class TiedKernelFFN(SparseUnits):
         self.activation_bytes = ACTIVATION_BYTES
         self.fused: FusedKernels | None = None
         """Triton kernels that may serve this layer, put here by hf_kernel_ffn.gpu.fused.fuse()."""
+        self.column_norms = RowNorms()
+        """‖v_i‖² for calls without gradients, of which a sparse map needs the lengths."""
         self.kept_knots = KeptKnots()
         """What calls without gradients reuse while the weights are the same."""
 
@@ -169,10 +172,10 @@ class TiedKernelFFN(SparseUnits):
 
         if step is None:
             coefficients = self.coefficients(hidden_states).to(hidden_states.dtype)
-            output = self._read_out(coefficients)
+            output = self._read_out(coefficients, hidden_states)
         elif self.config.settings.sparse:
             every = mix_knot_coefficients(self, hidden_states, step)
-            output = self._read_out(self.keep_loudest(every))
+            output = self._read_out(self.keep_loudest(every), hidden_states)
         else:
             output = mix_knots(self, hidden_states, step)
         if self.config.settings.skip:
@@ -189,8 +192,10 @@ class TiedKernelFFN(SparseUnits):
         self.kept_knots.forget()
         return super()._apply(fn, recurse)
 
-    def _read_out(self, coefficients: Tensor) -> Tensor:
-        """The mixture (..., hidden_size) by its ``coefficients`` (..., units)."""
+    def _read_out(self, coefficients: Tensor, hidden_states: Tensor) -> Tensor:
+        """The mixture (..., hidden_size) by its ``coefficients`` (..., units) at the input."""
+        if reason_against_one_token(self, hidden_states) is None:
+            return sum_kept(self.output_prototypes, coefficients)
         hidden_dropout = self.config.hidden_dropout
         kept = nn.functional.dropout(coefficients, hidden_dropout, self.training)
         return self.output_prototypes(kept)

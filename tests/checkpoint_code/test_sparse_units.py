@@ -112,3 +112,16 @@ def test_what_is_refused():
 def test_the_regime_names_the_linear_map():
     assert KernelFFNConfig(rows="tied").regime == "conic"
     assert KernelFFNConfig(rows="tied", skip=True).regime == "conic + linear"
+
+
+@pytest.mark.parametrize("simplex", ("threshold", "top-k"))
+@torch.no_grad()
+def test_one_token_is_read_as_many_are_and_norms_follow_the_weights(simplex):
+    layer, x = make_layer(simplex, skip=True), make_inputs()
+    one_by_one = torch.cat([layer(token[None]) for token in x])
+    torch.testing.assert_close(one_by_one, layer(x))
+    layer.output_prototypes.weight.mul_(torch.linspace(0.1, 3, UNITS))
+    fresh = make_layer(simplex, skip=True)
+    fresh.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x[:1]), fresh(x[:1]))
+    torch.testing.assert_close(layer(x), fresh(x))
