@@ -74,13 +74,13 @@ class KnotGradients(NamedTuple):
 
 
 class KnotStep(Protocol):
-    """A way to compute the step; g, u and gradients are contiguous and (tokens, units)."""
+    """A way to compute the step."""
 
     compiled_backward: Callable[..., tuple[Tensor, ...]]
     """``backward`` as :func:`differentiate_knots`, for a compiler."""
 
     def forward(self, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
-        """c (tokens, units), in the dtype of ``gate``."""
+        """c, shape (..., units) and dtype of ``gate``."""
         ...
 
     def backward(
@@ -93,7 +93,7 @@ class KnotStep(Protocol):
         of_gate: Tensor,
         of_pieces: bool,
     ) -> KnotGradients:
-        """Gradients by that of c, ``gradient``.
+        """Gradients by that of c, ``gradient``; it, g and u are contiguous and (tokens, units).
 
         Args:
             of_gate: where the gradient of g is written, for which ``gradient`` itself may be given.
@@ -185,7 +185,7 @@ def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tens
     output = ffn.output_prototypes
     is_compiling = torch.compiler.is_compiling()
     if not (is_compiling or torch.is_grad_enabled()):
-        return output(_apply(step, gate, up, ffn.kept_knots.get(ffn)))
+        return output(step.forward(gate, up, ffn.kept_knots.get(ffn)))
 
     far = None if up is None else ffn.config.reference["far"]
     knot = ffn.get_piece_tensor("knot")
@@ -198,12 +198,8 @@ def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tens
     return output(_KnotReadout.apply(gate, up, knot, amount, None, None, far, step))
 
 
-def _apply(step: KnotStep, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
-    """c, shape and dtype of ``gate``."""
-    return step.forward(_flat(gate), None if up is None else _flat(up), knots).view(gate.shape)
-
-
-def _flat(tensor: Tensor) -> Tensor:
+def flatten_tokens(tensor: Tensor) -> Tensor:
+    """``tensor`` (..., units) as (tokens, units), contiguous."""
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
@@ -225,7 +221,7 @@ class _KnotReadout(torch.autograd.Function):
         ctx.save_for_backward(gate, up, knot, amount, weight, bias)
         ctx.far = far
         ctx.step = step
-        coefficients = _apply(step, gate, up, Knots(knot, amount, far))
+        coefficients = step.forward(gate, up, Knots(knot, amount, far))
         if weight is None:
             return coefficients
         return nn.functional.linear(coefficients, weight, bias)
@@ -253,7 +249,7 @@ def _differentiate(
     """Gradients of g, u, knot, amount, V and b_out by that of the output; None if not wanted."""
     gate, up, knot, amount, weight, bias = tensors
     assert gate is not None and knot is not None and amount is not None
-    flat = _flat(gradient)
+    flat = flatten_tokens(gradient)
     through = flat if weight is None else flat @ weight.to(flat.dtype)
 
     of_weight = None
@@ -261,10 +257,10 @@ def _differentiate(
     if any(wanted[:5]):
         found = step.backward(
             through,
-            _flat(gate),
-            None if up is None else _flat(up),
+            flatten_tokens(gate),
+            None if up is None else flatten_tokens(up),
             Knots(knot, amount, far),
-            of_gate=torch.empty_like(_flat(gate)) if weight is None else through,
+            of_gate=torch.empty_like(flatten_tokens(gate)) if weight is None else through,
             of_pieces=wanted[2] or wanted[3],
         )
         if weight is not None and wanted[4]:
@@ -303,9 +299,9 @@ class _CompiledKnots(torch.autograd.Function):
         gate, up, knot, amount = ctx.saved_tensors
         of_pieces = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         of_gate, of_up, of_knot, of_amount = ctx.step.compiled_backward(
-            _flat(gradients[0]),
-            _flat(gate),
-            None if up is None else _flat(up),
+            flatten_tokens(gradients[0]),
+            flatten_tokens(gate),
+            None if up is None else flatten_tokens(up),
             knot,
             amount,
             ctx.far,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from ..checkpoint_code.knots import KnotGradients, Knots
+from ..checkpoint_code.knots import KnotGradients, Knots, flatten_tokens
 from ..checkpoint_code.operators import namespace
 from .optional_triton import jit, tl
 
@@ -201,10 +201,13 @@ class TritonStep:
         self.compiled_backward = _make_operator(self)
 
     def forward(self, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
-        """c (tokens, units), in the dtype of ``gate``."""
+        """c, shape (..., units) and dtype of ``gate``."""
+        shape = gate.shape
+        gate = flatten_tokens(gate)
+        up = None if up is None else flatten_tokens(up)
         written = torch.empty_like(gate)
         if not gate.numel():
-            return written
+            return written.view(shape)
         block = _choose_tokens(gate, UNITS, TOKENS)
         with torch.cuda.device_of(gate):
             knots_kernel[_grid(gate, block, UNITS)](
@@ -222,7 +225,7 @@ class TritonStep:
                 TOGETHER=TOGETHER,
                 num_warps=WARPS,
             )
-        return written
+        return written.view(shape)
 
     def backward(
         self,
