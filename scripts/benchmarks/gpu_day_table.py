@@ -48,7 +48,7 @@ def format_speed(result: dict) -> Iterator[str]:
     for row in result["rows"]:
         held = f"{row['memory'] / 2**20:8.1f} MiB" if "memory" in row else ""
         yield (
-            f"{row['mode']:9} {row['phase']:17} {row['variant']:26} "
+            f"{row.get('shape', ''):13} {row['mode']:9} {row['phase']:17} {row['variant']:26} "
             f"{row['seconds']['median'] * 1e3:9.3f} ms {row['ratio']['median']:6.2f} × "
             f"{row['against']} {held}"
         )
