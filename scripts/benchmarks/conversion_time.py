@@ -19,7 +19,6 @@ of Llama-3-70B would take. The peak of a streamed conversion is taken to stay wh
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -111,49 +110,46 @@ def plan_whole(
 ) -> dict[str, float]:
     """What a model of ``layers`` blocks would take, whose blocks are larger than measured ones.
 
-    Every figure is a power of the bytes of a block: what another block adds to the time, and the
-    peak beyond the imports.
+    What another block adds to the processor time, and the peak, lie on the line through those of
+    the two measured shapes, over the bytes of a block.
 
     Args:
         smaller, larger: cases of one and two blocks of two shapes.
         sizes: the bytes of a block of the smaller, the larger and the planned shape.
     """
-    figures: dict[str, float] = {"layers": layers}
-    for name in FIGURES:
-        parts = []
-        for first, second in (smaller, larger):
-            if name == "peak_rss_bytes":
-                parts.append(second[name] - second["rss_of_imports_bytes"])
-            else:
-                parts.append(second[name] - first[name])
-        power = math.log(parts[1] / parts[0]) / math.log(sizes[1] / sizes[0])
-        figures[name] = parts[1] * (sizes[2] / sizes[1]) ** power
-        if name == "peak_rss_bytes":
-            figures[name] += larger[1]["rss_of_imports_bytes"]
-        else:
-            figures[name] *= layers
-    return figures
+    times = [second["cpu_seconds"] - first["cpu_seconds"] for first, second in (smaller, larger)]
+    peaks = [second["peak_rss_bytes"] for _, second in (smaller, larger)]
+    return {
+        "layers": layers,
+        "cpu_seconds": layers * continue_line(times, sizes),
+        "peak_rss_bytes": continue_line(peaks, sizes),
+    }
+
+
+def continue_line(figures: list[float], sizes: list[int]) -> float:
+    """The figure at the third of ``sizes``, on the line through those at the first two."""
+    slope = (figures[1] - figures[0]) / (sizes[1] - sizes[0])
+    return figures[1] + slope * (sizes[2] - sizes[1])
 
 
 def format_scale(shapes: dict[str, dict[str, Any]]) -> str:
-    """A table in Markdown: a measured block, and the computed whole."""
+    """A table in Markdown, times of the processor: a measured block, and the computed whole."""
     lines = [
-        "| shape | a block, bfloat16 | another block: time | processor | peak memory | "
-        "whole, *computed* |",
-        "|---|---|---|---|---|---|",
+        "| shape | a block, bfloat16 | another block | peak memory | whole model, *computed* |",
+        "|---|---|---|---|---|",
     ]
     for name, found in shapes.items():
         size = SHAPES[name].bytes_per_block / 2**20
         whole = found["computed"]
-        hours = f"{whole['layers']} blocks: {whole['seconds'] / 3600:.2g} h"
+        minutes = f"{whole['layers']} blocks: {whole['cpu_seconds'] / 60:.1f} min"
         if "cases" in found:
             first, second = found["cases"]
-            times = [f"{second[key] - first[key]:.0f} s" for key in FIGURES[:2]]
+            time_of_block = f"{second['cpu_seconds'] - first['cpu_seconds']:.0f} s"
             peak = f"{second['peak_rss_bytes'] / 2**30:.1f} GiB"
         else:
-            times = [f"*{whole[key] / whole['layers']:.0f} s*" for key in FIGURES[:2]]
+            time_of_block = f"*{whole['cpu_seconds'] / whole['layers']:.0f} s*"
             peak = f"*{whole['peak_rss_bytes'] / 2**30:.1f} GiB*"
-        lines.append(f"| {name} | {size:.0f} MiB | {' | '.join(times)} | {peak} | {hours} |")
+        lines.append(f"| {name} | {size:.0f} MiB | {time_of_block} | {peak} | {minutes} |")
     return "\n".join(lines)
 
 
