@@ -37,7 +37,8 @@ def get_tensor_version(tensor: Tensor) -> int | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of ``module`` runs a hook of its own; a registry that is gone holds none."""
-    return any(getattr(module, registry, None) for registry in HOOK_REGISTRIES)
+    attributes = vars(module)
+    return any(map(attributes.get, HOOK_REGISTRIES))
 
 
 def has_own_forward(module: nn.Module) -> bool:

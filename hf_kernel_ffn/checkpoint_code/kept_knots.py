@@ -8,7 +8,7 @@ This file travels inside converted checkpoints: it imports nothing but torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,51 +20,32 @@ if TYPE_CHECKING:
     from .tied import TiedKernelFFN
 
 
-class Kept(NamedTuple):
-    """Numbers that were made of some weights, and how to tell these weights from others."""
-
-    knots: Knots
-    facts: tuple
-    """What :func:`_describe` says of them."""
-    sample: list[Tensor]
-    """A few numbers of each weight, in its own memory: no others can come to lie there."""
-    copies: list[Tensor]
-    """What these numbers were, on a CPU; else nothing."""
-
-    def are_of(self, facts: tuple) -> bool:
-        """Whether they were made of the weights that ``facts`` describe, and these are the same."""
-        return self.facts == facts and all(map(torch.equal, self.copies, self.sample))
+CAPTURED = -1
+"""No stream: a graph reads the weights again at every replay, so that nothing may be kept."""
 
 
 class KeptKnots:
     """Keeps the :class:`Knots` of one layer, bounds included.
 
-    Weights are taken for the same while they have the same memory, version counter, shape and
-    dtype. ``weight.data`` can be written without its version counter noticing. So a few numbers of
-    each weight are compared too on a CPU, where that costs nothing; and what is kept is dropped by
-    a call with gradients, by ``train()`` and ``eval()``, and by whatever moves or casts the layer.
+    Weights are taken for the same while they are the same parameters with the same memory, version
+    counter and shape. What is written through ``weight.data`` leaves the version counter as it was.
+    So a few numbers of each weight are compared too on a CPU, where that costs little. And what is
+    kept is dropped by a call with gradients, by ``train()`` and ``eval()``, and by whatever moves
+    or casts the layer.
     """
 
     def __init__(self) -> None:
-        self._kept: Kept | None = None
+        self._kept: _Kept | None = None
 
     def get(self, ffn: TiedKernelFFN) -> Knots:
         """The numbers of ``ffn``, without gradients; made anew if they may not be kept."""
-        weights = _find_weights(ffn)
-        if weights is None:
-            return make_knots(ffn)
-
-        facts = _describe(ffn, weights)
         kept = self._kept  # read once: other threads may replace it
-        if kept is not None and kept.are_of(facts):
+        if kept is not None and kept.is_of(ffn):
             return kept.knots
 
         knots = make_knots(ffn)
-        if type(knots.amount) is Tensor:  # not one of those that a tracer or a mode puts in place
-            sample = [weight.detach()[..., weight.shape[-1] // 2] for weight in weights]
-            is_on_cpu = facts[-2].type == "cpu"  # elsewhere the host would wait for the device
-            copies = [numbers.clone() for numbers in sample] if is_on_cpu else []
-            self._kept = Kept(knots, facts, sample, copies)
+        if _may_be_kept(ffn) and type(knots.amount) is Tensor:
+            self._kept = _Kept(ffn, knots)
         return knots
 
     def forget(self) -> None:
@@ -76,6 +57,49 @@ class KeptKnots:
         return {"_kept": None}
 
 
+class _Kept:
+    """Numbers of a layer, and how to tell the weights that they were made of from others.
+
+    All that is compared is written out: at one token it is a part of the time that counts.
+    """
+
+    def __init__(self, ffn: TiedKernelFFN, knots: Knots):
+        self.knots = knots
+        self.reference = dict(ffn.config.reference)
+        weights = _get_weights(ffn)
+        self.knot, self.amount, self.scale = weights
+        self.facts = [(weight.data_ptr(), weight._version) for weight in weights]
+        self.shapes = (self.knot.shape, self.amount.shape)
+        self.stream = _find_stream(self.knot)
+        # Views: no other weight can come to lie in their memory while they are there.
+        self.samples = [weight.detach()[..., weight.shape[-1] // 2] for weight in weights]
+        self.copies: list[Tensor] = []
+        if self.knot.device.type == "cpu":  # elsewhere the host would wait for the device
+            self.copies = [sample.clone() for sample in self.samples]
+
+    def is_of(self, ffn: TiedKernelFFN) -> bool:
+        """Whether they are those of ``ffn`` as it stands."""
+        pieces = ffn.pieces._parameters
+        knot = self.knot
+        amount = self.amount
+        scale = self.scale
+        return (
+            pieces.get("knot") is knot
+            and pieces.get("amount") is amount
+            and ffn.log_ratio._parameters.get("scale") is scale
+            and [
+                (knot.data_ptr(), knot._version),
+                (amount.data_ptr(), amount._version),
+                (scale.data_ptr(), scale._version),
+            ]
+            == self.facts
+            and (knot.shape, amount.shape) == self.shapes
+            and ffn.config.reference == self.reference
+            and all(map(torch.equal, self.copies, self.samples))
+            and (self.stream is None or self.stream == _find_stream(knot))
+        )
+
+
 def make_knots(ffn: TiedKernelFFN) -> Knots:
     """The numbers of the pieces of ``ffn`` with their bounds, without gradients."""
     with torch.no_grad():
@@ -85,41 +109,30 @@ def make_knots(ffn: TiedKernelFFN) -> Knots:
         return Knots(knot, amount, far, make_bounds(knot, amount, far))
 
 
-def _find_weights(ffn: TiedKernelFFN) -> list[nn.Parameter] | None:
-    """What the numbers are made of; None if those may not be kept.
+def _get_weights(ffn: TiedKernelFFN) -> list[nn.Parameter]:
+    """What the numbers are made of."""
+    return [ffn.pieces["knot"], ffn.pieces["amount"], ffn.log_ratio["scale"]]
 
-    They may where the weights are whole, count their changes, and nothing records the call.
-    """
+
+def _may_be_kept(ffn: TiedKernelFFN) -> bool:
+    """Whether the weights are whole and count their changes, and nothing records the call."""
     if ffn.training or torch.jit.is_tracing():
-        return None
+        return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return None  # what gathers spread weights leaves their version counters as they were
-
-    pieces = ffn.pieces._parameters
-    weights = []
-    for weight in (
-        pieces.get("knot"),
-        pieces.get("amount"),
-        ffn.log_ratio._parameters.get("scale"),
-    ):
+        return False  # what gathers spread weights leaves their version counters as they were
+    for weight in _get_weights(ffn):
         if type(weight) is not nn.Parameter or weight.is_meta or weight.is_inference():
-            return None
+            return False
         if get_tensor_version(weight) is None:
-            return None
-        weights.append(weight)
-    if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # a graph of CUDA reads the weights again at every replay
-    return weights
+            return False
+    return _find_stream(ffn.pieces["knot"]) != CAPTURED
 
 
-def _describe(ffn: TiedKernelFFN, weights: list[nn.Parameter]) -> tuple:
-    """What is different where the numbers are; the last two are the device and its stream."""
-    stream = None
-    device = weights[0].device
-    if device.type == "cuda":  # another stream does not wait until the numbers are there
-        stream = torch.cuda.current_stream(device).cuda_stream
-    reference = ffn.config.reference
-    of_weights = [
-        (weight.data_ptr(), weight._version, weight.shape, weight.dtype) for weight in weights
-    ]
-    return (*of_weights, reference["scale"], reference.get("far"), device, stream)
+def _find_stream(weight: Tensor) -> int | None:
+    """Which stream of CUDA works on ``weight`` now, since another does not wait until the numbers
+    are there; CAPTURED if a graph records it, and None off CUDA."""
+    if not weight.is_cuda:
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return CAPTURED
+    return torch.cuda.current_stream(weight.device).cuda_stream

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .knots import Bounds, KnotGradients, Knots, differentiate_knots, make_bounds
+from .knots import (
+    Bounds,
+    KnotGradients,
+    Knots,
+    differentiate_knots,
+    flatten_tokens,
+    make_bounds,
+)
 
 FORWARD_NUMBERS = 2**17
 """Coefficients that are worked on at once on a CPU, so that they stay in its cache."""
@@ -32,6 +39,9 @@ class BlockStep:
         """c, by two operations per piece; of few tokens, by three for all of them."""
         if gate.numel() * len(knots.knot) <= FEW_NUMBERS:
             return _mix_few(gate, up, knots)
+        shape = gate.shape
+        gate = flatten_tokens(gate)
+        up = None if up is None else flatten_tokens(up)
         pieces = _Pieces(knots)
         dtype = knots.knot.dtype
         written = torch.empty_like(gate)
@@ -49,7 +59,7 @@ class BlockStep:
                 total.mul_(clamped)
             if written.dtype != dtype:
                 written[part] = total
-        return written
+        return written.view(shape)
 
     def backward(
         self,
@@ -93,8 +103,8 @@ def _mix_few(gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
     Operations take g and u in their own dtype and compute in that of the pieces.
     """
     bounds = _get_bounds(knots)
-    clamped = torch.clamp(gate[:, None], bounds.low, bounds.high)
-    total = clamped.mul_(bounds.signed).sum(1)
+    clamped = torch.clamp(gate.unsqueeze(-2), bounds.low, bounds.high)
+    total = clamped.mul_(bounds.signed).sum(-2)
     if up is None or bounds.least is None:
         return total.to(gate.dtype)
     factor = torch.clamp(up, bounds.least, bounds.most)

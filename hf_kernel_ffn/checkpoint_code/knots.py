@@ -14,6 +14,7 @@ This file travels inside converted checkpoints: it imports nothing but torch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from .kernels import get_kernel
 from .linears import is_plain
-from .parameters import to_at_least_float32
+from .parameters import LOG_RATIO_BOUND, scale_reference, to_at_least_float32
 
 if TYPE_CHECKING:
     from .tied import TiedKernelFFN
@@ -74,13 +75,13 @@ class KnotGradients(NamedTuple):
 
 
 class KnotStep(Protocol):
-    """A way to compute the step; g, u and gradients are contiguous and (tokens, units)."""
+    """A way to compute the step."""
 
     compiled_backward: Callable[..., tuple[Tensor, ...]]
     """``backward`` as :func:`differentiate_knots`, for a compiler."""
 
     def forward(self, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
-        """c (tokens, units), in the dtype of ``gate``."""
+        """c, shape (..., units) and dtype of ``gate``."""
         ...
 
     def backward(
@@ -93,7 +94,7 @@ class KnotStep(Protocol):
         of_gate: Tensor,
         of_pieces: bool,
     ) -> KnotGradients:
-        """Gradients by that of c, ``gradient``.
+        """Gradients by that of c, ``gradient``; it, g and u are contiguous and (tokens, units).
 
         Args:
             of_gate: where the gradient of g is written, for which ``gradient`` itself may be given.
@@ -183,121 +184,168 @@ def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tens
     output = ffn.output_prototypes
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain(output):
         return output(mix_knot_coefficients(ffn, hidden_states, step))
-    scores = _read_scores(ffn, hidden_states)
-    return _KnotReadout.apply(*scores[:4], output.weight, output.bias, scores.far, step)  # type: ignore[no-any-return]
+    return _read_out(ffn, hidden_states, step, output.weight, output.bias)
 
 
 def mix_knot_coefficients(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tensor:
     """c (..., units) of all units, in the dtype of the scores; see :func:`mix_knots`."""
-    if torch.compiler.is_compiling():
-        return _CompiledKnots.apply(*_read_scores(ffn, hidden_states), step)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled():
-        scores = _read_scores(ffn, hidden_states)
-        return _KnotReadout.apply(*scores[:4], None, None, scores.far, step)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _read_out(ffn, hidden_states, step, None, None)
     gate = ffn.input_prototypes(hidden_states)
     up = ffn.value_proj(hidden_states) if ffn.multiplies_by_up else None
-    return _apply(step, gate, up, ffn.kept_knots.get(ffn))
+    if not torch.compiler.is_compiling():
+        return step.forward(gate, up, ffn.kept_knots.get(ffn))
+    far = None if up is None else ffn.config.reference["far"]
+    knot = ffn.get_piece_tensor("knot")
+    amount = ffn.get_piece_tensor("amount") * ffn.positive("scale")
+    return _CompiledKnots.apply(gate, up, knot, amount, far, step)  # type: ignore[no-any-return]
 
 
-class _KnotScores(NamedTuple):
-    """What a step with gradients works on."""
+def _read_out(
+    ffn: TiedKernelFFN,
+    hidden_states: Tensor,
+    step: KnotStep,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """The mixture over the columns of ``weight``, or c without one, with gradients."""
+    ffn.kept_knots.forget()
+    gate = ffn.input_prototypes(hidden_states)
+    up = ffn.value_proj(hidden_states) if ffn.multiplies_by_up else None
+    far = None if up is None else ffn.config.reference["far"]
+    inputs = [
+        gate,
+        up,
+        ffn.get_stored_piece_tensor("knot"),
+        ffn.get_stored_piece_tensor("amount"),
+        ffn.get_log_ratio("scale"),
+    ]
+    constants = _Constants(ffn.config.reference["scale"], far, step)
+    return _KnotReadout.apply(*inputs, weight, bias, constants)  # type: ignore[no-any-return]
+
+
+def flatten_tokens(tensor: Tensor) -> Tensor:
+    """``tensor`` (..., units) as (tokens, units), contiguous."""
+    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+
+
+class _Constants(NamedTuple):
+    """What a readout is computed with beside its tensors."""
+
+    scale: float
+    """The reference of the scale."""
+    far: float | None
+    step: KnotStep
+
+
+class _Inputs(NamedTuple):
+    """The tensors of a readout that may have gradients, as a layer has them."""
 
     gate: Tensor
     up: Tensor | None
     knot: Tensor
+    """(pieces, units) of any dtype."""
     amount: Tensor
-    far: float | None
-
-
-def _read_scores(ffn: TiedKernelFFN, hidden_states: Tensor) -> _KnotScores:
-    gate = ffn.input_prototypes(hidden_states)
-    up = ffn.value_proj(hidden_states) if ffn.multiplies_by_up else None
-    far = None if up is None else ffn.config.reference["far"]
-    knot = ffn.get_piece_tensor("knot")
-    amount = ffn.get_piece_tensor("amount") * ffn.positive("scale")
-    if not torch.compiler.is_compiling():
-        ffn.kept_knots.forget()
-    return _KnotScores(gate, up, knot, amount, far)
-
-
-def _apply(step: KnotStep, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
-    """c, shape and dtype of ``gate``."""
-    return step.forward(_flat(gate), None if up is None else _flat(up), knots).view(gate.shape)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+    """The same, without the scale."""
+    log_scale: Tensor
+    """(1,) log-ratio of the scale to its reference."""
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 class _KnotReadout(torch.autograd.Function):
-    """c · Vᵀ + b_out, or c without V, by way of a :class:`KnotStep`."""
+    """c · Vᵀ + b_out, or c without V, by way of a :class:`KnotStep`.
+
+    The amounts are scaled and cast in here, where no operation leaves a node of its own.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor | None,
-        knot: Tensor,
-        amount: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        far: float | None,
-        step: KnotStep,
-    ) -> Tensor:
-        ctx.save_for_backward(gate, up, knot, amount, weight, bias)
-        ctx.far = far
-        ctx.step = step
-        coefficients = _apply(step, gate, up, Knots(knot, amount, far))
-        if weight is None:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, constants = arguments
+        inputs = _Inputs(*tensors)
+        knot = to_at_least_float32(inputs.knot)
+        scale = scale_reference(constants.scale, inputs.log_scale)
+        amount = inputs.amount * scale  # in the dtype of the wider one: float32 at least
+        ctx.save_for_backward(*tensors, scale, amount)
+        ctx.constants = constants
+
+        knots = Knots(knot, amount, constants.far)
+        coefficients: Tensor = constants.step.forward(inputs.gate, inputs.up, knots)
+        if inputs.weight is None:
             return coefficients
-        return nn.functional.linear(coefficients, weight, bias)
+        return nn.functional.linear(coefficients, inputs.weight, inputs.bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, knot, amount, weight, bias = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:6]
-        tensors = (gate, up, knot, amount, weight, bias)
-        with torch.autocast(gate.device.type, enabled=False):
+        *tensors, scale, amount = ctx.saved_tensors
+        inputs = _Inputs(*tensors)
+        wanted = ctx.needs_input_grad[: len(inputs)]
+        device = inputs.gate.device.type
+        is_cast = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if is_cast else nullcontext():
             if torch.is_grad_enabled():
-                found = _differentiate_formula(gradients[0], tensors, ctx.far, wanted)
+                found = _differentiate_formula(gradients[0], inputs, ctx.constants, wanted)
             else:
-                found = _differentiate(gradients[0], tensors, ctx.far, wanted, ctx.step)
-        return (*found, None, None)
+                found = _differentiate(
+                    gradients[0], inputs, ctx.constants, wanted, scale=scale, amount=amount
+                )
+        return (*found, None)
 
 
 def _differentiate(
     gradient: Tensor,
-    tensors: tuple[Tensor | None, ...],
-    far: float | None,
+    inputs: _Inputs,
+    constants: _Constants,
     wanted: tuple[bool, ...],
-    step: KnotStep,
+    *,
+    scale: Tensor,
+    amount: Tensor,
 ) -> list[Tensor | None]:
-    """Gradients of g, u, knot, amount, V and b_out by that of the output; None if not wanted."""
-    gate, up, knot, amount, weight, bias = tensors
-    assert gate is not None and knot is not None and amount is not None
-    flat = _flat(gradient)
+    """Gradients of ``inputs`` by that of the output; None if not wanted.
+
+    ``scale`` (1,) and the scaled ``amount`` (pieces, units) are those of the forward pass.
+    """
+    gate, up, knot, _, log_scale, weight, bias = inputs
+    flat = flatten_tokens(gradient)
     through = flat if weight is None else flat @ weight.to(flat.dtype)
+    of_pieces = wanted[2] or wanted[3] or wanted[4]
+
+    of_bias = flat.sum(0).to(bias.dtype) if bias is not None and wanted[6] else None
+    if not any(wanted[:6]):
+        return [None, None, None, None, None, None, of_bias]
+
+    flat_gate = flatten_tokens(gate)
+    found = constants.step.backward(
+        through,
+        flat_gate,
+        None if up is None else flatten_tokens(up),
+        Knots(to_at_least_float32(knot), amount, constants.far),
+        of_gate=torch.empty_like(flat_gate) if weight is None else through,
+        of_pieces=of_pieces,
+    )
 
     of_weight = None
-    found = None
-    if any(wanted[:5]):
-        found = step.backward(
-            through,
-            _flat(gate),
-            None if up is None else _flat(up),
-            Knots(knot, amount, far),
-            of_gate=torch.empty_like(_flat(gate)) if weight is None else through,
-            of_pieces=wanted[2] or wanted[3],
-        )
-        if weight is not None and wanted[4]:
-            of_weight = (flat.T @ found.coefficients.to(flat.dtype)).to(weight.dtype)
+    if weight is not None and wanted[5]:
+        of_weight = (flat.T @ found.coefficients.to(flat.dtype)).to(weight.dtype)
 
-    of_bias = flat.sum(0).to(bias.dtype) if bias is not None and wanted[5] else None
-    if found is None:
-        return [None, None, None, None, None, of_bias]
+    of_amount = None
+    of_log_scale = None
+    if found.amount is not None and wanted[3]:
+        of_amount = found.amount * scale
+    if found.amount is not None and wanted[4]:
+        is_beyond = log_scale.abs() > LOG_RATIO_BOUND
+        of_log_scale = (found.amount * amount).sum().masked_fill(is_beyond, 0.0)
 
     of_up = None if up is None or found.up is None else found.up.view(up.shape)
-    every = [found.gate.view(gate.shape), of_up, found.knot, found.amount, of_weight, of_bias]
+    every = [
+        found.gate.view(gate.shape),
+        of_up,
+        found.knot,
+        of_amount,
+        of_log_scale,
+        of_weight,
+        of_bias,
+    ]
     return [tensor if want else None for tensor, want in zip(every, wanted, strict=True)]
 
 
@@ -325,9 +373,9 @@ class _CompiledKnots(torch.autograd.Function):
         gate, up, knot, amount = ctx.saved_tensors
         of_pieces = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         of_gate, of_up, of_knot, of_amount = ctx.step.compiled_backward(
-            _flat(gradients[0]),
-            _flat(gate),
-            None if up is None else _flat(up),
+            flatten_tokens(gradients[0]),
+            flatten_tokens(gate),
+            None if up is None else flatten_tokens(up),
             knot,
             amount,
             ctx.far,
@@ -353,20 +401,20 @@ def _compute_formula(gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
 
 def _differentiate_formula(
     gradient: Tensor,
-    tensors: tuple[Tensor | None, ...],
-    far: float | None,
+    inputs: _Inputs,
+    constants: _Constants,
     wanted: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """The same, with a graph of their own."""
-    gate, up, knot, amount, weight, bias = tensors
-    assert gate is not None and knot is not None and amount is not None
-    coefficients = _compute_formula(gate, up, Knots(knot, amount, far))
+    knot = to_at_least_float32(inputs.knot)
+    amount = inputs.amount * scale_reference(constants.scale, inputs.log_scale)
+    coefficients = _compute_formula(inputs.gate, inputs.up, Knots(knot, amount, constants.far))
     output = coefficients.to(gradient.dtype)
-    if weight is not None:
-        of_output = None if bias is None else bias.to(gradient.dtype)
-        output = nn.functional.linear(output, weight.to(gradient.dtype), of_output)
-    inputs = [
-        tensor for tensor, want in zip(tensors, wanted, strict=True) if want and tensor is not None
+    if inputs.weight is not None:
+        of_output = None if inputs.bias is None else inputs.bias.to(gradient.dtype)
+        output = nn.functional.linear(output, inputs.weight.to(gradient.dtype), of_output)
+    leaves = [
+        tensor for tensor, want in zip(inputs, wanted, strict=True) if want and tensor is not None
     ]
-    found = iter(torch.autograd.grad(output, inputs, gradient, create_graph=True))
+    found = iter(torch.autograd.grad(output, leaves, gradient, create_graph=True))
     return [next(found) if want else None for want in wanted]

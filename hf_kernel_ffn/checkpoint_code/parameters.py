@@ -39,15 +39,16 @@ class ConstrainedParameters(nn.Module):
 
     def positive(self, name: str) -> Tensor:
         """A constrained value > 0, ``reference · exp(log-ratio)``, (1,) in float32 at least."""
-        return self.config.reference[name] * self._bounded_log_ratio(name).exp()
+        return scale_reference(self.config.reference[name], self.get_log_ratio(name))
 
     def log_positive(self, name: str) -> Tensor:
         """Its logarithm, also where the value itself leaves the range of float32."""
-        return math.log(self.config.reference[name]) + self._bounded_log_ratio(name)
+        log_ratio = self.get_log_ratio(name).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+        return math.log(self.config.reference[name]) + log_ratio
 
-    def _bounded_log_ratio(self, name: str) -> Tensor:
-        log_ratio = to_at_least_float32(self.log_ratio[name])
-        return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    def get_log_ratio(self, name: str) -> Tensor:
+        """A learned log-ratio as it stands, (1,) in float32 at least."""
+        return to_at_least_float32(self.log_ratio[name])
 
     def set_reference(self, name: str, value: float) -> None:
         """Give ``config`` another reference value; the learned log-ratio to it stays."""
@@ -176,6 +177,11 @@ class ReadoutParameters(ConstrainedParameters):
             ffn.gate.weight.zero_()
             ffn.gate.bias.fill_(gate_bias)
         return ffn
+
+
+def scale_reference(reference: float, log_ratio: Tensor) -> Tensor:
+    """``reference · exp(log_ratio)``, the log-ratio within its bound."""
+    return reference * log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
 def fill_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:

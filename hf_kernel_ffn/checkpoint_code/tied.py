@@ -271,15 +271,20 @@ class TiedKernelFFN(SparseUnits):
     def get_piece_tensor(self, name: str) -> Tensor:
         """(pieces, units) one of ``pieces``, float32 at least; of this process's units, where
         units are spread over processes."""
+        return to_at_least_float32(self.get_stored_piece_tensor(name))
+
+    def get_stored_piece_tensor(self, name: str) -> Tensor:
+        """The same, in the dtype that it is stored in."""
         tensor = self.pieces[name]
-        return to_at_least_float32(get_local(tensor) if self._units_are_split() else tensor)
+        return get_local(tensor) if self._units_are_split() else tensor
 
     def _units_are_split(self) -> bool:
         """Whether this process has some of the units, by tensor parallelism."""
         return is_split(self.input_prototypes)
 
-    def _bounded_log_ratio(self, name: str) -> Tensor:
-        log_ratio = super()._bounded_log_ratio(name)
+    def get_log_ratio(self, name: str) -> Tensor:
+        """A learned log-ratio; its gradient is the sum over the processes that have units."""
+        log_ratio = super().get_log_ratio(name)
         if self._units_are_split():
             return sum_gradient(log_ratio, self.input_prototypes.weight)
         return log_ratio

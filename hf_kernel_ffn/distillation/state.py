@@ -179,8 +179,9 @@ def load_trained(folder: Path, trained: Mapping[str, Tensor]) -> None:
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != {name: tensor.shape for name, tensor in trained.items()}:
         raise _damaged(folder, "other tensors than the recipe trains")
-    for name, tensor in tensors.items():
-        trained[name].data.copy_(shard_like(tensor, trained[name]))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            trained[name].copy_(shard_like(tensor, trained[name]))
 
 
 def load_rng(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 import torch
@@ -195,6 +196,12 @@ def _against(x: Tensor, linears: Sequence[nn.Linear]) -> str | None:
 @torch.compiler.assume_constant_result
 def _runs(device: str, index: int | None) -> bool:
     """Whether kernels run on a device of this type and number."""
+    return _find_capability(device, index)
+
+
+@cache
+def _find_capability(device: str, index: int | None) -> bool:
+    """The same, found once."""
     if device == "cuda":
         return torch.cuda.get_device_capability(index) >= (8, 0)
     return device == "cpu" and INTERPRETED

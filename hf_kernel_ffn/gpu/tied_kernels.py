@@ -14,12 +14,13 @@ by torch afterwards, so that it is the same every time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from ..checkpoint_code.knots import KnotGradients, Knots
+from ..checkpoint_code.knots import KnotGradients, Knots, flatten_tokens
 from ..checkpoint_code.operators import namespace
 from .optional_triton import jit, tl
 
@@ -201,12 +202,15 @@ class TritonStep:
         self.compiled_backward = _make_operator(self)
 
     def forward(self, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
-        """c (tokens, units), in the dtype of ``gate``."""
+        """c, shape (..., units) and dtype of ``gate``."""
+        shape = gate.shape
+        gate = flatten_tokens(gate)
+        up = None if up is None else flatten_tokens(up)
         written = torch.empty_like(gate)
         if not gate.numel():
-            return written
+            return written.view(shape)
         block = _choose_tokens(gate, UNITS, TOKENS)
-        with torch.cuda.device_of(gate):
+        with device_of(gate):
             knots_kernel[_grid(gate, block, UNITS)](
                 gate,
                 gate if up is None else up,
@@ -222,7 +226,7 @@ class TritonStep:
                 TOGETHER=TOGETHER,
                 num_warps=WARPS,
             )
-        return written
+        return written.view(shape)
 
     def backward(
         self,
@@ -242,7 +246,7 @@ class TritonStep:
         knot = knots.knot.contiguous()
         sums = knot.new_empty(2, grid[0] if of_pieces else 1, *knot.shape)
         if gate.numel():
-            with torch.cuda.device_of(gate):
+            with device_of(gate):
                 knots_backward_kernel[grid](
                     gradient,
                     gate,
@@ -266,8 +270,8 @@ class TritonStep:
                 )
         if not of_pieces:
             return KnotGradients(of_gate, of_up, written, None, None)
-        # Two tensors: an operator may not return views of one.
-        return KnotGradients(of_gate, of_up, written, sums[0].sum(0), sums[1].sum(0))
+        of_knot, of_amount = sums.sum(1)
+        return KnotGradients(of_gate, of_up, written, of_knot, of_amount)
 
 
 def _make_operator(step: TritonStep) -> Callable[..., tuple[Tensor, ...]]:
@@ -285,7 +289,10 @@ def _make_operator(step: TritonStep) -> Callable[..., tuple[Tensor, ...]]:
         knots = Knots(knot, amount, far)
         of_gate = torch.empty_like(gate)
         found = step.backward(gradient, gate, up, knots, of_gate=of_gate, of_pieces=of_pieces)
-        every = (found.gate, found.up, found.knot, found.amount)
+        # An operator may not return views of one tensor, as those of the pieces are.
+        of_knot = None if found.knot is None else found.knot.clone()
+        of_amount = None if found.amount is None else found.amount.clone()
+        every = (found.gate, found.up, of_knot, of_amount)
         return tuple(gate.new_empty(0) if tensor is None else tensor for tensor in every)
 
     @operator.register_fake
@@ -297,6 +304,13 @@ def _make_operator(step: TritonStep) -> Callable[..., tuple[Tensor, ...]]:
         )
 
     return operator
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Kernels are launched on the device of ``tensor``; nothing to do where it is the current."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device_of(tensor)
 
 
 def _choose_tokens(gate: Tensor, units_at_once: int, bounds: tuple[int, int]) -> int:

@@ -5,7 +5,8 @@
         --tokens 64 --rounds 7 --threads 2 --json recipes/results/speed/generation.json
 
 Both stay in memory and have their turns in rounds, so that a disturbance hits both. Generation is
-greedy, of one row, and always as long as asked.
+greedy, of one row, and always as long as asked. On a busy machine, take one thread and its
+processor time: --threads 1 --clock cpu.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="of both")] = "float32",
     device: Annotated[str, typer.Option()] = "cpu",
     threads: Annotated[int, typer.Option(help="of the CPU")] = 2,
+    clock: Annotated[str, typer.Option(help="wall; or cpu, the processor time")] = "wall",
     fused: Annotated[bool, typer.Option("--fused", help="by Triton kernels too")] = False,
     json_file: Annotated[
         Optional[Path], typer.Option("--json", help="where to write the figures")
@@ -60,7 +62,8 @@ def main(
         "dtype": dtype,
         "device": device,
         "threads": threads,
-        **compare_speeds(models, ids, tokens, rounds),
+        "clock": clock,
+        **compare_speeds(models, ids, tokens=tokens, rounds=rounds, clock=clock),
     }
     text = json.dumps(report, indent=1)
     typer.echo(text)
@@ -69,16 +72,21 @@ def main(
 
 
 def compare_speeds(
-    models: Mapping[str, PreTrainedModel], ids: Tensor, tokens: int, rounds: int
+    models: Mapping[str, PreTrainedModel],
+    ids: Tensor,
+    *,
+    tokens: int,
+    rounds: int,
+    clock: str = "wall",
 ) -> dict[str, Any]:
     """Tokens per second of each of ``models`` after ``ids`` (1, prompt), and its ratio to the
     first's, paired by round: median and quartiles of ``rounds``."""
     for model in models.values():
-        time_generation(model, ids, WARM_UP)
+        time_generation(model, ids, WARM_UP, clock)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
-            seconds[name].append(time_generation(model, ids, tokens))
+            seconds[name].append(time_generation(model, ids, tokens, clock))
 
     first, *others = models
     return {
@@ -95,10 +103,11 @@ def compare_speeds(
     }
 
 
-def time_generation(model: PreTrainedModel, ids: Tensor, tokens: int) -> float:
+def time_generation(model: PreTrainedModel, ids: Tensor, tokens: int, clock: str) -> float:
     """Seconds in which ``model`` writes so many tokens after ``ids``."""
+    now = time.process_time if clock == "cpu" else time.perf_counter
     wait(ids.device)
-    began = time.perf_counter()
+    began = now()
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -107,7 +116,7 @@ def time_generation(model: PreTrainedModel, ids: Tensor, tokens: int) -> float:
         max_new_tokens=tokens,
     )
     wait(ids.device)
-    seconds = time.perf_counter() - began
+    seconds = now() - began
     assert output.shape[1] == ids.shape[1] + tokens
     return seconds
 

@@ -24,7 +24,8 @@ from gpu_day_table import format_table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-SHAPES = ("smollm2-135m", "llama-3.2-1b", "llama-3-8b")
+SHAPES = "llama-3.2-1b,llama-3-8b,smollm2-135m"
+"""Of the FFNs that are timed, in this order; a dry run times the last alone."""
 TEXT = "recipes/text/books-test.txt"
 LAST_LINES = 15
 """Of a failed part's output, kept in the JSON."""
@@ -106,19 +107,21 @@ def main(
 
 
 def make_parts(plan: Plan) -> list[Part]:
-    """All parts in order: what is wanted most comes first, and tests, which may take long, last."""
+    """All parts in order: what is wanted most comes first, and what may take long last."""
     return [
         measure(plan, "machine", 40),
+        speed(plan, "fused", "tied", 60),
         measure(plan, "convert", 60, plan.model, plan.work / "converted"),
+        measure(plan, "generate", 60, plan.model, plan.work / "converted"),
         evaluate(plan, "converted"),
+        measure(plan, "accuracy", 60),
+        speed(plan, "compiled", "tied", 75),
+        *run_tests(plan),
         distil(plan, "faithful"),
         evaluate(plan, "faithful"),
-        measure(plan, "generate", 45, plan.model, plan.work / "converted"),
-        measure(plan, "accuracy", 75),
-        *speed(plan),
+        speed(plan, "eager,fused", "Liger,polarised 2m", 60, name="speed others"),
         distil(plan, "readable"),
         evaluate(plan, "readable"),
-        *run_tests(plan),
     ]
 
 
@@ -136,7 +139,7 @@ def evaluate(plan: Plan, student: str) -> Part:
     tokens = 512 if plan.dry else 32_768
     options = ["--device", plan.device, "--json", result, "--tokens", tokens]
     arguments = [plan.model, plan.work / student, TEXT, *options]
-    return Part(name, plan.call("gpu_day_parts.py", "evaluate", *arguments), 45, result)
+    return Part(name, plan.call("gpu_day_parts.py", "evaluate", *arguments), 60, result)
 
 
 def distil(plan: Plan, kind: str) -> Part:
@@ -151,29 +154,31 @@ def distil(plan: Plan, kind: str) -> Part:
     return Part(name, plan.call("gpu_day_distil.py", *arguments), limit, result)
 
 
-def speed(plan: Plan) -> list[Part]:
-    """Readouts against the FFNs that they replace, a part for each shape."""
+def speed(plan: Plan, modes: str, readouts: str, seconds: float, name: str | None = None) -> Part:
+    """Readouts against the FFNs that they replace, at every shape in one process.
+
+    Args:
+        modes: of ffn_speed.py; a dry run is in eager mode, whatever is asked.
+        readouts: which of them, by parts of their names.
+        name: of the part; None: ``speed`` and the modes.
+    """
     size = ["--tokens", 8192, "--dtype", "bfloat16", "--repeats", 5, "--threads", 8]
-    modes = "eager,compiled,fused"
     shapes = SHAPES
+    name = name or f"speed {modes}"
     if plan.dry:
         size = ["--tokens", 16, "--repeats", 1]
         modes = "eager"
-        shapes = SHAPES[:1]
-    parts = []
-    for shape in shapes:
-        name = f"speed {shape}"
-        options = ["--shapes", shape, "--modes", modes, "--phases", "forward,forward+backward"]
-        options += ["--only", "tied,Liger,polarised 2m", "--device", plan.device]
-        command = plan.call("ffn_speed.py", *options, *size, "--json", plan.result(name))
-        parts.append(Part(name, command, 75, plan.result(name)))
-    return parts
+        shapes = SHAPES.split(",")[-1]
+    result = plan.result(name)
+    options = ["--shapes", shapes, "--modes", modes, "--phases", "forward,forward+backward"]
+    options += ["--only", readouts, "--device", plan.device]
+    return Part(name, plan.call("ffn_speed.py", *options, *size, "--json", result), seconds, result)
 
 
 def run_tests(plan: Plan) -> list[Part]:
     """The tests that need a GPU."""
     arguments = ["tests", "--device", plan.device, "--json", plan.result("tests")]
-    return [Part("tests", plan.call("gpu_day_parts.py", *arguments), 150, plan.result("tests"))]
+    return [Part("tests", plan.call("gpu_day_parts.py", *arguments), 100, plan.result("tests"))]
 
 
 def run_part(part: Part, limit: float, out: Path) -> dict:

@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from xml.etree import ElementTree
@@ -36,9 +35,14 @@ Json = Annotated[Path, typer.Option("--json")]
 
 SMALL = Shape(96, 160)
 """Of the layers whose accuracy is measured."""
-NEW_TOKENS = 256
-"""That are generated."""
-PROMPT = "The old house stood at the end of the lane, and"
+NEW_TOKENS = 64
+"""That are generated in a round."""
+ROUNDS = 2
+"""Of generation, each kept when it is done."""
+ACCURACY_SECONDS = 35.0
+"""After which no other kind of readout is begun."""
+REPORT_TOKENS = 8192
+"""On which the package's own report, with the FVU of every layer, is made."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -75,26 +79,32 @@ def find_version(name: str) -> str | None:
 @app.command()
 def accuracy(json_file: Json, device: Device = "cuda") -> None:
     """Relative errors of every kind of readout against float64, plain and by Triton kernels."""
-    kinds: dict[str, ReadoutOptions | None] = {"tied rows": None}
-    for kernel in ("half-yat", "yat"):
-        for intensity in ("mass", "none"):
-            for values in ("fixed", "gated") if kernel == "half-yat" else ("fixed",):
-                name = f"{kernel}, intensity {intensity}, {values}"
-                kinds[name] = ReadoutOptions(kernel=kernel, intensity=intensity, values=values)
-        for simplex in ("top-k", "threshold") if kernel == "half-yat" else ():
-            options = ReadoutOptions(16, simplex, kernel=kernel)
-            kinds[f"{kernel}, {simplex}"] = options
     for kernel in (dense_mixture.forward_tuned, dense_backward.backward_tuned):
         if torch.cuda.is_available():  # one shape of tiles is compiled, not six
             kernel.configs = kernel.configs[-1:]
     found: list[dict[str, Any]] = []
-    for name, options in kinds.items():
+    end = time.monotonic() + ACCURACY_SECONDS
+    for name, options in list_kinds().items():
+        if time.monotonic() > end:
+            break
         torch.manual_seed(0)
         ffn = make_tied_readout(SMALL) if options is None else make_readout(SMALL, 160, options)
         for dtype in (torch.float32, torch.bfloat16):
             entry = {"readout": name, "dtype": str(dtype).removeprefix("torch.")}
             found.append(entry | compare_with_float64(copy.deepcopy(ffn).to(device, dtype)))
             write(json_file, found)
+
+
+def list_kinds() -> dict[str, ReadoutOptions | None]:
+    """Kinds of readout by name, what is used most first; None for tied rows."""
+    kinds: dict[str, ReadoutOptions | None] = {"tied rows": None}
+    for intensity in ("mass", "none"):
+        for kernel, values in (("half-yat", "fixed"), ("yat", "fixed"), ("half-yat", "gated")):
+            name = f"{kernel}, intensity {intensity}, {values}"
+            kinds[name] = ReadoutOptions(kernel=kernel, intensity=intensity, values=values)
+        simplex = "threshold" if intensity == "mass" else "top-k"
+        kinds[f"half-yat, {simplex}"] = ReadoutOptions(16, simplex)
+    return kinds
 
 
 def compare_with_float64(ffn: KernelFFN | TiedKernelFFN) -> dict[str, Any]:
@@ -188,7 +198,8 @@ def evaluate(
     write(json_file, found)
     from hf_kernel_ffn.evaluation.report import evaluate_student
 
-    report = evaluate_student(converted, stock, ids.cpu(), tokenizer=tokenizer, batch_tokens=4096)
+    rows = ids[: max(1, REPORT_TOKENS // ids.shape[1])].cpu()
+    report = evaluate_student(converted, stock, rows, tokenizer=tokenizer, batch_tokens=4096)
     layers = report.pop("layers")
     found["report"] = report
     names = [name for name, value in layers[0].items() if isinstance(value, (int, float))]
@@ -203,24 +214,19 @@ def evaluate(
 @app.command()
 def generate(teacher: str, student: str, json_file: Json, device: Device = "cuda") -> None:
     """Tokens per second of teacher and student, greedy, one row, in bfloat16."""
+    from generation_speed import PROMPT, compare_speeds
+
     from hf_kernel_ffn.storage.loading import load_student, load_teacher, load_tokenizer
 
     count = NEW_TOKENS if device == "cuda" else 16
     ids = load_tokenizer(teacher)(PROMPT, return_tensors="pt")["input_ids"].to(device)
-    found: dict[str, Any] = {"tokens": count}
-    for name, load, folder in (
-        ("teacher", load_teacher, teacher),
-        ("student", load_student, student),
-    ):
-        model = load(folder, "bfloat16", device)
-        once = partial(model.generate, ids, attention_mask=torch.ones_like(ids), do_sample=False)
-        once(max_new_tokens=8, min_new_tokens=8)
-        wait(device)
-        began = time.perf_counter()
-        output = once(max_new_tokens=count, min_new_tokens=count)
-        wait(device)
-        found[name] = (output.shape[1] - ids.shape[1]) / (time.perf_counter() - began)
-        write(json_file, found)
+    models = {
+        "teacher": load_teacher(teacher, "bfloat16", device),
+        "student": load_student(student, "bfloat16", device),
+    }
+    for rounds in range(1, ROUNDS + 1):
+        found = compare_speeds(models, ids, tokens=count, rounds=rounds)
+        write(json_file, {"tokens": count, **found})
 
 
 @app.command()

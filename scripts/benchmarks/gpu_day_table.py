@@ -48,7 +48,7 @@ def format_speed(result: dict) -> Iterator[str]:
     for row in result["rows"]:
         held = f"{row['memory'] / 2**20:8.1f} MiB" if "memory" in row else ""
         yield (
-            f"{row['mode']:9} {row['phase']:17} {row['variant']:26} "
+            f"{row.get('shape', ''):13} {row['mode']:9} {row['phase']:17} {row['variant']:26} "
             f"{row['seconds']['median'] * 1e3:9.3f} ms {row['ratio']['median']:6.2f} × "
             f"{row['against']} {held}"
         )
@@ -78,6 +78,14 @@ def format_evaluation(result: dict) -> Iterator[str]:
             yield f"{name}, mean of layers {show(layers[name])}"
 
 
+def format_generation(result: dict) -> Iterator[str]:
+    """Tokens per second, and the student's over the teacher's."""
+    for name, speed in result["tokens_per_second"].items():
+        share = result["ratio"].get(name)
+        over = f", {share['median']:.2f} × the teacher's" if share else ""
+        yield f"{name:16} {speed['median']:8.1f} tokens/s{over}"
+
+
 def format_tests(result: dict) -> Iterator[str]:
     """How many passed, and what failed."""
     for name, counts in result.items():
@@ -94,6 +102,7 @@ FORMS: dict[str, Callable[[Any], Iterator[str]]] = {
     "speed": format_speed,
     "distil": format_distil,
     "evaluate": format_evaluation,
+    "generate": format_generation,
     "tests": format_tests,
 }
 """By the first word of a part's name."""

@@ -33,7 +33,7 @@ def run(tmp_path, model):
 def test_every_part_has_a_result(tmp_path):
     parts, table = run(tmp_path, "recipes/teachers/llama")
     assert {name: part.get("error") for name, part in parts.items()} == dict.fromkeys(parts)
-    assert len(parts) == 11 and all(part["result"] for part in parts.values())
+    assert len(parts) == 13 and all(part["result"] for part in parts.values())
     assert "tied product" in table and "FAILED" not in table
 
 
@@ -41,7 +41,8 @@ def test_every_part_has_a_result(tmp_path):
 def test_parts_that_fail_leave_the_others_theirs(tmp_path):
     parts, table = run(tmp_path, tmp_path / "nowhere")
     failed = {name for name, part in parts.items() if "error" in part}
-    whole = {"machine", "accuracy", "speed smollm2-135m", "tests"}
+    speeds = {"speed fused", "speed compiled", "speed others"}
+    whole = {"machine", "accuracy", "tests", *speeds}
     assert failed == set(parts) - whole and all(parts[name]["result"] for name in whole)
     assert "nowhere" in parts["convert"]["error"] and "FAILED" in table
 
