@@ -85,6 +85,8 @@ class Setting:
     """(rows, length) by the name of the text."""
     prompts: int
     """That are continued greedily."""
+    fused: bool
+    """Whether Triton kernels may serve readouts."""
     starts: dict[str, PreTrainedModel] = field(default_factory=dict)
     """Dense students whose pieces are taken, by kernel."""
 
@@ -135,6 +137,7 @@ def run(
     prompts: Annotated[int, typer.Option(help="that are continued greedily; 0: none")] = 24,
     seconds: Annotated[Optional[float], typer.Option(help="begin no row after so many")] = None,
     dtype: Annotated[str, typer.Option(help="of the computation in training")] = "float32",
+    fused: Annotated[bool, typer.Option(help="let Triton kernels serve readouts")] = True,
     seed: int = 0,
     device: str = "cpu",
 ) -> None:
@@ -144,7 +147,7 @@ def run(
     tokenizer = load_tokenizer(teacher)
     tests = {Path(file).name: read_rows(tokenizer, file, test_tokens).to(device) for file in test}
     calibration = read_rows(tokenizer, train, CALIBRATION_TOKENS, spread=True)
-    setting = Setting(model, tokenizer, calibration, tests, prompts)
+    setting = Setting(model, tokenizer, calibration, tests, prompts, fused)
     units = model.config.intermediate_size
 
     out.mkdir(parents=True, exist_ok=True)
@@ -244,7 +247,8 @@ def make_student(row: Row, recipe: Recipe, setting: Setting) -> PreTrainedModel:
         start=setting.starts[kernel],
         seed=recipe.seed,
     )
-    fuse(student)
+    if setting.fused:
+        fuse(student)
     return student
 
 
