@@ -29,7 +29,13 @@ from real_fidelity import compare, count_parameters, read_rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kernel_ffn import KernelFFNConfig, convert, load_teacher, load_tokenizer
+from hf_kernel_ffn import (
+    KernelFFNConfig,
+    convert,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+)
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation.trainer import train as train_student
 from hf_kernel_ffn.evaluation.baselines import teacher_as_student, transcoder_student
@@ -135,6 +141,9 @@ def run(
         str, typer.Option(help="rows of these names, without their count; comma-separated by ';'")
     ] = "",
     prompts: Annotated[int, typer.Option(help="that are continued greedily; 0: none")] = 24,
+    start: Annotated[
+        Optional[str], typer.Option(help="converted model whose pieces rows with brownian take")
+    ] = None,
     seconds: Annotated[Optional[float], typer.Option(help="begin no row after so many")] = None,
     dtype: Annotated[str, typer.Option(help="of the computation in training")] = "float32",
     fused: Annotated[bool, typer.Option(help="let Triton kernels serve readouts")] = True,
@@ -148,6 +157,8 @@ def run(
     tests = {Path(file).name: read_rows(tokenizer, file, test_tokens).to(device) for file in test}
     calibration = read_rows(tokenizer, train, CALIBRATION_TOKENS, spread=True)
     setting = Setting(model, tokenizer, calibration, tests, prompts, fused)
+    if start is not None:
+        setting.starts[""] = load_student(start, device=device)
     units = model.config.intermediate_size
 
     out.mkdir(parents=True, exist_ok=True)
