@@ -1,0 +1,59 @@
+"""The frontier of a real model: rows are run once, and become a table."""
+
+import json
+
+import pytest
+import real_frontier
+from teachers import RECIPES
+from typer.testing import CliRunner
+
+ROWS = "readout, skip, allocated;teacher truncated, trained;teacher truncated"
+NAMES = ["readout, skip, allocated, 6", "teacher truncated, trained, 6", "teacher truncated, 6"]
+
+
+@pytest.fixture(scope="module")
+def out(teacher_folder, text_file, tmp_path_factory):
+    """The folder of three rows of a tiny Llama, two of them with training."""
+    out = tmp_path_factory.mktemp("real_frontier") / "reports"
+    options = ["--counts", 6, "--tokens", 1024, "--test-tokens", 2048, "--batch-size", 2]
+    texts = ["--train", text_file, "--test", text_file]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(RECIPES.parent)
+        arguments = ["run", teacher_folder("llama"), "--out", out, *options, *texts]
+        done = CliRunner().invoke(
+            real_frontier.app,
+            [*map(str, arguments), "--only", ROWS, "--prompts", "2"],
+            catch_exceptions=False,
+        )
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def test_every_row_has_its_figures(out):
+    reports = {report["row"]: report for report in map(read, out.glob("*.json"))}
+    assert sorted(reports) == sorted(NAMES)
+    ours, trained, untrained = (reports[name] for name in NAMES)
+    assert ours["active"] == pytest.approx(6, abs=2)
+    assert 0 < ours["skip_share"] < 1 and trained["skip_share"] is None
+    assert untrained["tokens"] == 0 and trained["tokens"] == 1024
+    assert all(-1 <= report["jacobian_cosine"] <= 1 for report in reports.values())
+
+
+def read(file):
+    return json.loads(file.read_text())
+
+
+def test_the_table_has_a_line_for_each(out):
+    done = CliRunner().invoke(real_frontier.app, ["show", str(out)], catch_exceptions=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + len(NAMES)
+    assert (out / "table.md").read_text().count("\n") == len(NAMES) + 2
+
+
+def test_the_teacher_with_all_units_has_the_teachers_jacobian(make_teacher, ids):
+    from hf_kernel_ffn.evaluation.baselines import teacher_as_student
+
+    teacher = make_teacher("llama")
+    student = teacher_as_student(teacher, ids=ids)
+    cosine, share = real_frontier.compare_ffns(student, teacher, ids)
+    assert cosine == pytest.approx(1, abs=1e-5) and share is None
