@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CAPTURED = -1
 """No stream: a graph reads the weights again at every replay, so that nothing may be kept."""
+SAMPLE = 8
+"""Numbers of each weight that are compared: they lie in one line of the processor's cache."""
 
 
 class KeptKnots:
@@ -72,7 +74,7 @@ class _Kept:
         self.shapes = (self.knot.shape, self.amount.shape)
         self.stream = _find_stream(self.knot)
         # Views: no other weight can come to lie in their memory while they are there.
-        self.samples = [weight.detach()[..., weight.shape[-1] // 2] for weight in weights]
+        self.samples = [torch.atleast_2d(weight.detach())[0, :SAMPLE] for weight in weights]
         self.copies: list[Tensor] = []
         if self.knot.device.type == "cpu":  # elsewhere the host would wait for the device
             self.copies = [sample.clone() for sample in self.samples]

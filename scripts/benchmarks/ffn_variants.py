@@ -260,7 +260,9 @@ def find_checkpoint_ffns(model: PreTrainedModel, name: str) -> tuple[Shape, dict
     for path in find_ffn_paths(model, architecture):
         if path in converted:
             ffn = model.base_model.get_submodule(path)
-            width = int(ffn.units.abs().max())
+            width = ffn.config.prototypes
+            if isinstance(ffn, KernelFFN):
+                width = int(ffn.units.abs().max())
             kind = (str(ffn.config.settings), ffn.config.prototypes)
             shapes.append(Shape(ffn.config.hidden_size, width, architecture.gated))
         else:

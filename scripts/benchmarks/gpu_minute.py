@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The figures of a GPU that matter most, in one process of about a minute and a half.
 
-    PYTHONPATH=.:scripts/benchmarks python scripts/benchmarks/gpu_minute.py OUT.json
+    bash scripts/gpu_day.sh minute OUT.json
 
 The steps come one after the other, and OUT.json is written after every figure: what a time limit
 cuts off is lost, and no more. Models are random ones, since no weight changes a time.
