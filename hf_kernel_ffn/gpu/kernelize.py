@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoint_code.errors import MissingPackage
 from ..checkpoint_code.ffn import KernelFFN
-from ..checkpoint_code.knots import mix_knots
+from ..checkpoint_code.knot_readout import mix_knots
 from ..checkpoint_code.tied import TiedKernelFFN
 from .fused import fused_readout, reason_against_fused_readout, reason_against_fused_tied
 from .tied_kernels import TRITON_STEP

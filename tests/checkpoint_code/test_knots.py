@@ -10,7 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_kernel_ffn.checkpoint_code import knot_blocks
 from hf_kernel_ffn.checkpoint_code.knot_blocks import BLOCKS
-from hf_kernel_ffn.checkpoint_code.knots import Knots, mix_knots, sum_knots
+from hf_kernel_ffn.checkpoint_code.knot_readout import mix_knots
+from hf_kernel_ffn.checkpoint_code.knots import Knots, sum_knots
 from hf_kernel_ffn.checkpoint_code.layer_config import LayerConfig
 from hf_kernel_ffn.checkpoint_code.plan import Form, choose_tied_form
 from hf_kernel_ffn.checkpoint_code.settings import KernelFFNConfig

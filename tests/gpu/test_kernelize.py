@@ -9,7 +9,7 @@ from tiny_families import tiny
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.checkpoint_code.ffn import KernelFFN
 from hf_kernel_ffn.checkpoint_code.knot_blocks import BLOCKS
-from hf_kernel_ffn.checkpoint_code.knots import mix_knots
+from hf_kernel_ffn.checkpoint_code.knot_readout import mix_knots
 from hf_kernel_ffn.checkpoint_code.tied import TiedKernelFFN
 from hf_kernel_ffn.gpu import kernelize as module
 from hf_kernel_ffn.gpu.tied_kernels import TRITON_STEP

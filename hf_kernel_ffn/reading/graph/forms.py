@@ -16,7 +16,8 @@ from torch import Tensor
 from ...checkpoint_code.ffn import KernelFFN
 from ...checkpoint_code.linears import get_effective_weight
 from ...checkpoint_code.record import Readout
-from ...checkpoint_code.tied import Scores, TiedKernelFFN
+from ...checkpoint_code.tied import TiedKernelFFN
+from ...checkpoint_code.unit_pieces import Scores
 from ...families.weights import FFNWeights
 
 Evaluate = Callable[..., Tensor]
