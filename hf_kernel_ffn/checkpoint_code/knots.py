@@ -14,7 +14,7 @@ This file travels inside converted checkpoints: it imports nothing but torch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -166,9 +166,14 @@ def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tens
         return output(_CompiledKnots.apply(gate, up, knot, amount, far, step))
     if not torch.is_grad_enabled():
         return output(_apply(step, gate, up, Knots(knot, amount, far)))
-    if is_plain(output):
-        return _KnotReadout.apply(gate, up, knot, amount, output.weight, output.bias, far, step)  # type: ignore[no-any-return]
-    return output(_KnotReadout.apply(gate, up, knot, amount, None, None, far, step))
+    if not is_plain(output):
+        return output(_KnotReadout.apply(gate, up, knot, amount, None, None, far, step))
+    # Of tokens in one row, so that what is returned is no view made inside of the function: some
+    # blocks (Falcon's) add to what their FFN returned, in place.
+    rows = _flat(gate)
+    up_rows = None if up is None else _flat(up)
+    written = _KnotReadout.apply(rows, up_rows, knot, amount, output.weight, output.bias, far, step)
+    return cast(Tensor, written).view(*gate.shape[:-1], -1)
 
 
 def _apply(step: KnotStep, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:

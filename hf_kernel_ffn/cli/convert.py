@@ -227,12 +227,12 @@ def _read_calibration_rows(
     """
     from ..conversion.calibration_set import CALIBRATION_TOKENS
     from ..storage.loading import check_tokenizer
+    from ..text.inputs import find_longest_row
     from ..text.packing import read_token_ids
     from ..text.prediction import make_inputs_for_prediction
 
     check_tokenizer(tokenizer, teacher)
-    positions = getattr(teacher.config, "max_position_embeddings", None) or ROW_LENGTH
     count = CALIBRATION_TOKENS if tokens is None else tokens
-    length = min(ROW_LENGTH, positions)
+    length = min(ROW_LENGTH, find_longest_row(teacher) or ROW_LENGTH)
     rows = read_token_ids(tokenizer, [text], length, count, text_format, spread=True)
     return make_inputs_for_prediction(teacher, tokenizer, rows, seed)

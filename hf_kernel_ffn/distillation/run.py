@@ -31,12 +31,14 @@ from ..storage.loading import (
 )
 from ..storage.model_files import read_stock_config
 from ..text.documents import require_readable
+from ..text.inputs import find_longest_row
 from ..text.packing import read_token_ids
 from ..text.prediction import (
     make_inputs_for_prediction,
     predicts_masked,
     require_head,
     require_mask,
+    require_text_input,
 )
 from ..text.row_frame import find_row_frame
 from .accelerator import check_trackers, make_accelerator
@@ -213,11 +215,12 @@ def teacher_of(
     find_row_frame(tokenizer, recipe.data.text_format)  # refuses before the model is loaded
     teacher = load_teacher(recipe.teacher, recipe.dtype, device, recipe.trust_remote_code)
     check_tokenizer(tokenizer, teacher)
+    require_text_input(teacher)
     if any(stage.name == "logits" for stage in recipe.stages):
         require_head(teacher)
     if predicts_masked(teacher):
         require_mask(teacher, tokenizer)
-    limit = getattr(teacher.config, "max_position_embeddings", None)
+    limit = find_longest_row(teacher)
     if limit is not None and recipe.data.sequence_length > limit:
         raise InputError(
             f"found sequence_length {recipe.data.sequence_length}, "

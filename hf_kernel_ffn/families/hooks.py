@@ -161,7 +161,8 @@ def replace_ffn_outputs(
 
     def make_constant_hook(path: str) -> Hook:
         def put_out(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            return outputs[path].to(output.dtype).expand_as(output)
+            # Memory of its own, since some blocks add to what their FFN returned, in place.
+            return outputs[path].to(output.dtype).expand_as(output).clone()
 
         return put_out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol, TypeGuard, cast, runtime_checkable
 
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from ..families.lookup import find_ffn_paths, find_stock_ffn, get_family_name
 from ..families.registry import get_architecture
 from ..families.table import Architecture
 from ..families.weights import read_stock_weights, read_teacher_readout
+
+READING_PARTS = ("attention", "qkv", "attention_out", "final_norm")
+"""What an entry of the table has to name for a pass to be read, and graphs to be made."""
 
 
 @runtime_checkable
@@ -51,13 +55,28 @@ def get_described(model: PreTrainedModel, part: str) -> str:
         InputError: the entry says nothing of it.
     """
     family = get_family(model)
-    name = getattr(family, part)
-    if name is None:
+    _require_described(family, part)
+    return cast(str, getattr(family, part))
+
+
+def require_readable_family(entry: Mapping[str, object]) -> None:
+    """InputError if the table does not name what a reading needs of the model that ``entry``, of
+    config.json, describes: before any weight is loaded."""
+    converted = entry.get("kernel_ffn")
+    name = converted.get("family") if isinstance(converted, Mapping) else entry.get("model_type")
+    family = get_architecture(str(name))
+    for part in READING_PARTS:
+        _require_described(family, part)
+
+
+def _require_described(family: Architecture, part: str) -> None:
+    """InputError if the entry ``family`` says nothing of ``part``."""
+    if getattr(family, part) is None:
         raise InputError(
             f"found nothing on {part} in the entry for {family.model_type!r}, expected it for this "
-            "reading: give it in the Architecture, if the family has such a part"
+            "reading: give it in the Architecture, if the family has such a part; evaluate, and "
+            "output_readouts in Python, read the FFNs without it"
         )
-    return name
 
 
 def get_qkv_names(model: PreTrainedModel) -> tuple[str, ...]:
