@@ -36,7 +36,7 @@ def read_config(name: str) -> dict[str, Any]:
     """
     if is_gguf(name):
         return _read_gguf_config(name)
-    _refuse_unreadable(Path(name))
+    require_readable_files(Path(name))
     _refuse_adapters(name)
     if Path(name).exists() and not Path(name, "config.json").is_file():
         raise InputError(
@@ -52,7 +52,7 @@ def read_config(name: str) -> dict[str, Any]:
     return read_json(str(file))
 
 
-def _refuse_unreadable(folder: Path) -> None:
+def require_readable_files(folder: Path) -> None:
     """InputError if ``folder``, where it is one, or a file of the model in it may not be read.
 
     Some of them are read, or copied beside a student, when all the work is done; and transformers
