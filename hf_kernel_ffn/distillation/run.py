@@ -49,6 +49,7 @@ from .models import (
     add_adapters,
     enable_gradient_checkpointing,
     freeze_all_but_ffns,
+    require_gradient_checkpointing,
 )
 from .recipe import Recipe
 from .state import (
@@ -179,6 +180,8 @@ def _load_models(recipe: Recipe, device: torch.device, state: Path | None) -> Mo
     """Everything that the stages run on, the student's FFNs ready to be trained."""
     require_readable([*recipe.data.sources, *recipe.data.validation_sources])
     tokenizer, teacher = teacher_of(recipe, device)
+    if recipe.gradient_checkpointing:
+        require_gradient_checkpointing(teacher)
     signals = make_signals(recipe, teacher)
     student = student_of(recipe, teacher, tokenizer, state)
     freeze_all_but_ffns(student, teacher)

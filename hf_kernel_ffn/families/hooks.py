@@ -170,7 +170,8 @@ def replace_ffn_outputs(
         def exchange_share(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             hidden_states, experts, weights = args
             share = (weights * (experts == ffn.expert)).sum(-1, keepdim=True)
-            return output + share * (outputs[path].to(output.dtype) - ffn(hidden_states))
+            change = share * (outputs[path].to(output.dtype) - ffn(hidden_states))
+            return output + change.to(output.dtype)  # shares may be of another dtype
 
         return exchange_share
 

@@ -88,6 +88,7 @@ def test_a_command_serves_a_model_or_says_why_not(cli, tmp_path, text_file, fami
     short = ("--max-tokens", 256, "--sequence-length", 32)
     pair = (student, "--teacher", teacher, "--text", text_file)
     run(reads_text and predicts, "evaluate", *pair, *short)
+    run(reads_text and predicts, "evaluate", *pair, *short, "--dtype", "bfloat16")
     run(None, "evaluate", *pair, *short, "--prompts", 1)
 
     is_described = ARCHITECTURES[family].qkv is not None
@@ -109,6 +110,8 @@ def test_a_command_serves_a_model_or_says_why_not(cli, tmp_path, text_file, fami
     has_masks = "MaskedLM" in name  # drawn anew for every step: there is nothing to record
     run(reads_text and predicts and not has_masks, "record", recipe, record, "--top-k", 4)
     run(reads_text and predicts, "distill", recipe)
+    changes = (f"output_dir={tmp_path / 'other'}", "gradient_checkpointing=true", "dtype=bfloat16")
+    run(None, "distill", recipe, *changes)
     if record.exists():
         changes = (f"output_dir={tmp_path / 'again'}", f"stages.1.stored_logits={record}")
         run(True, "distill", recipe, *changes)
