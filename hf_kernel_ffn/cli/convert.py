@@ -123,7 +123,12 @@ def convert(
     from ..storage.checkpoint import save_converted
     from ..storage.files import new_folder, require_empty
     from ..storage.kernel_files import import_kernel
-    from ..storage.loading import load_stock_on_meta, load_teacher, load_tokenizer
+    from ..storage.loading import (
+        load_stock_on_meta,
+        load_teacher,
+        load_tokenizer,
+        rounds_weights,
+    )
     from ..storage.model_files import read_stock_config
     from ..text.documents import require_readable
     from ..text.row_frame import find_row_frame
@@ -186,6 +191,11 @@ def convert(
         with new_folder(out_dir) as folder:
             save_converted(student, model, folder, place=out_dir, conversion=report.to_dict())
     print_conversion(report.layers)
+    if rounds_weights(model, dtype):
+        typer.echo(
+            f"{model} is stored in a wider dtype than {dtype}: weights outside of the FFNs are "
+            "rounded too, so that an export of these does not fit the teacher"
+        )
     typer.echo(
         f"calibrated on {report.calibration_tokens:,} tokens ({report.calibration}); "
         f"saved in {out_dir}"
