@@ -90,8 +90,8 @@ def require_gradient_checkpointing(teacher: PreTrainedModel) -> None:
     """InputError if the blocks of ``teacher``'s class cannot recompute their activations."""
     if not teacher.supports_gradient_checkpointing:
         raise InputError(
-            f"found gradient_checkpointing with a {type(teacher).__name__}, whose class in "
-            "transformers does not support it: leave it out, and take a smaller batch_size"
+            f"found gradient_checkpointing with a {type(teacher).__name__}, expected a model whose "
+            "class in transformers supports it: leave it out, and take a smaller batch_size"
         )
 
 

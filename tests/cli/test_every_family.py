@@ -62,7 +62,7 @@ def save_teacher(folder, family, head):
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
     tokenizer.save_pretrained(folder)
     predicts = model.get_output_embeddings() is not None
-    if not predicts and model.config.tie_word_embeddings:
+    if not predicts and getattr(model.config, "tie_word_embeddings", False):
         return type(model).__name__, None
     return type(model).__name__, predicts
 
