@@ -173,7 +173,7 @@ def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tens
     rows = _flat(gate)
     up_rows = None if up is None else _flat(up)
     written = _KnotReadout.apply(rows, up_rows, knot, amount, output.weight, output.bias, far, step)
-    return cast(Tensor, written).view(*gate.shape[:-1], -1)
+    return cast(Tensor, written).view(*gate.shape[:-1], written.shape[-1])
 
 
 def _apply(step: KnotStep, gate: Tensor, up: Tensor | None, knots: Knots) -> Tensor:
