@@ -30,7 +30,11 @@ def mix_knots(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tens
     output = ffn.output_prototypes
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain(output):
         return output(mix_knot_coefficients(ffn, hidden_states, step))
-    return _read_out(ffn, hidden_states, step, output.weight, output.bias)
+    # Of tokens in one row, so that what is returned is no view made inside of the function: some
+    # blocks (Falcon's) add to what their FFN returned, in place.
+    rows = hidden_states.flatten(0, -2)
+    written = _read_out(ffn, rows, step, output.weight, output.bias)
+    return written.view(*hidden_states.shape[:-1], written.shape[-1])
 
 
 def mix_knot_coefficients(ffn: TiedKernelFFN, hidden_states: Tensor, step: KnotStep) -> Tensor:

@@ -140,7 +140,12 @@ def convert(
     from ..storage.checkpoint import save_converted
     from ..storage.files import new_folder, require_empty
     from ..storage.kernel_files import import_kernel
-    from ..storage.loading import load_stock_on_meta, load_teacher, load_tokenizer
+    from ..storage.loading import (
+        load_stock_on_meta,
+        load_teacher,
+        load_tokenizer,
+        rounds_weights,
+    )
     from ..storage.model_files import read_stock_config
     from ..text.documents import require_readable
     from ..text.row_frame import find_row_frame
@@ -211,6 +216,11 @@ def convert(
         with new_folder(out_dir) as folder:
             save_converted(student, model, folder, place=out_dir, conversion=report.to_dict())
     print_conversion(report.layers)
+    if rounds_weights(model, dtype):
+        typer.echo(
+            f"{model} is stored in a wider dtype than {dtype}: weights outside of the FFNs are "
+            "rounded too, so that an export of these does not fit the teacher"
+        )
     typer.echo(
         f"calibrated on {report.calibration_tokens:,} tokens ({report.calibration}); "
         f"saved in {out_dir}"
@@ -270,12 +280,12 @@ def _read_calibration_rows(
     """
     from ..conversion.calibration_set import CALIBRATION_TOKENS
     from ..storage.loading import check_tokenizer
+    from ..text.inputs import find_longest_row
     from ..text.packing import read_token_ids
     from ..text.prediction import make_inputs_for_prediction
 
     check_tokenizer(tokenizer, teacher)
-    positions = getattr(teacher.config, "max_position_embeddings", None) or ROW_LENGTH
     count = CALIBRATION_TOKENS if tokens is None else tokens
-    length = min(ROW_LENGTH, positions)
+    length = min(ROW_LENGTH, find_longest_row(teacher) or ROW_LENGTH)
     rows = read_token_ids(tokenizer, [text], length, count, text_format, spread=True)
     return make_inputs_for_prediction(teacher, tokenizer, rows, seed)

@@ -63,6 +63,7 @@ def evaluate(
     )
     from ..storage.model_files import read_config, read_stock_config
     from ..text.documents import require_readable
+    from ..text.inputs import find_longest_row
     from ..text.packing import read_token_ids
     from ..text.row_frame import find_row_frame
 
@@ -87,7 +88,7 @@ def evaluate(
     check_pair(converted, stock)
     check_vocabularies(student, teacher)
     share_equal_parameters(converted, stock)  # which halves what both hold
-    limit = getattr(stock.config, "max_position_embeddings", None)
+    limit = find_longest_row(stock)
     sequence_length = sequence_length or min(256, limit or 256)
     if limit is not None and sequence_length > limit:
         raise InputError(

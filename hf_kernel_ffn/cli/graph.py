@@ -78,8 +78,11 @@ def graph(
     from ..reading.graph.page import write_page
     from ..reading.graph.pruning import require_share
     from ..reading.graph.supernodes import group_similar, require_similarity
+    from ..reading.model_parts import require_readable_family
     from ..storage.files import require_place
     from ..storage.loading import load_model, load_tokenizer
+    from ..storage.model_files import read_config
+    from ..text.inputs import find_longest_row
     from ..text.packing import read_token_ids
 
     quieten()
@@ -89,6 +92,7 @@ def graph(
     require_share("keep", keep)
     if group is not None:
         require_similarity(group)
+    require_readable_family(read_config(model))
     tokenizer = load_tokenizer(model)
     require_request(tokenizer, prompt, target, against, nodes=nodes, rule=rule)
     text_ids = None
@@ -110,7 +114,7 @@ def graph(
     pruned = prune(whole, keep)
     found = None
     if text_ids is not None:
-        longest = getattr(loaded.config, "max_position_embeddings", None) or CONTEXT_LENGTH
+        longest = find_longest_row(loaded) or CONTEXT_LENGTH
         found = contexts(loaded, text_ids[:, :longest].split(CONTEXT_ROWS))
     pruned = label(pruned, loaded, tokenizer, found)
     if group is not None:

@@ -59,6 +59,7 @@ def read(
 
     from ..families.lookup import parse_layers
     from ..reading import trace
+    from ..reading.model_parts import require_readable_family
     from ..reading.summary import summary
     from ..reading.support import Support
     from ..reading.tracing import list_last_positions, tokenize_prompt
@@ -66,6 +67,7 @@ def read(
     from ..storage.loading import check_tokenizer, load_model, load_teacher, load_tokenizer
     from ..storage.model_files import read_config, read_stock_config
     from ..text.documents import require_readable
+    from ..text.inputs import find_longest_row
     from ..text.packing import read_token_ids
     from ..text.prediction import require_embedded
     from ..text.prompts import encode_prompt
@@ -75,7 +77,7 @@ def read(
             require_place(file, model, teacher, text)
     quieten()
     text_format = make_text_format(chat, bos, text_field)
-    read_config(model)
+    require_readable_family(read_config(model))
     if teacher is not None:
         read_stock_config(teacher)
     if text is not None:
@@ -91,7 +93,7 @@ def read(
     chosen = None if layers is None else parse_layers(layers, len(passed.ffn_inputs))
     support = None
     if text is not None:
-        length = min(256, getattr(loaded.config, "max_position_embeddings", None) or 256)
+        length = min(256, find_longest_row(loaded) or 256)
         support = Support(loaded, read_token_ids(tokenizer, [text], length, 16_384, text_format))
     found = summary(passed, tokenizer, position, layers=chosen, top=top, support=support)
     try:

@@ -17,7 +17,13 @@ from ..families.hooks import watch_ffn_input
 from ..families.lookup import get_family_name
 from ..families.registry import get_architecture
 from ..progress import track_progress
-from ..text.inputs import Inputs, accepts_argument, make_forward_arguments, make_random_inputs
+from ..text.inputs import (
+    Inputs,
+    accepts_argument,
+    find_longest_row,
+    make_forward_arguments,
+    make_random_inputs,
+)
 from .calibration_set import FIT_TOKENS, select_fit_rows, split_batches, thin_tokens
 
 OWN_TEXT_LENGTH = 128
@@ -52,8 +58,7 @@ def write_own_text(
         return make_random_inputs(model, tokens, seed)
 
     embedding = cast(nn.Embedding, model.get_input_embeddings())
-    limit = getattr(model.config, "max_position_embeddings", None) or length
-    length = min(length, limit)
+    length = min(length, find_longest_row(model) or length)
     rows = max(1, tokens // length)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(embedding.num_embeddings, (rows, length), generator=generator)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..checkpoint_code.errors import MissingPackage
+from ..checkpoint_code.errors import InputError, MissingPackage
 from ..compat import set_activation_checkpointing
 from .recipe import Lora
 from .teacher_signal import TeacherSignal
@@ -84,6 +84,15 @@ def add_adapters(student: ConvertedModel, lora: Lora) -> nn.Module:
     for ffn in ffns:
         ffn.requires_grad_(True)
     return wrapped
+
+
+def require_gradient_checkpointing(teacher: PreTrainedModel) -> None:
+    """InputError if the blocks of ``teacher``'s class cannot recompute their activations."""
+    if not teacher.supports_gradient_checkpointing:
+        raise InputError(
+            f"found gradient_checkpointing with a {type(teacher).__name__}, expected a model whose "
+            "class in transformers supports it: leave it out, and take a smaller batch_size"
+        )
 
 
 def enable_gradient_checkpointing(student: ConvertedModel) -> None:

@@ -31,12 +31,14 @@ from ..storage.loading import (
 )
 from ..storage.model_files import read_stock_config
 from ..text.documents import require_readable
+from ..text.inputs import find_longest_row
 from ..text.packing import read_token_ids
 from ..text.prediction import (
     make_inputs_for_prediction,
     predicts_masked,
     require_head,
     require_mask,
+    require_text_input,
 )
 from ..text.row_frame import find_row_frame
 from .accelerator import check_trackers, make_accelerator
@@ -47,6 +49,7 @@ from .models import (
     add_adapters,
     enable_gradient_checkpointing,
     freeze_all_but_ffns,
+    require_gradient_checkpointing,
 )
 from .recipe import Recipe
 from .state import (
@@ -177,6 +180,8 @@ def _load_models(recipe: Recipe, device: torch.device, state: Path | None) -> Mo
     """Everything that the stages run on, the student's FFNs ready to be trained."""
     require_readable([*recipe.data.sources, *recipe.data.validation_sources])
     tokenizer, teacher = teacher_of(recipe, device)
+    if recipe.gradient_checkpointing:
+        require_gradient_checkpointing(teacher)
     signals = make_signals(recipe, teacher)
     student = student_of(recipe, teacher, tokenizer, state)
     freeze_all_but_ffns(student, teacher)
@@ -213,11 +218,12 @@ def teacher_of(
     find_row_frame(tokenizer, recipe.data.text_format)  # refuses before the model is loaded
     teacher = load_teacher(recipe.teacher, recipe.dtype, device, recipe.trust_remote_code)
     check_tokenizer(tokenizer, teacher)
+    require_text_input(teacher)
     if any(stage.name == "logits" for stage in recipe.stages):
         require_head(teacher)
     if predicts_masked(teacher):
         require_mask(teacher, tokenizer)
-    limit = getattr(teacher.config, "max_position_embeddings", None)
+    limit = find_longest_row(teacher)
     if limit is not None and recipe.data.sequence_length > limit:
         raise InputError(
             f"found sequence_length {recipe.data.sequence_length}, "

@@ -17,6 +17,7 @@ from transformers import (
 
 from ..checkpoint_code.errors import InputError
 from ..text import prompts as chat_prompts
+from ..text.inputs import find_longest_row
 from ..text.text_format import TextFormat
 
 PROMPT_TOKENS = 32
@@ -96,7 +97,7 @@ def _require_writer(model: PreTrainedModel, count: int) -> None:
 
 def _find_longest_prompt(model: PreTrainedModel) -> int | None:
     """How many tokens a prompt may have that ``model`` can continue; None: any number."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = find_longest_row(model)
     return None if limit is None else limit - NEW_TOKENS
 
 

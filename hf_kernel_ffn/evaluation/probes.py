@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint_code.errors import InputError
+from ..text.inputs import find_longest_row
 
 
 def load_questions(file: str | Path) -> list[dict]:
@@ -68,7 +69,7 @@ def multiple_choice(
         indices chosen, so that two models' answers can be compared.
     """
     model.eval()
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = find_longest_row(model)
     rows = [row for question in questions for row in _encode(tokenizer, question, limit)]
     scores = _score(model, rows, batch_size)
 

@@ -86,7 +86,12 @@ class TokenLogits:
             yield slice(first, first + size)
 
     def _find_head(self, inputs: Inputs) -> Head | None:
-        """The first way to make logits of states that gives the model's own; None if none does."""
+        """The first way to make logits of states that gives the model's own; None if none does.
+
+        A model that is its own base model, as T5 is, has no states apart from its logits.
+        """
+        if self.model.base_model is self.model:
+            return None
         few = _take_first_tokens(inputs)
         whole = _run(self.model, few)["logits"].flatten(0, -2)
         output = _run(self.model.base_model, few)

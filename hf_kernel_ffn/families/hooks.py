@@ -161,7 +161,8 @@ def replace_ffn_outputs(
 
     def make_constant_hook(path: str) -> Hook:
         def put_out(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            return outputs[path].to(output.dtype).expand_as(output)
+            # Memory of its own, since some blocks add to what their FFN returned, in place.
+            return outputs[path].to(output.dtype).expand_as(output).clone()
 
         return put_out
 
@@ -169,7 +170,8 @@ def replace_ffn_outputs(
         def exchange_share(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             hidden_states, experts, weights = args
             share = (weights * (experts == ffn.expert)).sum(-1, keepdim=True)
-            return output + share * (outputs[path].to(output.dtype) - ffn(hidden_states))
+            change = share * (outputs[path].to(output.dtype) - ffn(hidden_states))
+            return output + change.to(output.dtype)  # shares may be of another dtype
 
         return exchange_share
 

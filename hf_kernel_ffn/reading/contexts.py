@@ -10,9 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
-from ..families.hooks import capture_inputs_and_outputs
 from ..progress import track_progress
-from .model_parts import ffn_readout, get_embedding_weight, list_ffn_paths
+from .model_parts import ffn_readout, get_embedding_weight, list_ffn_paths, read_row_inputs
 from .top_k import merge_top_k
 
 BEFORE = 8
@@ -100,11 +99,11 @@ def contexts(
         paths: FFNs to read; None for all.
 
     Raises:
-        InputError: the rows are too short.
+        InputError: the rows are too short, or an FFN does not read whole rows (a mixture's expert,
+            one that several layers share).
     """
     model.eval()
     paths = list_ffn_paths(model) if paths is None else paths
-    modules = {path: model.base_model.get_submodule(path) for path in paths}
     device = get_embedding_weight(model).device
 
     by_path: dict[str, Contexts] = {}
@@ -115,10 +114,8 @@ def contexts(
                 "tokens: join short ones"
             )
         ids = batch.to(device)
-        with capture_inputs_and_outputs(modules) as captured:
-            model.base_model(input_ids=ids, use_cache=False)
-        for path in paths:
-            record = ffn_readout(model, path, captured[path][0])
+        for path, inputs in read_row_inputs(model, paths, ids).items():
+            record = ffn_readout(model, path, inputs)
             new = _read_batch(record.coefficients.float(), record.dictionary, ids, top)
             by_path[path] = _merge(by_path[path], new, top) if path in by_path else new
     return by_path

@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.record import ReadableFFN
-from .model_parts import get_family, has_tied_rows, is_kernel_ffn
+from ..families.lookup import find_stock_ffn
+from ..families.weights import read_stock_weights
+from .model_parts import find_ffn_module, has_tied_rows, is_kernel_ffn
 
 BATCH_ROWS = 8
 """Rows of text that the model reads at once."""
@@ -83,15 +85,15 @@ def edit(model: PreTrainedModel, change: Change) -> Undo:
     InputError as :func:`edited`.
     """
     try:
-        ffn = model.base_model.get_submodule(change.path)
-    except AttributeError:
+        ffn = find_ffn_module(model, change.path)
+    except InputError:
         raise InputError(
             f"found no FFN {change.path!r} in the model, expected a path such as those of its "
             "records"
         ) from None
     if isinstance(change, Addition):
         return _add_prototype(model, ffn, change)
-    rows = _view_dictionary(model, ffn)
+    rows = _view_dictionary(model, ffn, change.path)
     count = 2 * len(rows) if has_tied_rows(ffn) else len(rows)
     if not 0 <= change.prototype < count:
         raise InputError(
@@ -112,10 +114,19 @@ def _put_back(row: Tensor, before: Tensor) -> None:
     row.copy_(before)
 
 
-def _view_dictionary(model: PreTrainedModel, ffn: nn.Module) -> Tensor:
+def _view_dictionary(model: PreTrainedModel, ffn: nn.Module | None, path: str) -> Tensor:
     """(prototypes, hidden_size): the rows as a view of the weight itself."""
-    name = "output_prototypes" if isinstance(ffn, ReadableFFN) else get_family(model).down
-    linear = getattr(ffn, name, None)
+    if isinstance(ffn, ReadableFFN):
+        return _view_rows(ffn, "output_prototypes")
+    stock = find_stock_ffn(model, path)
+    if stock.expert is None:
+        return _view_rows(stock.host, stock.shape.down)
+    return read_stock_weights(model, stock).down
+
+
+def _view_rows(host: nn.Module, name: str) -> Tensor:
+    """(in, out): the columns of the linear module ``name`` of ``host``, as a view of its weight."""
+    linear = getattr(host, name, None)
     if not isinstance(linear, (nn.Linear, Conv1D)) or not linear.weight.is_floating_point():
         raise InputError(
             f"found a {type(linear).__name__} as {name}, expected a plain Linear: merge adapters, "
@@ -125,16 +136,17 @@ def _view_dictionary(model: PreTrainedModel, ffn: nn.Module) -> Tensor:
     return weight if isinstance(linear, Conv1D) else weight.T
 
 
-def _add_prototype(model: PreTrainedModel, ffn: nn.Module, addition: Addition) -> Undo:
+def _add_prototype(model: PreTrainedModel, ffn: nn.Module | None, addition: Addition) -> Undo:
     """Put a layer that is one prototype wider in place of ``ffn``; returns what undoes it."""
     if has_tied_rows(ffn):
         raise InputError(
             f"found tied rows at {addition.path}, expected a kernel readout whose prototypes have "
             "rows of their own: convert with rows 'free'"
         )
+    kind = "an expert of a stock mixture" if ffn is None else type(ffn).__name__
     if not is_kernel_ffn(ffn) or ffn.config.settings.values == "gated":
         raise InputError(
-            f"found {type(ffn).__name__} at {addition.path}, expected a kernel readout with fixed "
+            f"found {kind} at {addition.path}, expected a kernel readout with fixed "
             "values: a stock FFN's width is fixed for all layers; convert the model"
         )
     wide = _widen(ffn, addition)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeGuard, cast, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -12,10 +14,16 @@ from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.record import ReadableFFN, Readout
 from ..checkpoint_code.tied import TiedKernelFFN
+from ..families.hooks import capture_inputs_and_outputs
 from ..families.lookup import find_ffn_paths, find_stock_ffn, get_family_name
 from ..families.registry import get_architecture
 from ..families.table import Architecture
 from ..families.weights import read_stock_weights, read_teacher_readout
+from ..text.inputs import make_forward_arguments
+from ..text.prediction import require_text_input
+
+READING_PARTS = ("attention", "qkv", "attention_out", "final_norm")
+"""What an entry of the table has to name for a pass to be read, and graphs to be made."""
 
 
 @runtime_checkable
@@ -51,13 +59,28 @@ def get_described(model: PreTrainedModel, part: str) -> str:
         InputError: the entry says nothing of it.
     """
     family = get_family(model)
-    name = getattr(family, part)
-    if name is None:
+    _require_described(family, part)
+    return cast(str, getattr(family, part))
+
+
+def require_readable_family(entry: Mapping[str, object]) -> None:
+    """InputError if the table does not name what a reading needs of the model that ``entry``, of
+    config.json, describes: before any weight is loaded."""
+    converted = entry.get("kernel_ffn")
+    name = converted.get("family") if isinstance(converted, Mapping) else entry.get("model_type")
+    family = get_architecture(str(name))
+    for part in READING_PARTS:
+        _require_described(family, part)
+
+
+def _require_described(family: Architecture, part: str) -> None:
+    """InputError if the entry ``family`` says nothing of ``part``."""
+    if getattr(family, part) is None:
         raise InputError(
             f"found nothing on {part} in the entry for {family.model_type!r}, expected it for this "
-            "reading: give it in the Architecture, if the family has such a part"
+            "reading: give it in the Architecture, if the family has such a part; evaluate, and "
+            "output_readouts in Python, read the FFNs without it"
         )
-    return name
 
 
 def get_qkv_names(model: PreTrainedModel) -> tuple[str, ...]:
@@ -148,7 +171,7 @@ def ffn_readout(model: PreTrainedModel, path: str, inputs: Tensor) -> Readout:
 
     That is a kernel readout, the teacher's own FFN, or another :class:`ReadableFFN`.
     """
-    ffn = model.base_model.get_submodule(path)
+    ffn = find_ffn_module(model, path)
     if isinstance(ffn, ReadableFFN):
         return ffn.readout(inputs)
     return read_teacher_readout(read_stock_weights(model, find_stock_ffn(model, path)), inputs)
@@ -156,5 +179,46 @@ def ffn_readout(model: PreTrainedModel, path: str, inputs: Tensor) -> Readout:
 
 def read_dictionary(model: PreTrainedModel, path: str) -> Readout:
     """The record of the FFN at ``path`` at a zero input: for its dictionary and names."""
-    weight = get_embedding_weight(model)
-    return ffn_readout(model, path, weight.new_zeros(1, weight.shape[1]))
+    size = getattr(getattr(find_ffn_module(model, path), "config", None), "hidden_size", None)
+    if size is None:
+        size = read_stock_weights(model, find_stock_ffn(model, path)).up.shape[1]
+    return ffn_readout(model, path, get_embedding_weight(model).new_zeros(1, size))
+
+
+def find_ffn_module(model: PreTrainedModel, path: str) -> nn.Module | None:
+    """The module at ``path`` under the base model.
+
+    None for an expert of a stock mixture, which is a part of the mixture's tensors; InputError if
+    there is nothing.
+    """
+    try:
+        return model.base_model.get_submodule(path)
+    except AttributeError:
+        find_stock_ffn(model, path)
+        return None
+
+
+@torch.no_grad()
+def read_row_inputs(model: PreTrainedModel, paths: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
+    """(rows, length, hidden_size) what each of the FFNs at ``paths`` reads when ``model`` reads
+    ``ids`` (rows, length).
+
+    Raises:
+        InputError: an FFN is a mixture's expert, to which rows do not come whole, or several layers
+            share it; or the model reads no text.
+    """
+    require_text_input(model)
+    shapes = list(get_family(model).shapes())
+    for path in paths:
+        is_expert = path.rpartition(".")[2].isdigit() and any(shape.experts for shape in shapes)
+        if is_expert or any(shape.shared for shape in shapes):
+            kind = "a mixture's expert" if is_expert else "an FFN that several layers share"
+            raise InputError(
+                f"found {kind} at {path}, expected FFNs that read every token once: read it by "
+                "output_readouts"
+            )
+    base = model.base_model
+    modules = {path: base.get_submodule(path) for path in paths}
+    with capture_inputs_and_outputs(modules) as captured:
+        base(**make_forward_arguments(base, ids))
+    return {path: captured[path][0] for path in paths}

@@ -15,7 +15,13 @@ from ..checkpoint_code.errors import InputError
 from ..conversion.sampling import read_ffn_inputs
 from .contexts import Contexts
 from .editing import Addition, Change, Edit, Effect, edited, effect, predictions
-from .model_parts import ffn_readout, get_final_norm, get_unembedding, is_kernel_ffn
+from .model_parts import (
+    ffn_readout,
+    find_ffn_module,
+    get_final_norm,
+    get_unembedding,
+    is_kernel_ffn,
+)
 from .norms import linearise_norm
 from .tracing import Trace
 
@@ -56,7 +62,7 @@ def addition(
     """
     model = trace.model
     state = trace.ffn_inputs[path][trace.at(position)].float()
-    ffn = model.base_model.get_submodule(path)
+    ffn = find_ffn_module(model, path)
     if not is_kernel_ffn(ffn):
         raise InputError(
             f"found {type(ffn).__name__} at {path}, expected a kernel readout: convert the model"

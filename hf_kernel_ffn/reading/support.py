@@ -12,15 +12,16 @@ from transformers import PreTrainedModel
 
 from ..checkpoint_code.linears import get_effective_weight
 from ..evaluation.locality import auc
-from ..families.hooks import capture_inputs_and_outputs
 from ..families.lookup import find_stock_ffn
 from ..families.weights import read_stock_weights
 from .contexts import SKIP
 from .model_parts import (
+    find_ffn_module,
     get_embedding_weight,
     has_tied_rows,
     is_kernel_ffn,
     list_ffn_paths,
+    read_row_inputs,
 )
 from .rows import Rows
 from .tracing import Trace
@@ -46,7 +47,7 @@ def support_scores(model: PreTrainedModel, path: str, inputs: Tensor) -> dict[st
           Σ|c_i|‖v_i‖. Yat's κ does not vanish far away (it tends to ‖w‖²cos²θ), so its
           mass says nothing of distance: compare the AUCs.
     """
-    ffn = model.base_model.get_submodule(path)
+    ffn = find_ffn_module(model, path)
     if is_kernel_ffn(ffn):
         rows = get_effective_weight(ffn.input_prototypes, inputs)[0]
         mass = ffn.kernel.log(*ffn.scores(inputs), **ffn.kernel_parameters()).logsumexp(-1)
@@ -72,18 +73,18 @@ def text_scores(
     Args:
         ids: (rows, length) token ids.
         batch_rows: rows that the model reads at once.
+
+    Raises:
+        InputError: as :func:`~hf_kernel_ffn.reading.model_parts.read_row_inputs`.
     """
     paths = list_ffn_paths(model.eval())
-    modules = {path: model.base_model.get_submodule(path) for path in paths}
     device = get_embedding_weight(model).device
 
     batches: dict[str, list[dict[str, Tensor]]] = {path: [] for path in paths}
     for batch in ids.split(batch_rows):
-        with capture_inputs_and_outputs(modules) as captured:
-            model.base_model(input_ids=batch.to(device), use_cache=False)
-        for path in paths:
-            inputs = captured[path][0][:, SKIP:].flatten(0, 1)
-            batches[path].append(support_scores(model, path, inputs))
+        for path, inputs in read_row_inputs(model, paths, batch.to(device)).items():
+            later = inputs[:, SKIP:].flatten(0, 1)
+            batches[path].append(support_scores(model, path, later))
     return {
         path: {name: torch.cat([scores[name] for scores in of_path]).cpu() for name in SCORES}
         for path, of_path in batches.items()

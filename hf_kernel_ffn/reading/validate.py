@@ -14,7 +14,7 @@ from ..families.lookup import StockFFN, find_stock_ffns
 from ..families.registry import get_architecture_of_model
 from ..families.table import Architecture
 from ..families.weights import read_stock_weights, read_teacher_readout
-from ..text.inputs import make_forward_arguments, make_random_inputs
+from ..text.inputs import find_longest_row, make_forward_arguments, make_random_inputs
 from .attribution import logit_split
 from .model_parts import (
     get_attention,
@@ -189,7 +189,7 @@ class _TokenNumbers:
 
 def _make_ids(model: PreTrainedModel, seed: int) -> Tensor:
     """(TOKENS or fewer,) random token ids."""
-    length = min(TOKENS, getattr(model.config, "max_position_embeddings", None) or TOKENS)
+    length = min(TOKENS, find_longest_row(model) or TOKENS)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(len(get_embedding_weight(model)), (length,), generator=generator)
 

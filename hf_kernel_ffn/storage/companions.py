@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from ..compat import list_hub_files
-from .model_files import find_file
+from .model_files import PICKLES, find_file
 
 OWN_NAMES = {
     "README.md",
@@ -21,7 +21,7 @@ OWN_NAMES = {
 }
 """Files that say something of the teacher alone, or that a student has of its own."""
 OWN_SUFFIXES = (
-    *(".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"),  # pickles run code when they are read
+    *PICKLES,  # which run code when they are read
     *(".gguf", ".h5", ".mlmodel", ".msgpack", ".npz", ".onnx", ".ot", ".pb", ".tflite"),
     *(".index.json", ".py", ".safetensors"),
 )

@@ -274,6 +274,18 @@ def read_stored_dtype(name: str) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
+def rounds_weights(name: str, dtype: str) -> bool:
+    """Return whether the stock model at ``name`` has weights that ``dtype`` cannot hold.
+
+    Those of a GGUF file have no one dtype: False.
+    """
+    if is_gguf(name):
+        return False
+    stored = torch.finfo(read_stored_dtype(name))
+    given = torch.finfo(get_torch_dtype(dtype))
+    return given.eps > stored.eps or given.max < stored.max
+
+
 def _finish_gguf(model: PreTrainedModel, name: str) -> None:
     """Make ``model``, read from the GGUF file ``name``, one like any other.
 

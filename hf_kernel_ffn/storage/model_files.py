@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from .gguf_header import is_gguf, read_gguf_header
 
 ADAPTER = "adapter_config.json"
 """The file by which an adapter of peft is known."""
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+"""Ends of the names of files that nobody here reads."""
 LANGUAGE_HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 """Which heads a model has whose file does not say: the first that its family has."""
 
@@ -33,6 +36,7 @@ def read_config(name: str) -> dict[str, Any]:
     """
     if is_gguf(name):
         return _read_gguf_config(name)
+    require_readable_files(Path(name))
     _refuse_adapters(name)
     if Path(name).exists() and not Path(name, "config.json").is_file():
         raise InputError(
@@ -46,6 +50,30 @@ def read_config(name: str) -> dict[str, Any]:
             "give a local folder or a hub id"
         ) from error
     return read_json(str(file))
+
+
+def require_readable_files(folder: Path) -> None:
+    """InputError if ``folder``, where it is one, or a file of the model in it may not be read.
+
+    Some of them are read, or copied beside a student, when all the work is done; and transformers
+    goes on without others.
+    """
+    try:
+        if not folder.is_dir():
+            return
+        paths = sorted(folder.iterdir())
+        files = [path for path in paths if path.suffix not in PICKLES and path.is_file()]
+    except OSError as error:
+        raise InputError(
+            f"found {folder} not readable ({error.strerror}), expected the folder of a saved "
+            "model: give yourself the right to read it"
+        ) from error
+    for file in files:
+        if not file.name.startswith(".") and not os.access(file, os.R_OK):
+            raise InputError(
+                f"found {file} not readable, expected every file of the model to be: give yourself "
+                "the right to read it, or take it out of the folder"
+            )
 
 
 def _refuse_adapters(name: str) -> None:

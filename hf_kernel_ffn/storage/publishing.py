@@ -13,7 +13,7 @@ from .. import __version__
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.untrusted_files import read_json
 from .files import write_text
-from .model_files import get_auto_class
+from .model_files import get_auto_class, require_readable_files
 
 FIGURES = ("delta_cross_entropy", "kl", "top1_agreement", "loss_recovered")
 """Figures of an evaluation that stand in a card."""
@@ -145,6 +145,7 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi
 
+    require_readable_files(Path(folder))
     figures = None if report is None else read_json(report)
     if figures is not None and not {"tokens", *FIGURES} <= figures.keys():
         raise InputError(

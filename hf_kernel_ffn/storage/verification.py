@@ -17,7 +17,7 @@ from ..checkpoint_code.layer_config import FORMAT
 from ..checkpoint_code.untrusted_files import read_json
 from .kernel_files import CUSTOM_KERNEL, has_custom_kernel
 from .model_classes import get_student_class
-from .model_files import load_pretrained
+from .model_files import load_pretrained, require_readable_files
 
 if TYPE_CHECKING:
     from ..families.student import ConvertedModel
@@ -54,6 +54,7 @@ def verify_folder(folder: str | Path) -> list[Finding]:
         InputError: it is no converted checkpoint, or its config or weights cannot be read.
     """
     folder = Path(folder)
+    require_readable_files(folder)
     config = _read_converted_config(folder)
     entry = config["kernel_ffn"]
     student_class, author_file = get_student_class(config, str(folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,8 @@ OTHER_TOKENS = 256
 """How many tokens a row counts for that is not token ids: an image, a sound."""
 RANDOM_LENGTH = 128
 """Token ids in a row of random inputs, at most, as in text that a model writes itself."""
+LONGEST_ROW_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+"""What configs call the tokens that a row may have: most of them, MPT's and Whisper's."""
 FEWEST_RANDOM_ROWS = 4
 """Rows of random inputs at least: three are fitted on, and one is held out."""
 
@@ -44,6 +46,21 @@ def tokens_per_row(inputs: Inputs) -> int:
     return inputs.shape[1] if inputs.ndim == 2 else OTHER_TOKENS
 
 
+def find_longest_row(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a row may have for ``model``; None: any number."""
+    config = model.config.get_text_config()
+    limits = (getattr(config, name, None) for name in LONGEST_ROW_NAMES)
+    limit = next((limit for limit in limits if limit), None)
+    if limit is None:
+        return None
+    # RoBERTa counts positions from behind the padding token's number.
+    for name, module in model.named_modules():
+        is_table = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if is_table and module.padding_idx is not None:
+            return cast(int, min(limit, module.num_embeddings - module.padding_idx - 1))
+    return cast(int, limit)
+
+
 def make_forward_arguments(
     model: nn.Module, inputs: Inputs, device: torch.device | None = None
 ) -> dict[str, Any]:
@@ -58,7 +75,10 @@ def make_forward_arguments(
     """
     pretrained = cast(PreTrainedModel, model)
     named: dict[str, Any]
-    named = {pretrained.main_input_name: inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    if isinstance(inputs, Tensor):
+        named = {_name_main_input(pretrained): inputs}
+    else:
+        named = dict(inputs)
     named.pop("labels", None)
 
     config = pretrained.config
@@ -91,10 +111,9 @@ def make_random_inputs(model: PreTrainedModel, tokens: int, seed: int) -> Inputs
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     text_config = getattr(config, "text_config", config)
-    limit = getattr(text_config, "max_position_embeddings", None) or RANDOM_LENGTH
-    length = min(RANDOM_LENGTH, limit)
+    length = min(RANDOM_LENGTH, find_longest_row(model) or RANDOM_LENGTH)
 
-    names = _choose_input_names(model)
+    names = choose_input_names(model)
     count = max(FEWEST_RANDOM_ROWS, tokens // (length if names == {"input_ids"} else OTHER_TOKENS))
 
     inputs: dict[str, Tensor] = {}
@@ -117,6 +136,21 @@ def make_random_inputs(model: PreTrainedModel, tokens: int, seed: int) -> Inputs
     return inputs
 
 
+def _name_main_input(model: PreTrainedModel) -> str:
+    """Return the argument that takes the main input of ``model``.
+
+    A wrapper of a decoder alone, such as the base model of a WhisperForCausalLM, inherits the name
+    of the encoder's, and takes token ids.
+    """
+    name = model.main_input_name
+    takes_anything = any(
+        parameter.kind is Parameter.VAR_KEYWORD
+        for parameter in signature(model.forward).parameters.values()
+    )
+    is_inherited = takes_anything and not accepts_argument(model, name)
+    return "input_ids" if is_inherited else name
+
+
 def _make_decoder_ids(config: PreTrainedConfig, named: Mapping[str, Tensor], rows: int) -> Tensor:
     """Return the encoder's ids, or (rows, 1) start tokens where that reads something else."""
     if "input_ids" in named:
@@ -125,8 +159,8 @@ def _make_decoder_ids(config: PreTrainedConfig, named: Mapping[str, Tensor], row
     return torch.full((rows, 1), start)
 
 
-def _choose_input_names(model: PreTrainedModel) -> set[str]:
-    """Return which inputs ``model`` is given at random."""
+def choose_input_names(model: PreTrainedModel) -> set[str]:
+    """Return which of token ids, images and sounds ``model`` needs."""
     accepted = signature(model.forward).parameters
     names = {"input_ids", "pixel_values", "input_features"} & {*accepted}
     # A language model that may be shown an image is given text alone; one with a projection of

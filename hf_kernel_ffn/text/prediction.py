@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..checkpoint_code.errors import InputError
-from .inputs import Inputs
+from .inputs import Inputs, choose_input_names
 from .row_frame import RowFrame, find_row_frame
 
 MASKED_SHARE = 0.15
@@ -49,12 +49,27 @@ def require_mask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
 
 
 def require_head(model: PreTrainedModel) -> None:
-    """InputError if ``model`` is a bare one, which predicts nothing."""
-    if model.base_model is model:
+    """InputError if ``model`` is a bare one, which predicts nothing.
+
+    T5 with its head is its own base model.
+    """
+    if model.base_model is model and model.get_output_embeddings() is None:
         raise InputError(
             f"found a {type(model).__name__}, which predicts no tokens, expected a language model: "
             "load it with its head"
         )
+
+
+def require_text_input(model: PreTrainedModel) -> None:
+    """InputError if ``model`` reads images or sounds, or cannot do without them."""
+    others = choose_input_names(model) - {"input_ids"}
+    if model.main_input_name == "input_ids" and not others:
+        return
+    names = ", ".join(sorted(others)) or model.main_input_name
+    raise InputError(
+        f"found a {type(model).__name__} for a text, which reads {names}, expected a model that "
+        "reads token ids alone: leave the text out, or give its own inputs in Python"
+    )
 
 
 def make_inputs_for_prediction(
@@ -73,9 +88,10 @@ def make_inputs_for_prediction(
         ``ids``; for a masked language model what :func:`mask_tokens` makes of them.
 
     Raises:
-        InputError: masks are needed, and the tokenizer is None or has no mask token; or there are
-            ids (on the CPU) that the model has no embedding of.
+        InputError: the model does not read text; masks are needed, and the tokenizer is None or
+            has no mask token; or there are ids (on the CPU) that the model has no embedding of.
     """
+    require_text_input(model)
     require_embedded(model, ids)
     if not predicts_masked(model):
         return ids

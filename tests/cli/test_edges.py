@@ -106,6 +106,13 @@ def test_a_model_with_code_of_its_own_goes_through_every_command(
         assert code == 0, (command, error)
 
 
+@pytest.mark.parametrize("dtype, says", [("float32", False), ("bfloat16", True)])
+def test_a_dtype_that_rounds_what_is_stored_is_said(cli, teacher_folder, tmp_path, dtype, says):
+    command = ("convert", teacher_folder("llama"), tmp_path / "made", *FEW, "--dtype", dtype)
+    code, printed, _ = cli(*command)
+    assert code == 0 and ("rounded too" in printed) == says
+
+
 # text
 
 

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
@@ -25,6 +26,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from teachers import tiny_teacher
+from tiny_families import tiny
 
 from hf_kernel_ffn.cli.app import app, main
 from hf_kernel_ffn.storage.verification import verify_folder
@@ -32,15 +34,17 @@ from hf_kernel_ffn.storage.verification import verify_folder
 LONGEST = 120
 """Seconds that a call may take on a busy machine; nearly all take less than one."""
 FEW = 256
+VOCABULARY = {"vocab_size": 4160, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+"""Of models that are not made by the fixtures: the shipped tokenizer's, and a mask token."""
 
 # what the arguments may be
 
-TEACHERS = ("teacher", "teacher", "teacher", "gpt2", "bare")
+TEACHERS = ("teacher", "teacher", "teacher", "gpt2", "bare", "mixture", "shared")
 VALID = {
-    "model": (*TEACHERS, "student"),
+    "model": (*TEACHERS, "student", "mixed"),
     "teacher": TEACHERS,
-    "student": ("student",),
-    "folder": ("student",),
+    "student": ("student", "student", "mixed"),
+    "folder": ("student", "mixed"),
     "explain": TEACHERS,
     "check": TEACHERS,
     "recipe": ("recipe.yaml",),
@@ -57,6 +61,7 @@ VALID = {
     "position": ("-1", "0"),
     "top": ("1", "5"),
     "top_k": ("1", "4"),
+    "start": ("student", "teacher"),
     "layers": ("0", "0-1", "1,2"),
     "rows": ("tied", "free"),
     "pieces": ("2", "8"),
@@ -348,12 +353,19 @@ def world(teacher_folder, tokenizer, text_file, tmp_path_factory):
     bare = tiny_teacher("mistral", "base", vocab_size=4096, pad_token_id=None)
     bare.save_pretrained(root / "bare")
     tokenizer.save_pretrained(root / "bare")
+    tiny("mixtral", "AutoModelForCausalLM", **VOCABULARY).save_pretrained(root / "mixture")
+    tokenizer.save_pretrained(root / "mixture")
+    tiny("albert", "AutoModelForMaskedLM", **VOCABULARY).save_pretrained(root / "shared")
+    masking = deepcopy(tokenizer)
+    masking.add_special_tokens({"mask_token": "<mask>"})
+    masking.save_pretrained(root / "shared")
     text = text_file.read_text(encoding="utf-8")
     (root / "text.txt").write_text(text, encoding="utf-8")
     rows = [json.dumps({"text": line, "id": 1}) for line in text.splitlines() if line]
     (root / "rows.jsonl").write_text("\n".join(rows) + "\n")
     teacher, student = root / "teacher", root / "student"
     assert call("convert", teacher, student, "--calibration-tokens", FEW)[0] == 0
+    assert call("convert", root / "mixture", root / "mixed", "--calibration-tokens", FEW)[0] == 0
     assert call("export", student, root / "ffns.safetensors")[0] == 0
     least = ("--max-tokens", FEW, "--sequence-length", 32)
     evaluation = ("evaluate", student, "--teacher", teacher, "--text", root / "text.txt")

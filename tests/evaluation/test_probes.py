@@ -13,7 +13,7 @@ import pytest
 import torch
 from teachers import FAMILIES, RECIPES
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.evaluation.probes import load_questions, multiple_choice
@@ -40,7 +40,7 @@ class Rigged(nn.Module):
         self.embedding = nn.Embedding(len(tokenizer), 1)
         self.logits = torch.zeros(len(tokenizer))
         self.logits[tokenizer(words)["input_ids"]] = bonus
-        self.config = SimpleNamespace()
+        self.config = PreTrainedConfig()
 
     def get_input_embeddings(self):
         return self.embedding

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...checkpoint_code.errors import InputError
-from ..model_parts import decode_tokens, get_described
+from ..model_parts import READING_PARTS, decode_tokens, get_described
 
 
 def find_token(tokenizer: PreTrainedTokenizerBase, token: str | int) -> int:
@@ -54,7 +54,7 @@ def require_readable(model: PreTrainedModel) -> None:
             f"found a model in {model.dtype}, expected float32 or float64: edges of half precision "
             "do not add up; load it in float32"
         )
-    for part in ("attention", "qkv", "attention_out", "final_norm"):
+    for part in READING_PARTS:
         get_described(model, part)
 
 

@@ -33,7 +33,7 @@ from ...checkpoint_code.tied import TiedKernelFFN
 from ...families.lookup import find_stock_ffn
 from ...families.weights import read_stock_weights
 from ...storage.files import new_folder, write_text
-from ..model_parts import get_layer_number, has_tied_rows, list_ffn_paths
+from ..model_parts import find_ffn_module, get_layer_number, has_tied_rows, list_ffn_paths
 
 INPUT_HOOK = "mlp.hook_in"
 """Where circuit-tracer reads what an FFN reads."""
@@ -51,7 +51,7 @@ def make_transcoder(model: PreTrainedModel, path: str) -> dict[str, Tensor]:
     Raises:
         InputError: the FFN is not exactly one.
     """
-    ffn = model.base_model.get_submodule(path)
+    ffn = find_ffn_module(model, path)
     if has_tied_rows(ffn):
         _require_one_score(path, ffn)
         return _split_knots(ffn)
