@@ -14,17 +14,13 @@ This file travels inside converted checkpoints: it imports nothing but torch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .kernels import get_kernel
 from .parameters import to_at_least_float32
-
-if TYPE_CHECKING:
-    pass
-
 
 BROWNIAN = get_kernel("brownian")
 
