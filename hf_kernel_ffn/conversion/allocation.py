@@ -27,8 +27,7 @@ from ..progress import track_progress
 from ..text.inputs import Inputs, count_rows, make_forward_arguments, select_rows, tokens_per_row
 
 ALLOCATION_TOKENS = 4096
-"""Of the calibration set that are read. With twice as many the counts of SmolLM2's layers move by
-less than a tenth."""
+"""Of the calibration set that are read: each goes backward through the whole model."""
 ROWS_AT_ONCE = 2
 """Rows that go backward together."""
 KEPT_TOKENS = 512
@@ -178,7 +177,7 @@ def _watch(
 def _count_dearest(costs: list[Tensor], wanted: int) -> list[int]:
     """How many units of each layer are among the dearest, ``wanted`` a token in all layers.
 
-    At least one of a layer; the counts add up to ``wanted``, or to one for each layer.
+    At least one of a layer. The counts add up to ``wanted``, which is at least one for each layer.
     """
     joined = torch.cat([layer.flatten() for layer in costs])
     passing = min(joined.numel(), wanted * len(costs[0]))
@@ -188,4 +187,6 @@ def _count_dearest(costs: list[Tensor], wanted: int) -> list[int]:
     by_remainder = sorted(range(len(means)), key=lambda i: counts[i] - means[i])
     for layer in by_remainder[: max(0, wanted - sum(counts))]:
         counts[layer] += 1
+    while sum(counts) > wanted:  # where layers were given the one that they had not earned
+        counts[counts.index(max(counts))] -= 1
     return counts

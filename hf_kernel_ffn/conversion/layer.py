@@ -88,7 +88,10 @@ def convert_ffn(
 
 
 def _find_longest_ordinary(weights: FFNWeights, sample: Tensor) -> float:
-    """How long an output is at most that is no spike, by those at ``sample``."""
+    """How long an output is at most that is no spike, by those at ``sample``; any, if there are
+    none, as in an expert that no token comes to."""
+    if not len(sample):
+        return math.inf
     outputs = weights.coefficients(sample) @ weights.down
     if weights.down_bias is not None:
         outputs = outputs + weights.down_bias

@@ -7,7 +7,7 @@ import torch
 from tiny_families import tiny
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert, load_student
-from hf_kernel_ffn.conversion.allocation import allocate_top_k
+from hf_kernel_ffn.conversion.allocation import _count_dearest, allocate_top_k
 from hf_kernel_ffn.families.lookup import find_stock_ffns
 from hf_kernel_ffn.families.registry import get_architecture_of_model
 
@@ -108,3 +108,9 @@ def test_a_sparse_student_is_saved_and_loads(skip, make_teacher, ids, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, student(ids).logits)
     assert read_counts(loaded) == read_counts(student)
+
+
+def test_a_layer_that_earns_nothing_has_one_unit_all_the_same():
+    dear = torch.rand(10, 12) + 1
+    cheap = torch.rand(10, 12) * 1e-6
+    assert _count_dearest([dear, cheap, cheap], 9) == [7, 1, 1]
