@@ -55,10 +55,13 @@ class LogitSplit(NamedTuple):
     """What no part accounts for: rounding."""
 
     def kinds(self) -> dict[str, float]:
-        """The parts summed by kind."""
-        return {
+        """The parts summed by kind; ``linear`` only where some layer has a linear map."""
+        kinds = {
             kind: sum(part.amount for part in self.parts if part.kind == kind) for kind in KINDS
         }
+        if not any(part.kind == "linear" for part in self.parts):
+            del kinds["linear"]
+        return kinds
 
     def carried(self, top: int = 10) -> float:
         """The ``top`` largest prototypes' contributions over ``value``.

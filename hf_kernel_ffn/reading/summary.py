@@ -118,7 +118,7 @@ def _summarise_logit(trace: Trace, token: int, against: int, place: int, *, top:
         return {
             "value": value,
             "parts": [],
-            "kinds": dict.fromkeys(KINDS, 0.0),
+            "kinds": {kind: 0.0 for kind in KINDS if kind != "linear"},
             "remainder": value,
             "carried_by_10": 0.0,
             "reason": str(error),
