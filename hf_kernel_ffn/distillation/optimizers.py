@@ -77,8 +77,14 @@ def _make_groups(
 
 
 def _scale(name: str, module: nn.Module, leaf: str, parameter: nn.Parameter) -> float:
-    """What counts as the size of the numbers in ``parameter``, called ``leaf`` in ``module``."""
+    """What counts as the size of the numbers in ``parameter``, called ``leaf`` in ``module``.
+
+    It is their root mean square; of tied pieces the median size, since a few knots stand a hundred
+    times as far out as the others, which a step of their size would scatter.
+    """
     scale = _root_mean_square(parameter)
+    if isinstance(module, nn.ParameterDict) and parameter.numel() > 1:
+        scale = gather_full(parameter.detach()).abs().median().item()
     weight = getattr(module, "weight", None)
     if leaf == "bias" and weight is not None:
         # It is added to weight @ x, with x of order one per feature.

@@ -37,6 +37,7 @@ from hf_kernel_ffn import (
     load_tokenizer,
 )
 from hf_kernel_ffn.distillation import Recipe
+from hf_kernel_ffn.distillation.metrics import StepReport
 from hf_kernel_ffn.distillation.trainer import train as train_student
 from hf_kernel_ffn.evaluation.baselines import teacher_as_student, transcoder_student
 from hf_kernel_ffn.evaluation.generation import compare_continuations, select_prompts
@@ -221,7 +222,9 @@ def measure(row: Row, recipe: Recipe, setting: Setting) -> dict[str, Any]:
     student = make_student(row, recipe, setting)
     converted = time.perf_counter()
     if row.trained:
-        train_student(recipe, setting.tokenizer, setting.teacher, student, progress=False)
+        train_student(
+            recipe, setting.tokenizer, setting.teacher, student, listeners=[print_every_so_often]
+        )
     trained = time.perf_counter()
     return {
         **asdict(row),
@@ -234,6 +237,12 @@ def measure(row: Row, recipe: Recipe, setting: Setting) -> dict[str, Any]:
         "parameters_ratio": count_parameters(student) / count_parameters(setting.teacher),
         **evaluate(student, setting),
     }
+
+
+def print_every_so_often(report: StepReport) -> None:
+    """The loss of every twentieth step."""
+    if report.step % 20 == 0:
+        typer.echo(f"  step {report.step}: loss {report.loss:.4f}")
 
 
 def make_student(row: Row, recipe: Recipe, setting: Setting) -> PreTrainedModel:
