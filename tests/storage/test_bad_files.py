@@ -299,7 +299,11 @@ DAMAGE_OF_TIED = {
     "far not a number": layer(lambda y: y["reference"].update(far=float("nan"))),
     "far a string": layer(lambda y: y["reference"].update(far=CODE)),
     "a kernel without knots": layer(lambda y: y["settings"].update(kernel="half-yat")),
-    "top-k of tied rows": layer(lambda y: y["settings"].update(simplex="top-k", top_k=5)),
+    "sparsemax of tied rows": layer(lambda y: y["settings"].update(simplex="sparsemax")),
+    "threshold without one": layer(lambda y: y["settings"].update(simplex="threshold", top_k=5)),
+    "top-k without a number": layer(lambda y: y["settings"].update(simplex="top-k")),
+    "a linear map without weights": layer(lambda y: y["settings"].update(skip=True)),
+    "a linear map that is a word": layer(lambda y: y["settings"].update(skip="yes")),
 }
 DAMAGE.update((f"tied: {name}", (TIED, change)) for name, change in DAMAGE_OF_TIED.items())
 ONLY_FREE = ("units", "log-ratio")
