@@ -11,7 +11,6 @@ This file travels inside converted checkpoints: it imports nothing but torch.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import torch
@@ -166,17 +165,8 @@ class KernelFFN(ReadoutParameters):
             rate: the share of the way, in its logarithm.
         """
         log_kernel = self.kernel.log(*self.scores(hidden_states), **self.kernel_parameters())
-        loudness = _log_loudness(log_kernel, self.compute_ups(hidden_states)).flatten(0, -2)
-        firing = int((loudness > -torch.inf).sum())
-        asked_for = (self.config.settings.top_k or 0) * len(loudness)
-        passing = min(asked_for, firing)  # prototypes that do not fire set no limit
-        if not passing:
-            return
-
-        smallest_passing = loudness.flatten().kthvalue(loudness.numel() - passing + 1).values
-        target = smallest_passing - math.log(self.config.reference["threshold"])
-        step = target.to(self.threshold_log_ratio.dtype) - self.threshold_log_ratio
-        self.threshold_log_ratio.add_(rate * step)
+        loudness = _log_loudness(log_kernel, self.compute_ups(hidden_states))
+        self.move_threshold(loudness.flatten(0, -2), rate)
 
     def kernel_and_loudness(
         self, hidden_states: Tensor, ups: Tensor | None

@@ -65,6 +65,25 @@ class ConstrainedParameters(nn.Module):
         log_ratio = to_at_least_float32(self.threshold_log_ratio)
         return math.log(self.config.reference["threshold"]) + log_ratio
 
+    def move_threshold(self, log_loudness: Tensor, rate: float) -> None:
+        """Move the threshold toward where ``top_k`` prototypes pass on average.
+
+        Args:
+            log_loudness: (tokens, prototypes), −inf where a prototype does not fire.
+            rate: the share of the way, in its logarithm.
+        """
+        firing = int((log_loudness > -torch.inf).sum())
+        asked_for = (self.config.settings.top_k or 0) * len(log_loudness)
+        passing = min(asked_for, firing)  # prototypes that do not fire set no limit
+        if not passing:
+            return
+
+        place = log_loudness.numel() - passing + 1
+        smallest_passing = log_loudness.flatten().kthvalue(place).values
+        target = smallest_passing - math.log(self.config.reference["threshold"])
+        step = target.to(self.threshold_log_ratio.dtype) - self.threshold_log_ratio
+        self.threshold_log_ratio.add_(rate * step)
+
     def threshold(self) -> Tensor:
         """The loudness from which on a prototype takes part, shape (1,), at least float32.
 

@@ -8,26 +8,21 @@ This file travels inside converted checkpoints: it imports nothing but torch.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from .decode import RowNorms
 from .linears import get_effective_weight
-from .parameters import ConstrainedParameters, to_at_least_float32
+from .parameters import to_at_least_float32
 from .simplex import top_k_mask
+from .unit_pieces import UnitPieces
 
 
-class SparseUnits(ConstrainedParameters):
+class SparseUnits(UnitPieces):
     """What a readout with tied rows does about loudness."""
 
     output_prototypes: nn.Linear
     column_norms: RowNorms
-
-    def coefficients_of_all(self, hidden_states: Tensor) -> Tensor:
-        """c (..., units), whatever a sparse map keeps."""
-        raise NotImplementedError(f"{type(self).__name__} does not define its coefficients")
 
     def keep_loudest(self, coefficients: Tensor) -> Tensor:
         """``coefficients`` (..., units), zero where a sparse map does not keep the unit."""
@@ -56,18 +51,5 @@ class SparseUnits(ConstrainedParameters):
             hidden_states: (..., hidden_size) tokens over which the average is taken.
             rate: the share of the way, in its logarithm.
         """
-        loudness = self.measure_loudness(self.coefficients_of_all(hidden_states)).flatten(0, -2)
-        firing = int((loudness > 0).sum())
-        asked_for = (self.config.settings.top_k or 0) * len(loudness)
-        passing = min(asked_for, firing)  # units that do not fire set no limit
-        if not passing:
-            return
-
-        smallest_passing = loudness.flatten().kthvalue(loudness.numel() - passing + 1).values
-        target = smallest_passing.log() - math.log(self.config.reference["threshold"])
-        step = target.to(self.threshold_log_ratio.dtype) - self.threshold_log_ratio
-        self.threshold_log_ratio.add_(rate * step)
-
-    def require_whole(self, purpose: str) -> None:
-        """InputError where this process has only some of the units."""
-        raise NotImplementedError(f"{type(self).__name__} does not say where its units are")
+        loudness = self.measure_loudness(self.coefficients_of_all(hidden_states))
+        self.move_threshold(loudness.log().flatten(0, -2), rate)

@@ -34,7 +34,6 @@ import torch
 from torch import Tensor, nn
 
 from .decode import RowNorms, sum_kept
-from .errors import InputError
 from .ffn import ACTIVATION_BYTES, KernelFFN
 from .kept_knots import KeptKnots
 from .kernels import get_kernel
@@ -48,10 +47,10 @@ from .plan import Form, FusedKernels, choose_tied_form, reason_against_one_token
 from .record import Readout
 from .settings import PIECES
 from .sparse_units import SparseUnits
-from .unit_pieces import Scores, UnitPieces, name_piece_tensors
+from .unit_pieces import Scores, name_piece_tensors
 
 
-class TiedKernelFFN(SparseUnits, UnitPieces):
+class TiedKernelFFN(SparseUnits):
     """A readout with ``config.settings.pieces`` kernels per unit of the teacher, rows tied to the
     unit's own.
 
@@ -178,17 +177,6 @@ class TiedKernelFFN(SparseUnits, UnitPieces):
         ``output_prototypes``; zero where a sparse map does not keep a unit."""
         return self.keep_loudest(self.coefficients_of_all(hidden_states))
 
-    def coefficients_of_all(self, hidden_states: Tensor) -> Tensor:
-        """c (..., units), float32 at least, whatever a sparse map keeps."""
-        return self.mix_scores(self.score(hidden_states))
-
-    def mix_scores(self, scores: Scores) -> Tensor:
-        """c (..., units), float32 at least, of what the layer's rows say of its inputs: of all
-        units, whatever a sparse map keeps."""
-        total = self.sum_pieces(scores, self.get_piece_tensor("amount"))
-        factor = self.compute_factor(scores)
-        return total if factor is None else total * factor
-
     def readout(self, hidden_states: Tensor) -> Readout:
         """The record at ``hidden_states`` (..., hidden_size), over all v_i and then all −v_i.
 
@@ -232,14 +220,6 @@ class TiedKernelFFN(SparseUnits, UnitPieces):
         plus = writes * along + writes_against * against
         minus = writes * against + writes_against * along
         return plus, minus
-
-    def require_whole(self, purpose: str) -> None:
-        """InputError where this process has only some of the units."""
-        if self._units_are_split():
-            raise InputError(
-                f"found a readout whose units are spread over processes and that {purpose}, "
-                "expected all units in one: load the model without tensor parallelism"
-            )
 
 
 AnyKernelFFN = KernelFFN | TiedKernelFFN

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .errors import InputError
 from .kernels import Kernel
 from .layer_config import LayerConfig
 from .linears import get_effective_weight
@@ -104,6 +105,25 @@ class UnitPieces(ConstrainedParameters):
         if self._units_are_split():
             square = sum_gradient(square, self.input_prototypes.weight)
         return Scores(gate, up, square)
+
+    def coefficients_of_all(self, hidden_states: Tensor) -> Tensor:
+        """c (..., units), float32 at least, whatever a sparse map keeps."""
+        return self.mix_scores(self.score(hidden_states))
+
+    def mix_scores(self, scores: Scores) -> Tensor:
+        """c (..., units), float32 at least, of what the layer's rows say of its inputs: of all
+        units, whatever a sparse map keeps."""
+        total = self.sum_pieces(scores, self.get_piece_tensor("amount"))
+        factor = self.compute_factor(scores)
+        return total if factor is None else total * factor
+
+    def require_whole(self, purpose: str) -> None:
+        """InputError where this process has only some of the units."""
+        if self._units_are_split():
+            raise InputError(
+                f"found a readout whose units are spread over processes and that {purpose}, "
+                "expected all units in one: load the model without tensor parallelism"
+            )
 
     def sum_pieces(self, scores: Scores, amount: Tensor) -> Tensor:
         """scale · Σ_p ``amount`` κ_p, (..., units)."""

@@ -79,10 +79,9 @@ def allocate_top_k(
         seed: of the tokens that the teacher draws.
 
     Raises:
-        InputError: a layer is not sparse, is an expert of a mixture, or serves several layers; or
-            the teacher has no logits.
+        InputError: as :func:`require_allocatable`.
     """
-    _check(teacher, ffns, settings)
+    require_allocatable(teacher, ffns, settings)
     parameters = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -100,12 +99,17 @@ def allocate_top_k(
     }
 
 
-def _check(
+def require_allocatable(
     teacher: PreTrainedModel,
     ffns: Mapping[str, StockFFN],
     settings: Mapping[str, KernelFFNConfig],
 ) -> None:
-    """InputError where counts cannot be shared out."""
+    """Check that the counts of ``ffns`` can be shared out.
+
+    Raises:
+        InputError: a layer is not sparse, is an expert of a mixture, or serves several layers; or
+            the teacher has no logits.
+    """
     for path, ffn in ffns.items():
         if not settings[path].sparse:
             raise InputError(

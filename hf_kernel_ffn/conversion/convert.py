@@ -22,7 +22,7 @@ from ..families.student import make_config_entry, make_student_from_entry
 from ..families.weights import is_finite, refuse_quantised_weights
 from ..progress import track_progress
 from ..text.inputs import Inputs
-from .allocation import allocate_top_k
+from .allocation import allocate_top_k, require_allocatable
 from .block_source import BlockSource
 from .calibration_set import (
     CALIBRATION_TOKENS,
@@ -36,6 +36,7 @@ from .layer import convert_ffn
 from .replay_check import open_block_source
 from .sampling import OWN_TEXT_LENGTH, write_own_text
 from .teacher_state import keep_as_it_was
+from .tied import require_same_pieces
 
 if TYPE_CHECKING:
     from ..families.student import ConvertedModel
@@ -111,6 +112,15 @@ def convert(
             "found calibration_tokens 0 with calibration text, expected one of them: leave one out"
         )
     chosen, settings = choose_ffns(teacher, config, layers)
+    if allocate:
+        require_allocatable(teacher, chosen, settings)
+    if allocate and calibration_tokens == 0:
+        raise InputError(
+            "found allocate with 0 calibration tokens, expected some: costs are measured on them"
+        )
+    if start is not None:
+        for path in chosen:
+            require_same_pieces(_find_start(start, path), settings[path])
     only_pieces = fits_only_pieces(settings.values())
     own_pieces = only_pieces and calibration_ids is None
     tokens = calibration_tokens
@@ -128,7 +138,8 @@ def convert(
         if ids is not None:
             calibration = choose_calibration(ids, tokens, only_pieces=only_pieces)
         if allocate:
-            settings = _allocate(teacher, chosen, settings, ids, seed, progress)
+            assert ids is not None
+            settings = allocate_top_k(teacher, chosen, settings, ids, seed=seed, progress=progress)
         kind = "own tokens" if calibration_ids is None else "text"
         report = start_report(teacher, calibration, kind)
         ffns = _convert_blocks(
@@ -141,22 +152,6 @@ def convert(
             progress=progress,
         )
     return _make_student(teacher, ffns, copy), report
-
-
-def _allocate(
-    teacher: PreTrainedModel,
-    chosen: Mapping[str, StockFFN],
-    settings: Mapping[str, KernelFFNConfig],
-    ids: Inputs | None,
-    seed: int,
-    progress: bool,
-) -> dict[str, KernelFFNConfig]:
-    """``settings`` with ``top_k`` shared out over layers; InputError without a calibration set."""
-    if ids is None:
-        raise InputError(
-            "found allocate with 0 calibration tokens, expected some: costs are measured on them"
-        )
-    return allocate_top_k(teacher, chosen, settings, ids, seed=seed, progress=progress)
 
 
 def _require_whole_and_finite(teacher: PreTrainedModel, progress: bool) -> None:
@@ -271,8 +266,9 @@ def convert_block(
     dtype = next(model.parameters()).dtype
     converted: dict[str, AnyKernelFFN] = {}
     for stock in ffns:
+        fitted = None if start is None else _find_start(start, stock.path)
         ffn, report.layers[stock.path] = convert_ffn(
-            model, stock, settings[stock.path], source, _find_start(start, stock.path)
+            model, stock, settings[stock.path], source, fitted
         )
         converted[stock.path] = ffn.to(dtype)
     for path, ffn in converted.items():
@@ -280,10 +276,8 @@ def convert_block(
     return converted
 
 
-def _find_start(start: ConvertedModel | None, path: str) -> AnyKernelFFN | None:
+def _find_start(start: ConvertedModel, path: str) -> AnyKernelFFN:
     """The readout of ``start`` at ``path``; InputError if that is no converted FFN there."""
-    if start is None:
-        return None
     ffn = start.kernel_ffns().get(path)
     if ffn is None:
         raise InputError(

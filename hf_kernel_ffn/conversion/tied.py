@@ -9,6 +9,7 @@ from torch import Tensor
 from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.kernels import get_kernel
 from ..checkpoint_code.layer_config import LayerConfig
+from ..checkpoint_code.settings import KernelFFNConfig
 from ..checkpoint_code.tied import AnyKernelFFN, TiedKernelFFN
 from ..families.weights import FFNWeights
 from .pieces.fitting import fit_pieces
@@ -58,14 +59,7 @@ def _take_pieces(
     fitted: AnyKernelFFN, config: LayerConfig
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The pieces of ``fitted`` by name, and the reference values that go with them."""
-    wanted = config.settings
-    found = fitted.config.settings
-    for name in ("rows", "kernel", "values", "pieces"):
-        if getattr(found, name) != getattr(wanted, name):
-            raise InputError(
-                f"found {name}={getattr(found, name)!r} in the model to start from, expected "
-                f"{getattr(wanted, name)!r}: convert it by these settings first"
-            )
+    require_same_pieces(fitted, config.settings)
     assert isinstance(fitted, TiedKernelFFN)
     pieces = {name: fitted.get_piece_tensor(name) for name in fitted.pieces}
     reference = dict(fitted.config.reference)
@@ -73,3 +67,14 @@ def _take_pieces(
         reference[name] = fitted.positive(name).item()
     reference.pop("threshold", None)
     return pieces, reference
+
+
+def require_same_pieces(fitted: AnyKernelFFN, wanted: KernelFFNConfig) -> None:
+    """InputError unless the pieces of ``fitted`` are of the settings ``wanted``, resolved."""
+    found = fitted.config.settings
+    for name in ("rows", "kernel", "values", "pieces"):
+        if getattr(found, name) != getattr(wanted, name):
+            raise InputError(
+                f"found {name}={getattr(found, name)!r} in the model to start from, expected "
+                f"{getattr(wanted, name)!r}: convert it by these settings first"
+            )

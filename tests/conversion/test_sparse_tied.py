@@ -7,7 +7,9 @@ import torch
 from tiny_families import tiny
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert, load_student
+from hf_kernel_ffn.conversion import convert as conversion
 from hf_kernel_ffn.conversion.allocation import _count_dearest, allocate_top_k
+from hf_kernel_ffn.conversion.ridge import Moments
 from hf_kernel_ffn.families.lookup import find_stock_ffns
 from hf_kernel_ffn.families.registry import get_architecture_of_model
 
@@ -67,6 +69,37 @@ def test_what_cannot_be_shared_out_is_refused(settings, family, message, ids):
 def test_a_model_without_logits_is_refused(make_teacher, ids):
     with pytest.raises(InputError, match="predicts tokens"):
         convert(make_teacher("llama").base_model, SPARSE, calibration_ids=ids, allocate=True)
+
+
+@pytest.mark.parametrize("calibration_tokens", (None, 0))
+def test_refusals_come_before_the_work(make_teacher, calibration_tokens, monkeypatch):
+    """Before the teacher writes text of its own, which takes minutes."""
+    monkeypatch.setattr(conversion, "write_own_text", lambda *_, **__: pytest.fail("wrote text"))
+    dense = KernelFFNConfig(rows="tied")
+    asked = SPARSE if calibration_tokens == 0 else dense
+    with pytest.raises(InputError, match="allocate"):
+        convert(make_teacher("llama"), asked, allocate=True, calibration_tokens=calibration_tokens)
+
+
+def test_a_start_is_of_no_use_to_free_rows(make_teacher, ids):
+    teacher = make_teacher("llama")
+    dense, _ = convert(teacher, KernelFFNConfig(rows="tied"), calibration_ids=ids)
+    with pytest.raises(InputError, match="rows='tied' in the model to start from"):
+        convert(teacher, KernelFFNConfig(), calibration_ids=ids, start=dense)
+
+
+def test_a_spike_counts_as_an_output_of_ordinary_length():
+    coefficients = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    outputs = torch.tensor([[3.0, 4.0], [300.0, 400.0]])
+    moments = Moments(2, 2, torch.device("cpu"))
+    moments.add(coefficients, outputs, longest=5.0)
+    expected = Moments(2, 2, torch.device("cpu"))
+    expected.add(coefficients[:1], outputs[:1])
+    # The second token's error is weighed by (5 / 500)².
+    weighed = torch.cat([coefficients[1:], torch.ones(1, 1)], 1) / 100
+    torch.testing.assert_close(moments.cc, expected.cc + weighed.T @ weighed)
+    torch.testing.assert_close(moments.cy, expected.cy + weighed.T @ outputs[1:] / 100)
+    assert moments.count == pytest.approx(1 + 1e-4)
 
 
 def test_a_linear_map_leaves_less_unexplained(make_teacher, ids):
