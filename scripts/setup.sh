@@ -8,4 +8,4 @@ python=${PYTHON:-python3}
     { echo "error: found $("$python" --version), expected Python 3.11 or newer: name one by PYTHON=…" >&2; exit 2; }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -c 'import torch' 2>/dev/null || .venv/bin/python -m pip install --quiet 'torch==2.13.0'
-.venv/bin/python -m pip install --quiet --editable ".[$1]"
+.venv/bin/python -m pip install --quiet --editable ".[${1:?expected extras, such as dev or all: bash scripts/setup.sh dev}]"
