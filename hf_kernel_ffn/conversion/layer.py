@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..checkpoint_code.errors import InputError
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.layer_config import LayerConfig
 from ..checkpoint_code.settings import KernelFFNConfig
@@ -20,6 +22,9 @@ from .initialization import initial_gate_bias, initialise_prototypes
 from .ridge import calibrate_ffn
 from .sampling import make_blind_sample
 from .tied import make_tied_ffn
+
+FEW_TOKENS = 256
+"""Inputs at which a new readout is tried."""
 
 
 def convert_ffn(
@@ -36,7 +41,7 @@ def convert_ffn(
     pieces, which are those of ``start`` where that is given.
 
     Raises:
-        InputError: ``start`` has pieces of other settings.
+        InputError: ``start`` has pieces of other settings, or the readout is not finite.
     """
     weights = read_stock_weights(model, stock)
     if source is None:
@@ -79,12 +84,25 @@ def convert_ffn(
             _fit_threshold(ffn, sample)  # units are louder or quieter by their new outputs
     elif source is not None:
         figures = measure_fvu(ffn, stock, source.read(stock, "held_out"))
+    _require_finite_readout(ffn, stock.path, sample)
     return ffn, {
         "prototypes": ffn.config.prototypes,
         "parameters": sum(parameter.numel() for parameter in ffn.parameters()),
         "reference": dict(ffn.config.reference),
         **figures,
     }
+
+
+@torch.no_grad()
+def _require_finite_readout(ffn: AnyKernelFFN, path: str, sample: Tensor) -> None:
+    """InputError unless the weights of ``ffn`` and what it writes at ``sample`` are finite."""
+    parts = [*ffn.state_dict().values(), ffn(sample[:FEW_TOKENS])]
+    if not all(part.isfinite().all() for part in parts):
+        raise InputError(
+            f"found a readout for {path} that is not finite with kernel "
+            f"{ffn.config.settings.kernel!r}, expected one: its values overflow where this layer "
+            "reads, or cannot be told apart there; choose another kernel"
+        )
 
 
 def _find_longest_ordinary(weights: FFNWeights, sample: Tensor) -> float:

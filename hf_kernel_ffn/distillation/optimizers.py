@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .recipe import Stage
-from .sharding import gather_full
+from .sharding import gather_full, is_sharded
 
 MUON_STEP = 0.2
 """Root mean square of Muon's update at learning rate 1 when it is matched to AdamW's
@@ -37,8 +37,11 @@ def make_optimizers(
     Each group of an optimiser is one tensor, and holds its highest learning rate as ``peak``.
     """
     groups = _make_groups(model, parameters, stage)
+    # Every group is one tensor: without this a step is a dozen launches for each.
+    on_one_gpu = all(parameter.is_cuda for parameter in parameters) and not is_sharded(parameters)
+    fused = True if on_one_gpu else None  # None: as torch chooses
     if stage.optimizer == "adamw":
-        return [torch.optim.AdamW(groups, betas=BETAS)]
+        return [torch.optim.AdamW(groups, betas=BETAS, fused=fused)]
 
     matrices = [group for group in groups if group["is_matrix"]]
     others = [group for group in groups if not group["is_matrix"]]
@@ -46,7 +49,7 @@ def make_optimizers(
         group["peak"] /= MUON_STEP
     return [
         torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=BETAS),
+        torch.optim.AdamW(others, betas=BETAS, fused=fused),
     ]
 
 

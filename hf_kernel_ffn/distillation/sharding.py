@@ -39,6 +39,11 @@ def gather_full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of ``tensors`` is cut over processes."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

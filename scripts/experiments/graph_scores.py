@@ -53,6 +53,8 @@ class Layer(NamedTuple):
     dictionary: Tensor
     """(units, hidden_size)."""
     bias: Tensor | float
+    skip: nn.Module | None
+    """The linear map beside the mixture."""
 
 
 def read_layers(model: PreTrainedModel) -> list[Layer]:
@@ -65,11 +67,13 @@ def read_layers(model: PreTrainedModel) -> list[Layer]:
             record = ffn.readout(torch.zeros(1, model.config.hidden_size))
             count = len(record.dictionary) // (2 if has_tied_rows(ffn) else 1)
             bias = 0.0 if record.bias is None else record.bias
-            layers.append(Layer(ffn, ffn.coefficients, record.dictionary[:count].detach(), bias))
+            skip = getattr(ffn, "skip", None)
+            dictionary = record.dictionary[:count].detach()
+            layers.append(Layer(ffn, ffn.coefficients, dictionary, bias, skip))
             continue
         weights = read_stock_weights(model, find_stock_ffn(model, path))
         bias = 0.0 if weights.down_bias is None else weights.down_bias
-        layers.append(Layer(ffn, weights.coefficients, weights.down, bias))
+        layers.append(Layer(ffn, weights.coefficients, weights.down, bias, None))
     return layers
 
 
@@ -84,7 +88,8 @@ def changed(layers: list[Layer], change: Change) -> Iterator[None]:
     def make_hook(number: int, layer: Layer) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
         def write(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             coefficients = change(number, layer.coefficients(args[0]))
-            return coefficients.to(output.dtype) @ layer.dictionary + layer.bias
+            written = coefficients.to(output.dtype) @ layer.dictionary + layer.bias
+            return written if layer.skip is None else written + layer.skip(args[0])
 
         return write
 

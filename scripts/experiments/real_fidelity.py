@@ -46,6 +46,7 @@ def main(
     values: Annotated[Optional[str], typer.Option()] = None,
     pieces: Annotated[Optional[int], typer.Option()] = None,
     threads: Annotated[int, typer.Option()] = 1,
+    device: Annotated[str, typer.Option()] = "cpu",
     student: Annotated[
         Optional[str], typer.Option(help="measure this one, instead of converting MODEL")
     ] = None,
@@ -56,7 +57,7 @@ def main(
     if kernel is not None:
         given["kernel"] = import_kernel(kernel)
     given = {name: value for name, value in given.items() if value is not None}
-    teacher = load_teacher(model)
+    teacher = load_teacher(model, device=device)
     tokenizer = load_tokenizer(model)
     figures: dict[str, Any] = {"model": Path(model).name}
     if student is None:
@@ -81,12 +82,12 @@ def main(
             "layers": report.layers,
         }
     else:
-        converted = load_student(student)
+        converted = load_student(student, device=device)
         figures["student"] = Path(student).name
     figures["parameters_ratio"] = count_parameters(converted) / count_parameters(teacher)
     figures["texts"] = {}
     for file in text:
-        held_out = read_rows(tokenizer, file, tokens)
+        held_out = read_rows(tokenizer, file, tokens).to(device)
         figures["texts"][Path(file).name] = compare(converted, teacher, held_out)
         typer.echo(f"{Path(file).name}: {figures['texts'][Path(file).name]}")
     write_text(out, json.dumps(figures, indent=1) + "\n")

@@ -26,6 +26,7 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 from real_fidelity import compare, count_parameters, read_rows
+from real_frontier_rows import Budget, Row, make_recipe, make_rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,39 +46,18 @@ from hf_kernel_ffn.evaluation.report import evaluate_student
 from hf_kernel_ffn.families.hooks import capture_ffn_inputs_and_outputs
 from hf_kernel_ffn.families.lookup import find_stock_ffn
 from hf_kernel_ffn.gpu.fused import fuse
+from hf_kernel_ffn.storage.exporting import export_surgery
 from hf_kernel_ffn.storage.files import write_text
 from hf_kernel_ffn.storage.kernel_files import import_kernel
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
-CONTROLS = "recipes/examples/kernels/controls.py"
-"""Kernels that are none, to see what a kernel is worth."""
 COUNTS = "384,192,96,48,24"
-RATES = {"kernel": 0.003, "teacher": 0.003, "transcoder": 0.003}
-"""Peak steps of AdamW, as shares of a tensor's size. Of 0.003, 0.01 and 0.03 the first left least
-KL in the teacher truncated to 192 after 250 thousand tokens."""
-FRESH_RATE = 0.2
-"""That of transcoders layer-wise, by Muon: they start from nothing."""
 CALIBRATION_TOKENS = 16_384
 READABILITY_ROWS = 8
 """Rows of the first test text on which figures of layers are taken."""
 DIRECTIONS = 8
 """Random directions that a cosine of Jacobians is estimated from."""
-WRITE_MASS = 0.03
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    kind: str
-    """kernel; teacher (its own FFNs, truncated); transcoder."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Of KernelFFNConfig, TeacherFFN or Transcoder."""
-    trained: bool = True
-    allocate: bool = False
-    """Whether active units are shared out over layers by cost."""
-    write_mass: float = 0.0
 
 
 @dataclass
@@ -96,36 +76,6 @@ class Setting:
     """Whether Triton kernels may serve readouts."""
     starts: dict[str, PreTrainedModel] = field(default_factory=dict)
     """Dense students whose pieces are taken, by kernel."""
-
-
-def make_rows(count: int, units: int) -> dict[str, Row]:
-    """The rows with ``count`` active units per token, of ``units``."""
-    sparse = {"simplex": "threshold", "top_k": count}
-    tied = {"rows": "tied", **sparse}
-    return {
-        f"readout, skip, allocated, {count}": Row("kernel", {**tied, "skip": True}, allocate=True),
-        f"teacher truncated, trained, {count}": Row("teacher", sparse),
-        f"readout, allocated, {count}": Row("kernel", tied, allocate=True),
-        f"readout, {count}": Row("kernel", tied),
-        f"readout, skip, {count}": Row("kernel", {**tied, "skip": True}),
-        f"readout, skip, allocated, write mass, {count}": Row(
-            "kernel", {**tied, "skip": True}, allocate=True, write_mass=WRITE_MASS
-        ),
-        f"relu2 in its place, skip, allocated, {count}": Row(
-            "kernel", {**tied, "skip": True, "kernel": f"{CONTROLS}:relu2"}, allocate=True
-        ),
-        f"transcoder, 4x, skip, {count}": Row(
-            "transcoder", {"width": 4 * units, "top_k": count, "skip": True}
-        ),
-        f"transcoder, 4x, {count}": Row(
-            "transcoder", {"width": 4 * units, "top_k": count, "skip": False}
-        ),
-        f"teacher truncated, {count}": Row("teacher", sparse, trained=False),
-        f"readout, untrained, {count}": Row("kernel", tied, trained=False),
-        f"readout, skip, allocated, untrained, {count}": Row(
-            "kernel", {**tied, "skip": True}, allocate=True, trained=False
-        ),
-    }
 
 
 @app.command()
@@ -147,6 +97,12 @@ def run(
     ] = None,
     seconds: Annotated[Optional[float], typer.Option(help="begin no row after so many")] = None,
     dtype: Annotated[str, typer.Option(help="of the computation in training")] = "float32",
+    rate: Annotated[
+        Optional[float], typer.Option(help="peak step, instead of the rows' own")
+    ] = None,
+    save: Annotated[
+        Optional[Path], typer.Option(help="folder to keep the converted FFNs of every student in")
+    ] = None,
     fused: Annotated[bool, typer.Option(help="let Triton kernels serve readouts")] = True,
     seed: int = 0,
     device: str = "cpu",
@@ -158,66 +114,49 @@ def run(
     tests = {Path(file).name: read_rows(tokenizer, file, test_tokens).to(device) for file in test}
     calibration = read_rows(tokenizer, train, CALIBRATION_TOKENS, spread=True)
     setting = Setting(model, tokenizer, calibration, tests, prompts, fused)
+    budget = Budget(train, tokens, batch_size, dtype, rate, seed)
     if start is not None:
         setting.starts[""] = load_student(start, device=device)
     units = model.config.intermediate_size
 
     out.mkdir(parents=True, exist_ok=True)
-    wanted = [name.strip() for name in only.split(";")] if only else None
-    names = list(make_rows(0, units))
+    names = [name.removesuffix(", 0") for name in make_rows(0, units)]
+    if only:
+        names = choose_names(names, only)
     for name in names:
-        if wanted is not None and name.removesuffix(", 0") not in wanted:
-            continue
         for count in map(int, counts.split(",")):
-            label = f"{name.removesuffix(', 0')}, {count}"
-            file = out / f"{label.replace(', ', '_').replace(' ', '-')}.json"
+            label = f"{name}, {count}"
+            stem = label.replace(", ", "_").replace(" ", "-")
+            file = out / f"{stem}.json"
             late = seconds is not None and time.perf_counter() - began > seconds
             if file.exists() or late:
                 continue
             row = make_rows(count, units)[label]
-            recipe = make_recipe(teacher, row, train, tokens, batch_size, seed, dtype)
-            report = {"row": label, "count": count, **measure(row, recipe, setting)}
+            student, figures = measure(row, make_recipe(teacher, row, budget), setting)
+            report = {"row": label, "count": count, **figures}
             # Whole or not at all: what is there is not run again.
             write_text(file, json.dumps(report, indent=1) + "\n")
             typer.echo(f"{label}: {describe(report)}")
+            if save is not None and row.kind == "kernel":
+                save.mkdir(parents=True, exist_ok=True)
+                export_surgery(student, save / f"{stem}.safetensors")
 
 
-def make_recipe(
-    teacher: str,
-    row: Row,
-    train: str,
-    tokens: int,
-    batch_size: int,
-    seed: int,
-    dtype: str,
-) -> Recipe:
-    """All tokens on the logits; transcoders, which start from nothing, half of them layer-wise."""
-    stages: list[dict[str, Any]] = [
-        {
-            "name": "logits",
-            "tokens": tokens,
-            "optimizer": "adamw",
-            "learning_rate": RATES[row.kind],
-            "batch_size": batch_size,
-            "write_mass": row.write_mass,
-        }
-    ]
-    if row.kind == "transcoder":
-        layer_wise = {"name": "layer-wise", "optimizer": "muon", "learning_rate": FRESH_RATE}
-        stages[0]["tokens"] = tokens // 2
-        stages.insert(0, {**stages[0], **layer_wise})
-    return Recipe(
-        teacher=teacher,
-        data={"train": train, "bos": "always"},
-        stages=stages,
-        seed=seed,
-        dtype=dtype,
-        output_dir="runs/real_frontier",
-    )
+def choose_names(names: list[str], only: str) -> list[str]:
+    """Those of ``names`` that ``only`` asks for, in its order.
+
+    Raises:
+        BadParameter: there is no such row.
+    """
+    wanted = [name.strip() for name in only.split(";")]
+    for name in wanted:
+        if name not in names:
+            raise typer.BadParameter(f"found {name!r}, expected one of {'; '.join(names)}")
+    return wanted
 
 
-def measure(row: Row, recipe: Recipe, setting: Setting) -> dict[str, Any]:
-    """Build, train and evaluate one row; everything that its report says."""
+def measure(row: Row, recipe: Recipe, setting: Setting) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Build, train and evaluate one row: the student, and everything that its report says."""
     began = time.perf_counter()
     student = make_student(row, recipe, setting)
     converted = time.perf_counter()
@@ -226,9 +165,11 @@ def measure(row: Row, recipe: Recipe, setting: Setting) -> dict[str, Any]:
             recipe, setting.tokenizer, setting.teacher, student, listeners=[print_every_so_often]
         )
     trained = time.perf_counter()
-    return {
+    return student, {
         **asdict(row),
         "seed": recipe.seed,
+        "train": Path(recipe.data.sources[0]).name,
+        "learning_rate": recipe.stages[-1].learning_rate,
         "tokens": sum(stage.tokens for stage in recipe.stages) if row.trained else 0,
         "batch_size": recipe.stages[0].batch_size,
         "device": str(setting.teacher.device),

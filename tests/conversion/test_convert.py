@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 from hf_kernel_ffn import InputError, KernelFFN, KernelFFNConfig, convert, restore
+from hf_kernel_ffn.checkpoint_code.kernels import KERNELS, Kernel
 from hf_kernel_ffn.conversion import convert as surgery
 from hf_kernel_ffn.families.lookup import find_ffn_paths
 from hf_kernel_ffn.families.registry import get_architecture_of_model
@@ -276,6 +277,21 @@ def test_weights_that_are_not_finite_are_named(llama, run, name, value):
         broken.get_parameter(name).view(-1)[0] = value
     with pytest.raises(InputError, match=f"NaN or infinite.*{name.removeprefix('model.')}"):
         run(broken)
+
+
+class Overflowing(Kernel):
+    """Infinite wherever a score is above a few."""
+
+    def value(self, score, distance2, **parameters):
+        return (1e38 * score.relu()).square()
+
+
+@pytest.mark.parametrize("rows", ["free", "tied"])
+def test_a_kernel_that_overflows_is_named_with_the_layer(llama, run, monkeypatch, rows):
+    kernel = Overflowing("overflowing", nonnegative=True, positive_definite=False, uses_bias=True)
+    monkeypatch.setitem(KERNELS, "overflowing", kernel)
+    with pytest.raises(InputError, match=r"layers\.0\.mlp that is not finite.*'overflowing'"):
+        run(llama, KernelFFNConfig(kernel="overflowing", rows=rows))
 
 
 class ScaledFP8Linear(nn.Linear):

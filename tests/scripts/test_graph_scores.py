@@ -5,8 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from graph_questions import TASKS, make_questions
+from graph_scores import changed, read_layers
 from teachers import RECIPES
+
+from hf_kernel_ffn import KernelFFNConfig, convert
 
 ROOT = RECIPES.parent
 
@@ -20,6 +24,17 @@ def test_questions_differ_and_have_two_answers_of_one_token(task, tokenizer):
         assert ids[0] != ids[1] and all(len(answer) == 1 for answer in ids)
     assert questions == make_questions(tokenizer, task, 5, seed=0)
     assert questions != make_questions(tokenizer, task, 5, seed=1)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_coefficients_that_nobody_changes_leave_the_model_as_it_is(make_teacher, ids, skip):
+    settings = KernelFFNConfig(rows="tied", simplex="threshold", top_k=6, skip=skip)
+    student, _ = convert(make_teacher("llama"), settings, calibration_ids=ids)
+    with torch.no_grad():
+        expected = student(ids).logits
+        with changed(read_layers(student), lambda number, coefficients: coefficients):
+            found = student(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_small_run_has_figures_of_every_task(tmp_path):
