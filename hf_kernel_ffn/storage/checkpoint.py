@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from ..checkpoint_code.integrity import record_checksums
 from .companions import copy_companions
 from .files import write_text
 from .gguf_header import is_gguf
-from .loading import load_tokenizer, read_stored_dtype
+from .loading import Place, load_tokenizer, read_stored_dtype
 from .publishing import write_model_card
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ Report = Mapping[str, object]
 
 def save_converted(
     student: ConvertedModel,
-    source: str,
+    source: Place,
     out: Path,
     *,
     place: str | Path | None = None,
@@ -48,6 +49,7 @@ def save_converted(
         place: where it will lie in the end, for the model card; None: in ``out``.
         reports: each is saved as JSON under its name.
     """
+    source = os.fspath(source)
     dtype = student.dtype if is_gguf(source) else read_stored_dtype(source)
     student.to(dtype=dtype).save_pretrained(out)
     save_companions(source, out, place=place, **reports)

@@ -5,6 +5,7 @@ Whatever is wrong with them becomes one InputError.
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,20 +45,25 @@ from .model_files import (
 if TYPE_CHECKING:
     from ..families.student import ConvertedModel
 
+Place = str | os.PathLike[str]
+"""A local folder or file, or a hub id."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What weights may be computed with, by name."""
 
 
-def get_torch_dtype(name: str) -> torch.dtype:
-    """Return the dtype called ``name``; InputError if it is none of ``DTYPES``."""
+def get_torch_dtype(name: str | torch.dtype) -> torch.dtype:
+    """Return the dtype called ``name``, which may be one; InputError if it is none of
+    ``DTYPES``."""
+    if name in DTYPES.values():
+        return cast(torch.dtype, name)
     if name not in DTYPES:
         raise InputError(f"found dtype {name!r}, expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return DTYPES[cast(str, name)]
 
 
 def load_teacher(
-    name: str,
-    dtype: str = "float32",
+    name: Place,
+    dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -78,6 +84,7 @@ def load_teacher(
         InputError: there is no such model, it is converted, quantised, incomplete or of no known
             family, or the device is unusable.
     """
+    name = os.fspath(name)
     entry = read_stock_config(name)
     options = make_gguf_options() if is_gguf(name) else {"use_safetensors": True}
     model, missing, _ = _load_model_and_check_keys(
@@ -138,8 +145,8 @@ def load_empty_teacher(name: str, trust_remote_code: bool = False) -> PreTrained
 
 
 def load_student(
-    name: str,
-    dtype: str = "float32",
+    name: Place,
+    dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> ConvertedModel:
@@ -156,6 +163,7 @@ def load_student(
         InputError: there is no such model, it is not converted, it is damaged, its code is not
             trusted, or the device is unusable.
     """
+    name = os.fspath(name)
     entry = read_config(name)
     if entry.get("kernel_ffn") is None:
         raise InputError(
@@ -188,19 +196,21 @@ def load_student(
 
 
 def load_model(
-    name: str,
-    dtype: str = "float32",
+    name: Place,
+    dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load the model at ``name``, converted or stock; see :func:`load_student`."""
+    name = os.fspath(name)
     if read_config(name).get("kernel_ffn") is None:
         return load_teacher(name, dtype, device, trust_remote_code)
     return load_student(name, dtype, device, trust_remote_code)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: Place) -> PreTrainedTokenizerBase:
     """Load the tokenizer at ``name``; no code of its author's runs."""
+    name = os.fspath(name)
     config = _read_stock_family(name)
     options = {} if config is None else {"config": config}
     # None would ask at the terminal about the model's code.

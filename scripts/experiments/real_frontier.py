@@ -294,8 +294,8 @@ def describe(report: Mapping[str, Any]) -> str:
 
 @app.command()
 def show(out: Annotated[Path, typer.Argument(help="folder of reports that run has made")]) -> None:
-    """Write table.csv and table.md into OUT; print the Markdown."""
-    reports = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
+    """Write table.csv and table.md of OUT and the folders in it; print the Markdown."""
+    reports = [json.loads(file.read_text()) for file in sorted(out.rglob("*.json"))]
     if not reports:
         sys.exit(
             f"error: found no reports in {out}, expected those of 'real_frontier.py run': run it "
@@ -318,6 +318,7 @@ def show(out: Annotated[Path, typer.Argument(help="folder of reports that run ha
 def make_cells(report: Mapping[str, Any]) -> dict[str, str]:
     """One line of the table by column."""
     cells = {"row": report["row"], "tokens": f"{report['tokens']:,}"}
+    cells["text, rate"] = f"{Path(report['train']).stem}, {report['learning_rate']:g}"
     for name, each in report["texts"].items():
         cells[f"{name}: ΔCE / KL / top-1"] = (
             f"{each['delta_cross_entropy']:.3f} / {each['kl']:.3f} / "

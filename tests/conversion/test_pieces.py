@@ -108,6 +108,20 @@ def test_pieces_hold_on_inputs_not_seen(values, gated):
     assert unexplained(weights, config, fitted, make_inputs(seed=9)) < 0.1
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_pieces_in_a_plane_hold_where_a_narrow_sample_never_was(seed):
+    weights = make_weights(seed=seed)
+    config = settings("fixed", kernel="half-yat")
+    noise = make_inputs()
+    narrow, wide = (
+        nn.functional.normalize(inputs, dim=-1) * SIZE**0.5
+        for inputs in (noise[0] + 0.2 * noise, noise)
+    )
+    fitted = fit_pieces(weights, config, narrow)
+    assert unexplained(weights, config, fitted, narrow) < 0.002
+    assert unexplained(weights, config, fitted, wide) < 0.2  # from the sample alone: about 1
+
+
 def test_a_spike_is_neither_all_that_is_seen_nor_lost():
     weights, ordinary = make_weights(), make_inputs()
     spike = ordinary[0] * 6  # its output is thirty times as long, and it begins every row

@@ -4,8 +4,10 @@ import builtins
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
@@ -13,7 +15,13 @@ from hf_kernel_ffn.checkpoint_code.errors import CheckpointError
 from hf_kernel_ffn.cli.app import main
 from hf_kernel_ffn.storage.checkpoint import save_converted
 from hf_kernel_ffn.storage.kernel_files import has_custom_kernel, import_kernel
-from hf_kernel_ffn.storage.loading import check_vocabularies, load_student, load_tokenizer
+from hf_kernel_ffn.storage.loading import (
+    check_vocabularies,
+    load_model,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+)
 
 KERNEL = """
 from hf_kernel_ffn import Kernel, register_kernel
@@ -56,6 +64,18 @@ def test_a_students_tokenizer_loads_without_a_warning(teacher_folder, ids, tmp_p
     code = f"from hf_kernel_ffn import load_tokenizer; load_tokenizer({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
+
+
+def test_paths_and_dtypes_may_be_objects(teacher_folder, ids, tmp_path):
+    folder = Path(teacher_folder("llama"))
+    teacher = load_teacher(folder)
+    student, _ = convert(teacher, calibration_ids=ids, calibration_tokens=256)
+    save_converted(student, folder, tmp_path)
+    assert load_student(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert type(load_model(tmp_path)) is type(load_student(str(tmp_path)))
+    assert load_tokenizer(tmp_path)("A test.") == load_tokenizer(str(folder))("A test.")
+    with pytest.raises(InputError, match="expected one of float32, bfloat16, float16"):
+        load_teacher(folder, dtype=torch.int8)
 
 
 def test_layers_keep_their_order_past_the_tenth(ids, tmp_path):

@@ -82,9 +82,8 @@ def fit_pieces(weights: FFNWeights, settings: KernelFFNConfig, inputs: Tensor) -
     candidates = ANGLES * len(SHIFTS) if in_plane else 2 * len(OUTWARD_KNOTS)
     units_at_once = max(1, NUMBERS_AT_ONCE // (candidates * len(inputs)))
     weight = token_weights.expand(len(weights.down), -1)
-    if not in_plane:
-        planes, share = planes.add_design_points()
-        weight = torch.cat([weight, DESIGN_WEIGHT * token_weights.sum() * share], 1)
+    planes, share = planes.add_points_around() if in_plane else planes.add_design_points()
+    weight = torch.cat([weight, DESIGN_WEIGHT * token_weights.sum() * share], 1)
 
     pieces = []
     for low in range(0, len(weights.down), units_at_once):

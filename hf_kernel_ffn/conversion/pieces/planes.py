@@ -26,6 +26,11 @@ DESIGN_SIZES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0, 14.0, 25.0)
 known where the sample never was, and text visits gates that the model's own tokens do not."""
 DESIGN_NUMBERS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
 """Where they stand as plain numbers: the bends of activations lie there, whatever the sample."""
+PLANE_SIZES = (2.0, 4.0, 8.0, 16.0)
+"""How far out they stand in a plane of two products, in typical sizes of both. On SmolLM2, fitted
+on books, layer 29 has a tenth of the unexplained variance on WikiText-2 with them."""
+PLANE_ANGLES = 16
+"""In how many directions."""
 DESIGN_WEIGHT = 1e-3
 """The weight of all design points over that of the sample."""
 CLIP = 25.0
@@ -112,6 +117,26 @@ class Planes(NamedTuple):
         first = torch.cat([self.first, points], 1)
         designed = self._replace(first=first, second=second, square=square)
         return designed, weight / weight.sum(1, keepdim=True)
+
+    def add_points_around(self) -> tuple[Planes, Tensor]:
+        """The same with made-up tokens all around in the plane, and (m, points) what each of them
+        weighs, one in sum.
+
+        One far out weighs less, by the square of the product that is wanted there.
+        """
+        assert self.second is not None
+        angles = torch.arange(PLANE_ANGLES, device=self.first.device) * (2 * torch.pi / PLANE_ANGLES)
+        sizes = self.first.new_tensor(PLANE_SIZES)
+        first = typical_size(self.first)[:, None] * torch.outer(sizes, angles.cos()).flatten()
+        second = typical_size(self.second)[:, None] * torch.outer(sizes, angles.sin()).flatten()
+        weight = (1 + sizes.square()).pow(-2).repeat_interleave(PLANE_ANGLES)
+        square = torch.cat([self.square, self.square.mean().expand(first.shape[1])])
+        designed = self._replace(
+            first=torch.cat([self.first, first], 1),
+            second=torch.cat([self.second, second], 1),
+            square=square,
+        )
+        return designed, (weight / weight.sum()).expand(len(first), -1)
 
     def select_tokens(self, tokens: slice) -> Planes:
         """What some tokens see."""
