@@ -295,7 +295,8 @@ def resolve_defaults(config: KernelFFNConfig, gated_teacher: bool) -> KernelFFNC
     if gated_teacher and config.values == "fixed" and get_kernel(config.kernel).uses_knot:
         raise InputError(
             f"found values 'fixed' with kernel {config.kernel!r} for an FFN with a gate, expected "
-            "'product': its knots lie on one line, and the product is what makes a plane of it"
+            "'product': its knots lie on one line, and the product is what makes a plane of it; "
+            "leave values out, or choose kernel 'half-yat'"
         )
     if config.rows == "tied":
         default = PIECES if gated_teacher else PLAIN_PIECES
