@@ -56,6 +56,7 @@ def test_three_operating_points_per_family_are_shipped():
     expected = {f"{family}-{point}.yaml" for family in FAMILIES for point in points}
     real = {
         "smollm2-faithful.yaml",
+        "smollm2-conic.yaml",
         "smollm2-readable.yaml",
         "smollm2-very-readable.yaml",
         "gemma3-faithful.yaml",

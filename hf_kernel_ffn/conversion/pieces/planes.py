@@ -125,7 +125,8 @@ class Planes(NamedTuple):
         One far out weighs less, by the square of the product that is wanted there.
         """
         assert self.second is not None
-        angles = torch.arange(PLANE_ANGLES, device=self.first.device) * (2 * torch.pi / PLANE_ANGLES)
+        turns = torch.arange(PLANE_ANGLES, device=self.first.device) / PLANE_ANGLES
+        angles = 2 * torch.pi * turns
         sizes = self.first.new_tensor(PLANE_SIZES)
         first = typical_size(self.first)[:, None] * torch.outer(sizes, angles.cos()).flatten()
         second = typical_size(self.second)[:, None] * torch.outer(sizes, angles.sin()).flatten()
