@@ -41,3 +41,25 @@ def test_a_matrix_steps_by_its_root_mean_square(student):
         if name.endswith(("input_prototypes.weight", "skip.weight")):
             size = parameter.square().mean().sqrt().item()
             assert peaks[name] == pytest.approx(0.01 * size)
+
+
+def test_a_step_is_that_of_torchs_loop(student):
+    stage = Stage(name="logits", tokens=1, learning_rate=0.01, optimizer="adamw")
+    parameters = [p for ffn in student.kernel_ffns().values() for p in ffn.parameters()]
+    start = [parameter.detach().clone() for parameter in parameters]
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(p.shape, generator=generator) for p in parameters]
+
+    def step(fused):
+        for parameter, value, gradient in zip(parameters, start, gradients, strict=True):
+            parameter.data.copy_(value)
+            parameter.grad = gradient.clone()
+        (optimizer,) = make_optimizers(student, parameters, stage)
+        assert optimizer.defaults["fused"]
+        for group in optimizer.param_groups:
+            group.update(fused=fused, lr=group["peak"])
+        for _ in range(3):
+            optimizer.step()
+        return [parameter.detach().clone() for parameter in parameters]
+
+    torch.testing.assert_close(step(True), step(None), rtol=1e-5, atol=1e-7)

@@ -7,7 +7,11 @@ import real_frontier
 from teachers import RECIPES
 from typer.testing import CliRunner
 
+from hf_kernel_ffn import load_teacher
+from hf_kernel_ffn.storage.exporting import apply_surgery
+
 ROWS = "readout, skip, allocated;teacher truncated, trained;teacher truncated"
+WIDE = {"COLUMNS": "1000"}
 NAMES = ["readout, skip, allocated, 6", "teacher truncated, trained, 6", "teacher truncated, 6"]
 
 
@@ -22,7 +26,7 @@ def out(teacher_folder, text_file, tmp_path_factory):
         arguments = ["run", teacher_folder("llama"), "--out", out, *options, *texts]
         done = CliRunner().invoke(
             real_frontier.app,
-            [*map(str, arguments), "--only", ROWS, "--prompts", "2"],
+            [*map(str, arguments), "--only", ROWS, "--prompts", "2", "--save", str(out.parent)],
             catch_exceptions=False,
         )
     assert done.exit_code == 0, done.output
@@ -37,6 +41,21 @@ def test_every_row_has_its_figures(out):
     assert 0 < ours["skip_share"] < 1 and trained["skip_share"] is None
     assert untrained["tokens"] == 0 and trained["tokens"] == 1024
     assert all(-1 <= report["jacobian_cosine"] <= 1 for report in reports.values())
+
+
+def test_a_trained_student_can_be_put_together_again(out, teacher_folder):
+    (file,) = out.parent.glob("*.safetensors")
+    assert file.stem == "readout_skip_allocated_6"
+    student = apply_surgery(file, load_teacher(teacher_folder("llama")))
+    assert all(ffn.config.settings.skip for ffn in student.kernel_ffns().values())
+
+
+def test_a_row_that_does_not_exist_is_refused(teacher_folder, text_file, tmp_path):
+    arguments = ["run", teacher_folder("llama"), "--out", tmp_path, "--test", text_file]
+    done = CliRunner().invoke(
+        real_frontier.app, [*map(str, arguments), "--only", "readout, squared"], env=WIDE
+    )
+    assert done.exit_code == 2 and "'readout, squared'" in done.output
 
 
 def read(file):
