@@ -11,10 +11,11 @@ import typer
 from transformers import AutoModelForCausalLM, logging, set_seed
 
 from hf_kernel_ffn.cli.app import run_app
-from hf_kernel_ffn.cli.options import Bos, Chat, make_text_format
+from hf_kernel_ffn.cli.options import Bos, Chat
 from hf_kernel_ffn.storage.loading import load_tokenizer
 from hf_kernel_ffn.storage.model_files import load_pretrained
 from hf_kernel_ffn.text.prompts import encode_prompt
+from hf_kernel_ffn.text.text_format import TextFormat
 
 
 def main(
@@ -30,7 +31,8 @@ def main(
     logging.disable_progress_bar()
     set_seed(seed)
     tokenizer = load_tokenizer(model)
-    ids = torch.tensor([encode_prompt(tokenizer, prompt, make_text_format(chat, bos))])
+    text_format = TextFormat(chat=chat, bos=bos)
+    ids = torch.tensor([encode_prompt(tokenizer, prompt, text_format)])
     loaded = load_pretrained(AutoModelForCausalLM.from_pretrained, model, trust_remote_code=True)
     output = loaded.generate(
         ids,
