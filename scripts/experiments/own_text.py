@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Let a language model write text, and mix it with another one: what a student is distilled on.
 
-    python scripts/experiments/own_text.py runs/smollm2 runs/own.jsonl --tokens 1500000 \\
-        --beside recipes/text/books-distil.txt --device cuda
+    python scripts/experiments/own_text.py runs/smollm2 runs/mixed.jsonl --device cuda \\
+        --dtype bfloat16 --batch-size 2048 --beside recipes/text/books-distil.txt
 
-The model samples from its start token in one half of the texts and from a random
-token in the other. What it writes is what it was trained on, as far as it knows it, so that a
-student does not learn the style of one book. Blocks of both texts alternate in OUT.
+The model samples from its start token in one half of the texts and from a random token in the
+other. What it writes is what it was trained on, as far as it knows it, so that a student does not
+learn the style of one book. Blocks of both texts alternate in OUT. What a conversion calibrates on,
+hf_kernel_ffn.conversion.sampling.write_own_text, is drawn on the CPU, so that it is the same on
+every device; this is drawn on the device, since there are a hundred times as many tokens.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ import typer
 from transformers import PreTrainedModel, set_seed
 
 from hf_kernel_ffn import load_teacher, load_tokenizer
+from hf_kernel_ffn.evaluation.generation import GREEDY
 from hf_kernel_ffn.progress import track_progress
 from hf_kernel_ffn.storage.files import write_text
 from hf_kernel_ffn.text.documents import read_documents
+from hf_kernel_ffn.text.inputs import find_longest_row
 
 LENGTH = 256
 """Tokens of a text."""
@@ -57,24 +61,22 @@ def main(
         others = [text for text, _ in read_documents(beside, "text")]
     lines = [json.dumps({"text": text}) for text in alternate(texts, others)]
     write_text(out, "\n".join(lines) + "\n")
-    typer.echo(f"{len(texts)} texts of {LENGTH} tokens and {len(others)} of {beside} in {out}")
+    typer.echo(f"{len(texts)} texts of the model and {len(others)} of {beside} in {out}")
 
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, rows: int, temperature: float) -> torch.Tensor:
-    """(rows, LENGTH) token ids that ``model`` draws, ends of texts and what follows included."""
+    """(rows, LENGTH) token ids that ``model`` draws, ends of texts and what follows included; fewer
+    where it has fewer positions."""
     first = torch.randint(model.config.vocab_size, (rows, 1), device=model.device)
     if isinstance(model.config.bos_token_id, int):
         first[::2] = model.config.bos_token_id
     return model.generate(
         first,
         attention_mask=torch.ones_like(first),
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_length=LENGTH,
+        # Nothing of the model's own generation settings is left to bend what it predicts.
+        **{**GREEDY, "do_sample": True, "temperature": temperature, "top_k": 0},
+        max_length=min(LENGTH, find_longest_row(model) or LENGTH),
         max_new_tokens=None,
         eos_token_id=None,
         pad_token_id=0,

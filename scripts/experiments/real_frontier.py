@@ -26,7 +26,7 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 from real_fidelity import compare, count_parameters, read_rows
-from real_frontier_rows import Budget, Row, make_recipe, make_rows
+from real_frontier_rows import RATE, Budget, Row, can_be_exported, make_recipe, make_rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -97,11 +97,10 @@ def run(
     ] = None,
     seconds: Annotated[Optional[float], typer.Option(help="begin no row after so many")] = None,
     dtype: Annotated[str, typer.Option(help="of the computation in training")] = "float32",
-    rate: Annotated[
-        Optional[float], typer.Option(help="peak step, instead of the rows' own")
-    ] = None,
+    rate: Annotated[float, typer.Option(help="peak step on the logits")] = RATE,
     save: Annotated[
-        Optional[Path], typer.Option(help="folder to keep the converted FFNs of every student in")
+        Optional[Path],
+        typer.Option(help="folder to keep converted FFNs in, but those of the controls' kernels"),
     ] = None,
     fused: Annotated[bool, typer.Option(help="let Triton kernels serve readouts")] = True,
     seed: int = 0,
@@ -137,7 +136,7 @@ def run(
             # Whole or not at all: what is there is not run again.
             write_text(file, json.dumps(report, indent=1) + "\n")
             typer.echo(f"{label}: {describe(report)}")
-            if save is not None and row.kind == "kernel":
+            if save is not None and can_be_exported(row):
                 save.mkdir(parents=True, exist_ok=True)
                 export_surgery(student, save / f"{stem}.safetensors")
 

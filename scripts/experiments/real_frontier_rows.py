@@ -17,8 +17,8 @@ IN_ITS_PLACE = {
     "relu2": f"{CONTROLS}:relu2",
 }
 """Kernels that readouts have instead of brownian, by the name in the table."""
-RATES = {"kernel": 0.003, "teacher": 0.003, "transcoder": 0.003}
-"""Peak steps of AdamW, as shares of a tensor's size. Of 0.003, 0.01 and 0.03 the first left least
+RATE = 0.003
+"""Peak step of AdamW, as a share of a tensor's size. Of 0.003, 0.01 and 0.03 the first left least
 KL in the teacher truncated to 192 after 250 thousand tokens."""
 FRESH_RATE = 0.2
 """That of transcoders layer-wise, by Muon: they start from nothing."""
@@ -50,9 +50,14 @@ class Budget:
     """Rows of 256 tokens in a step."""
     dtype: str
     """Of the computation."""
-    rate: float | None = None
-    """Peak step on the logits; None: that of RATES."""
+    rate: float
+    """Peak step on the logits."""
     seed: int = 0
+
+
+def can_be_exported(row: Row) -> bool:
+    """Whether its student has converted FFNs, of kernels that the package has."""
+    return row.kind == "kernel" and ":" not in row.settings.get("kernel", "")
 
 
 def make_rows(count: int, units: int) -> dict[str, Row]:
@@ -86,13 +91,12 @@ def make_rows(count: int, units: int) -> dict[str, Row]:
 
 def make_recipe(teacher: str, row: Row, budget: Budget) -> Recipe:
     """All tokens on the logits; transcoders, which start from nothing, half of them layer-wise."""
-    rate = RATES[row.kind] if budget.rate is None else budget.rate
     stages: list[dict[str, Any]] = [
         {
             "name": "logits",
             "tokens": budget.tokens,
             "optimizer": "adamw",
-            "learning_rate": rate,
+            "learning_rate": budget.rate,
             "batch_size": budget.batch_size,
             "write_mass": row.write_mass,
         }

@@ -109,14 +109,10 @@ class Planes(NamedTuple):
         points = torch.cat([size * sizes, numbers.expand(len(size), -1)], 1)
         weight = 1 / (1 + (points / size).square())
 
-        second = self.second
-        if second is not None:
-            usual = typical_size(second)[:, None].expand_as(points)
-            second = torch.cat([second, usual], 1)
-        square = torch.cat([self.square, self.square.mean().expand(points.shape[1])])
-        first = torch.cat([self.first, points], 1)
-        designed = self._replace(first=first, second=second, square=square)
-        return designed, weight / weight.sum(1, keepdim=True)
+        usual = None
+        if self.second is not None:
+            usual = typical_size(self.second)[:, None].expand_as(points)
+        return self._add(points, usual), weight / weight.sum(1, keepdim=True)
 
     def add_points_around(self) -> tuple[Planes, Tensor]:
         """The same with made-up tokens all around in the plane, and (m, points) what each of them
@@ -131,13 +127,15 @@ class Planes(NamedTuple):
         first = typical_size(self.first)[:, None] * torch.outer(sizes, angles.cos()).flatten()
         second = typical_size(self.second)[:, None] * torch.outer(sizes, angles.sin()).flatten()
         weight = (1 + sizes.square()).pow(-2).repeat_interleave(PLANE_ANGLES)
+        return self._add(first, second), (weight / weight.sum()).expand(len(first), -1)
+
+    def _add(self, first: Tensor, second: Tensor | None) -> Planes:
+        """The same with made-up tokens of these products (m, points), of mean ‖x‖²."""
         square = torch.cat([self.square, self.square.mean().expand(first.shape[1])])
-        designed = self._replace(
-            first=torch.cat([self.first, first], 1),
-            second=torch.cat([self.second, second], 1),
-            square=square,
-        )
-        return designed, (weight / weight.sum()).expand(len(first), -1)
+        joined = None
+        if self.second is not None and second is not None:
+            joined = torch.cat([self.second, second], 1)
+        return self._replace(first=torch.cat([self.first, first], 1), second=joined, square=square)
 
     def select_tokens(self, tokens: slice) -> Planes:
         """What some tokens see."""
