@@ -14,7 +14,7 @@ from ..families.hooks import watch_ffns
 from ..families.lookup import find_stock_ffn
 from ..text.inputs import Inputs, make_forward_arguments
 from ..text.prediction import select_predicting_logits
-from .divergence import kl, top_and_rest_log_probs
+from .divergence import kl, kl_of_logits, soften, top_and_rest_log_probs
 from .recipe import Recipe
 from .records import Record, load_records
 
@@ -56,9 +56,9 @@ class RunningTeacher(TeacherSignal):
         """As the interface says; of the whole vocabulary."""
         with torch.no_grad():
             output = self.teacher(**make_forward_arguments(self.teacher, batch)).logits
-            scaled = to_at_least_float32(output) / temperature
-            target = select_predicting_logits(scaled.to(logits.device), batch).log_softmax(-1)
-        return kl(select_predicting_logits(logits, batch).log_softmax(-1), target)
+            scaled = soften(output, temperature).to(logits.device)
+            target = select_predicting_logits(scaled, batch)
+        return kl_of_logits(select_predicting_logits(logits, batch), target)
 
     def watch_ffns(self, batch: Inputs, paths: Sequence[str], see: See) -> None:
         """As the interface says."""
@@ -87,7 +87,7 @@ class RecordedTeacher(TeacherSignal):
         if not isinstance(batch, Tensor):
             raise TypeError("a record is of next tokens: it is looked up by token ids alone")
         top, target = self.record.look_up(batch, logits.shape[-1])
-        predicted = top_and_rest_log_probs(logits, top.to(logits.device))
+        predicted = top_and_rest_log_probs(to_at_least_float32(logits), top.to(logits.device))
         return kl(predicted, target.to(logits.device))
 
     def watch_ffns(self, batch: Inputs, paths: Sequence[str], see: See) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ...checkpoint_code.parameters import to_at_least_float32
 from ...text.inputs import make_forward_arguments
 from ...text.prediction import logits_with_answers
+from ..divergence import soften
 from ..step import Step
 from .registry import register_objective
 
@@ -23,13 +24,14 @@ def logits(step: Step) -> Tensor:
     device = next(step.student.parameters()).device  # the teacher may be on another one
     # The teacher's class, since wrappers hide what the student's takes.
     arguments = make_forward_arguments(step.signal.teacher, step.batch, device)
-    output = to_at_least_float32(step.student(**arguments).logits)
+    output = step.student(**arguments).logits
 
-    divergence = step.signal.divergence(step.batch, output / stage.temperature, stage.temperature)
+    softened = soften(output, stage.temperature)
+    divergence = step.signal.divergence(step.batch, softened, stage.temperature)
     loss = divergence.mean() * stage.temperature**2 * stage.kl
 
     if stage.cross_entropy:
-        predictions, answers = logits_with_answers(output, step.batch)
+        predictions, answers = logits_with_answers(to_at_least_float32(output), step.batch)
         cross_entropy = nn.functional.cross_entropy(predictions.flatten(0, -2), answers.flatten())
         loss = loss + stage.cross_entropy * cross_entropy
     return loss
