@@ -14,10 +14,15 @@ from hf_kernel_ffn.reading.graph.targets import find_token
 NOUNS = ("key", "dog", "boy", "book", "tree", "bird", "horse", "girl", "ship", "door")
 PLACES = ("house", "garden", "river", "window", "table", "road", "church", "school")
 NAMES = ("John", "Mary", "Tom", "Jack", "Anne", "Paul", "Peter", "Alice", "Henry", "Jane")
-SERIES = (
-    ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-    ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
-    ("January", "February", "March", "April", "May", "June", "July", "August"),
+SERIES = tuple(
+    tuple(series.split())
+    for series in (
+        "one two three four five six seven eight nine ten eleven twelve",
+        "first second third fourth fifth sixth seventh eighth ninth tenth",
+        "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+        "January February March April May June July August September October November December",
+        "A B C D E F G H I J K L M N O P Q R S T U V W X Y Z",
+    )
 )
 OPPOSITES = (
     *(("hot", "cold"), ("big", "small"), ("old", "young"), ("up", "down"), ("day", "night")),

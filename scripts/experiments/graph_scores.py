@@ -4,182 +4,59 @@
 On prompts made from templates, each with a right and a wrong next token, of which a model has to
 prefer the right one:
 
-* circuit size: the least number of pairs of unit and token with which the gap between both logits
-  is back by 80%, to either side, from where it is when all coefficients are their means over text.
-  Pairs are taken in the order of |gradient · (coefficient − mean)|, the same rule for all models.
+* circuit size: the least number of pairs of unit and token that bring the gap between both logits
+  80% of the way back, or further, from where it is when all coefficients are their means over the
+  task's prompts of the same length, place by place (or over text, ``--baseline text``). Pairs are
+  taken in the order of their first-order effects, the same rule for all models. Prompts for which
+  the means have 80% of the gap have no circuit.
 * completeness: for the most influential units of the pruned graph, the correlation of the change
   of the gap that the graph's signed paths foretell with what setting the coefficient to zero does.
 
+A model is a folder, or a file that real_frontier.py saved of a student or control of the first one.
+
     python scripts/experiments/graph_scores.py TEACHER STUDENT … \\
-        --text recipes/text/books-test.txt --out recipes/results/graphs/scores.json
+        --out recipes/results/graphs/scores.json
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from enum import StrEnum
 from pathlib import Path
-from statistics import median
-from typing import Annotated, NamedTuple
+from statistics import median, quantiles
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from graph_circuits import (
+    Asked,
+    Layer,
+    changed,
+    count_circuit,
+    measure_gaps,
+    measure_place_means,
+    measure_text_means,
+    read_layers,
+)
 from graph_questions import TASKS, make_questions
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from real_frontier_saved import load_any, shorten
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kernel_ffn.checkpoint_code.record import ReadableFFN
-from hf_kernel_ffn.families.lookup import find_stock_ffn
-from hf_kernel_ffn.families.weights import read_stock_weights
+from hf_kernel_ffn.evaluation.baselines import TeacherFFN, Transcoder
 from hf_kernel_ffn.reading.graph import Graph, attribution_graph, influences, prune
 from hf_kernel_ffn.reading.graph.targets import find_token
-from hf_kernel_ffn.reading.model_parts import has_tied_rows, list_ffn_paths
 from hf_kernel_ffn.storage.files import write_text
-from hf_kernel_ffn.storage.loading import load_model, load_tokenizer
+from hf_kernel_ffn.storage.loading import load_tokenizer
 from hf_kernel_ffn.text.packing import read_token_ids
+from hf_kernel_ffn.text.prompts import encode_prompt
+from hf_kernel_ffn.text.text_format import TextFormat
 
-KEPT = 0.8
-"""Share of the way back to the gap that a circuit has to make."""
+FEWEST = 8
+"""Prompts of one length that a mean is taken over; tasks have no others."""
 ABLATED = 16
 """Units of each graph that are set to zero, one at a time."""
-
-
-class Layer(NamedTuple):
-    """An FFN as coefficients over a dictionary, both with gradients."""
-
-    module: nn.Module
-    coefficients: Callable[[Tensor], Tensor]
-    dictionary: Tensor
-    """(units, hidden_size)."""
-    bias: Tensor | float
-    skip: nn.Module | None
-    """The linear map beside the mixture."""
-
-
-def read_layers(model: PreTrainedModel) -> list[Layer]:
-    """The FFNs of ``model``, stock or converted, whose unit of counting is the teacher's unit where
-    rows are tied, and else the prototype."""
-    layers = []
-    for path in list_ffn_paths(model):
-        ffn = model.base_model.get_submodule(path)
-        if isinstance(ffn, ReadableFFN):
-            record = ffn.readout(torch.zeros(1, model.config.hidden_size))
-            count = len(record.dictionary) // (2 if has_tied_rows(ffn) else 1)
-            bias = 0.0 if record.bias is None else record.bias
-            skip = getattr(ffn, "skip", None)
-            dictionary = record.dictionary[:count].detach()
-            layers.append(Layer(ffn, ffn.coefficients, dictionary, bias, skip))
-            continue
-        weights = read_stock_weights(model, find_stock_ffn(model, path))
-        bias = 0.0 if weights.down_bias is None else weights.down_bias
-        layers.append(Layer(ffn, weights.coefficients, weights.down, bias, None))
-    return layers
-
-
-Change = Callable[[int, Tensor], Tensor]
-"""(layer, coefficients (1, T, units)) to other coefficients."""
-
-
-@contextmanager
-def changed(layers: list[Layer], change: Change) -> Iterator[None]:
-    """Let ``change`` have its way with all coefficients while the context is open."""
-
-    def make_hook(number: int, layer: Layer) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
-        def write(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            coefficients = change(number, layer.coefficients(args[0]))
-            written = coefficients.to(output.dtype) @ layer.dictionary + layer.bias
-            return written if layer.skip is None else written + layer.skip(args[0])
-
-        return write
-
-    handles = [
-        layer.module.register_forward_hook(make_hook(number, layer))
-        for number, layer in enumerate(layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def measure_means(model: PreTrainedModel, layers: list[Layer], ids: Tensor) -> list[Tensor]:
-    """(units,) the mean coefficients of every layer over ``ids`` (rows, length)."""
-    sums: list[Tensor] = [torch.zeros(len(layer.dictionary)) for layer in layers]
-
-    def add(number: int, coefficients: Tensor) -> Tensor:
-        sums[number] += coefficients.sum((0, 1))
-        return coefficients
-
-    with changed(layers, add):
-        for row in ids.split(4):
-            model(input_ids=row)
-    return [total / ids.numel() for total in sums]
-
-
-def measure_gap(model: PreTrainedModel, ids: Tensor, right: int, wrong: int) -> Tensor:
-    """The gap between two logits after ``ids`` (T,)."""
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, -1]
-    return logits[right] - logits[wrong]
-
-
-def count_circuit(
-    model: PreTrainedModel,
-    layers: list[Layer],
-    means: list[Tensor],
-    ids: Tensor,
-    answers: tuple[int, int],
-) -> int:
-    """The least number of pairs, by the order of their first-order effects, with which the gap is
-    back; to 2%, and by bisection, so that it may be missed where the gap comes and goes."""
-    held: dict[int, Tensor] = {}
-
-    def hold(number: int, coefficients: Tensor) -> Tensor:
-        held[number] = coefficients.detach().requires_grad_()
-        # The gradient of what is written, by way of later layers too.
-        return held[number] + (coefficients - coefficients.detach())
-
-    with changed(layers, hold), torch.enable_grad():
-        gap = measure_gap(model, ids, *answers)
-        gradients = torch.autograd.grad(gap, [held[number] for number in range(len(layers))])
-    effects = torch.cat(
-        [
-            (gradient * (held[number].detach() - means[number])).abs().flatten()
-            for number, gradient in enumerate(gradients)
-        ]
-    )
-    rank = torch.empty(len(effects), dtype=torch.int64)
-    rank[effects.argsort(descending=True)] = torch.arange(len(effects))
-    ranks = rank.split([held[number].numel() for number in range(len(layers))])
-
-    @torch.no_grad()
-    def keep(count: int) -> float:
-        def cut(number: int, coefficients: Tensor) -> Tensor:
-            is_kept = (ranks[number] < count).view_as(coefficients)
-            return torch.where(is_kept, coefficients, means[number])
-
-        with changed(layers, cut):
-            return measure_gap(model, ids, *answers).item()
-
-    allowed = (1 - KEPT) * abs(gap.item() - keep(0))
-
-    def suffices(count: int) -> bool:
-        return abs(keep(count) - gap.item()) <= allowed
-
-    low = 0
-    high = 1
-    while high < len(effects) and not suffices(high):
-        low = high
-        high *= 2
-    while high - low > max(1, low // 50):
-        middle = (low + high) // 2
-        if suffices(middle):
-            high = middle
-        else:
-            low = middle
-    return min(high, len(effects))
 
 
 @torch.no_grad()
@@ -197,15 +74,19 @@ def foretell(graph: Graph) -> Tensor:
 
 @torch.no_grad()
 def compare_ablations(
-    model: PreTrainedModel, layers: list[Layer], graph: Graph, ids: Tensor, answers: tuple[int, int]
+    model: PreTrainedModel, layers: list[Layer], graph: Graph, asked: Asked
 ) -> list[tuple[float, float]]:
     """For the most influential units: the change of the gap as foretold, and as it is."""
-    gap = measure_gap(model, ids, *answers).item()
+    gap = measure_gaps(model, asked.ids[None], asked).item()
     foretold = foretell(graph)
     order = influences(graph).argsort(descending=True).tolist()
-    units = [place for place in order if graph.nodes[place].kind == "unit"][:ABLATED]
+    units = [
+        place
+        for place in order
+        if graph.nodes[place].kind == "unit" and graph.nodes[place].position >= asked.first
+    ]
     pairs = []
-    for place in units:
+    for place in units[:ABLATED]:
         node = graph.nodes[place]
 
         def silence(number: int, coefficients: Tensor, node=node) -> Tensor:  # noqa: ANN001
@@ -216,7 +97,8 @@ def compare_ablations(
             return coefficients
 
         with changed(layers, silence):
-            pairs.append((foretold[place].item(), measure_gap(model, ids, *answers).item() - gap))
+            silenced = measure_gaps(model, asked.ids[None], asked).item()
+        pairs.append((foretold[place].item(), silenced - gap))
     return pairs
 
 
@@ -227,63 +109,141 @@ def correlate(pairs: list[tuple[float, float]]) -> float | None:
     return torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)[0, 1].item()
 
 
+class Scored(NamedTuple):
+    """A model with what is needed to change it."""
+
+    name: str
+    model: PreTrainedModel
+    layers: list[Layer]
+    text_means: list[Tensor] | None
+    """Over ordinary text, where they are the baseline."""
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether graphs of it can be made: controls have none."""
+        return not isinstance(self.layers[0].module, (TeacherFFN, Transcoder))
+
+    def measure_means(self, questions: list[Asked]) -> dict[int, list[Tensor]]:
+        """What coefficients are set to, by the length of the prompt."""
+        lengths = {len(each.ids) for each in questions}
+        if self.text_means is not None:
+            return dict.fromkeys(lengths, self.text_means)
+        means = {}
+        for length in lengths:
+            ids = torch.stack([each.ids for each in questions if len(each.ids) == length])
+            means[length] = measure_place_means(self.model, self.layers, ids)
+        return means
+
+
+def load_models(names: list[str], text: Tensor | None, first: int) -> list[Scored]:
+    """The teacher and the others, with means over ``text`` (rows, length) from ``first`` on."""
+    scored = []
+    for name in names:
+        model = load_any(name, names[0]).requires_grad_(False)
+        layers = read_layers(model)
+        means = None if text is None else measure_text_means(model, layers, text, first)
+        scored.append(Scored(shorten(name), model, layers, means))
+    return scored
+
+
+def ask_all(
+    tokenizer: PreTrainedTokenizerBase, task: str, count: int, seed: int, text_format: TextFormat
+) -> list[Asked]:
+    """The questions of a ``task`` as token ids, without those of a rare length."""
+    asked = []
+    for question in make_questions(tokenizer, task, count, seed):
+        ids = encode_prompt(tokenizer, question.prompt, text_format)
+        right, wrong = (
+            find_token(tokenizer, answer) for answer in (question.right, question.wrong)
+        )
+        asked.append(Asked(torch.tensor(ids), right, wrong, begins_with_start(tokenizer, ids)))
+    lengths = Counter(len(each.ids) for each in asked)
+    return [each for each in asked if lengths[len(each.ids)] >= min(FEWEST, count)]
+
+
+def begins_with_start(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
+    """1 if ``ids`` begin with the start token, else 0."""
+    return int(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
+
+
+def score(
+    scored: Scored,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: list[Asked],
+    means: dict[int, list[Tensor]],
+    *,
+    graphs: int,
+    nodes: int,
+) -> dict[str, Any]:
+    """The figures of one model on one task, of the first ``graphs`` questions with graphs."""
+    model = scored.model
+    found = [count_circuit(model, scored.layers, means[len(one.ids)], one) for one in asked]
+    counts = [count for count in found if count is not None]
+    pairs: list[tuple[float, float]] = []
+    for one in asked[:graphs] if scored.has_graphs else []:
+        graph = attribution_graph(
+            model, tokenizer, one.ids, target=one.right, against=one.wrong, nodes=nodes
+        )
+        pairs += compare_ablations(model, scored.layers, prune(graph), one)
+    return {
+        "model": scored.name,
+        "circuits": len(counts),
+        "circuit_size": median(counts) if counts else None,
+        "quartiles": quantiles(counts, n=4)[::2] if len(counts) > 3 else None,
+        "ablations": len(pairs),
+        "correlation": correlate(pairs),
+        "foretold_over_actual": _ratio(pairs),
+    }
+
+
+class Baseline(StrEnum):
+    """What coefficients outside a circuit are set to."""
+
+    TASK = "task"
+    TEXT = "text"
+
+
 def main(
     models: Annotated[list[str], typer.Argument(help="the teacher, then students of it")],
-    text: Annotated[str, typer.Option(help="ordinary text, for means")],
     out: Annotated[Path, typer.Option(help="where to write figures")],
+    baseline: Annotated[Baseline, typer.Option(help="that means are taken over")] = Baseline.TASK,
+    text: Annotated[str, typer.Option(help="ordinary text")] = "recipes/text/books-test.txt",
     prompts: Annotated[int, typer.Option(min=1, help="of each task")] = 50,
     graphs: Annotated[int, typer.Option(min=0, help="prompts of each task with a graph")] = 5,
     nodes: Annotated[int, typer.Option(min=1, help="units of a graph")] = 128,
     tokens: Annotated[int, typer.Option(help="of the text")] = 16_384,
+    bos: Annotated[str, typer.Option(help="auto, always or never a start token")] = "auto",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Score the models on the same prompts: those on which all of them prefer the right token."""
     tokenizer = load_tokenizer(models[0])
-    loaded = {name: load_model(name).requires_grad_(False) for name in models}
-    layers = {name: read_layers(model) for name, model in loaded.items()}
-    ids = read_token_ids(tokenizer, [text], 128, tokens)
-    means = {name: measure_means(model, layers[name], ids) for name, model in loaded.items()}
+    text_format = TextFormat(bos=bos)
+    ids = None
+    first = 0
+    if baseline is Baseline.TEXT:
+        ids = read_token_ids(tokenizer, [text], 128, tokens, text_format)
+        first = begins_with_start(tokenizer, ids[0].tolist())
+    all_scored = load_models(models, ids, first)
 
     rows = []
     for task in TASKS:
-        questions = make_questions(tokenizer, task, prompts, seed)
-        asked = []
-        for question in questions:
-            prompt = torch.tensor(tokenizer(question.prompt)["input_ids"])
-            answers = find_token(tokenizer, question.right), find_token(tokenizer, question.wrong)
-            with torch.no_grad():
-                gaps = [measure_gap(model, prompt, *answers) for model in loaded.values()]
-            if min(gaps) > 0:
-                asked.append((prompt, answers))
-        for name, model in loaded.items():
-            counts = []
-            pairs: list[tuple[float, float]] = []
-            for number, (prompt, answers) in enumerate(asked):
-                arguments = model, layers[name], means[name], prompt, answers
-                counts.append(count_circuit(*arguments))
-                if number < graphs:
-                    graph = attribution_graph(
-                        model,
-                        tokenizer,
-                        prompt,
-                        target=answers[0],
-                        against=answers[1],
-                        nodes=nodes,
-                    )
-                    pairs += compare_ablations(model, layers[name], prune(graph), prompt, answers)
-            row = {
-                "task": task,
-                "model": Path(name).name,
-                "prompts": len(asked),
-                "of": len(questions),
-                "circuit_size": median(counts) if counts else None,
-                "ablations": len(pairs),
-                "correlation": correlate(pairs),
-                "foretold_over_actual": _ratio(pairs),
-            }
-            rows.append(row)
-            typer.echo(json.dumps(row))
-    write_text(out, json.dumps(rows, indent=1) + "\n")
+        questions = ask_all(tokenizer, task, prompts, seed, text_format)
+        prefers = torch.tensor([find_right(scored.model, questions) for scored in all_scored])
+        common = prefers.all(0).tolist()
+        asked = [one for one, is_common in zip(questions, common, strict=True) if is_common]
+        for scored, own in zip(all_scored, prefers, strict=True):
+            means = scored.measure_means(questions)
+            figures = score(scored, tokenizer, asked, means, graphs=graphs, nodes=nodes)
+            of = {"prompts": len(asked), "of": len(questions), "right": int(own.sum())}
+            rows.append({"task": task, "baseline": baseline, **of, **figures})
+            typer.echo(json.dumps(rows[-1]))
+            write_text(out, json.dumps(rows, indent=1) + "\n")
+
+
+@torch.no_grad()
+def find_right(model: PreTrainedModel, questions: list[Asked]) -> list[bool]:
+    """Whether ``model`` prefers the right token, by question."""
+    return [measure_gaps(model, one.ids[None], one).item() > 0 for one in questions]
 
 
 def _ratio(pairs: list[tuple[float, float]]) -> float | None:

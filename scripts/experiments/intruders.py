@@ -14,7 +14,8 @@ others is taken for the intruder. By chance that is right once in five times.
 
 A prototype of tied rows is one side of a unit, ``17+`` or ``17-``. So a stock model is asked twice:
 by units, whose strongest contexts may be of either sign, and by the same sides of units as the
-student. Contexts that overlap count once. All are asked about the same prototypes, with intruders
+student. A file that real_frontier.py saved of a student or control of the first model is asked too.
+Contexts that overlap count once. All are asked about the same prototypes, with intruders
 of the same others: those of which all have four contexts.
 """
 
@@ -28,14 +29,14 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
+from real_frontier_saved import load_any, shorten
 from sentence_fidelity import embed
 from torch import Tensor
 
-from hf_kernel_ffn.checkpoint_code.record import ReadableFFN
 from hf_kernel_ffn.reading.contexts import BEFORE, OUTSIDE, Contexts, contexts
 from hf_kernel_ffn.reading.model_parts import decode_tokens, has_tied_rows, list_ffn_paths
 from hf_kernel_ffn.storage.files import write_text
-from hf_kernel_ffn.storage.loading import load_model, load_teacher, load_tokenizer
+from hf_kernel_ffn.storage.loading import load_teacher, load_tokenizer
 from hf_kernel_ffn.text.packing import read_token_ids
 
 OWN = 4
@@ -189,7 +190,7 @@ def main(
     prototypes: list[Prototype] = []
     answerers: dict[tuple[str, str], Windows] = {}
     for name in models:
-        model = load_model(name)
+        model = load_any(name, models[0])
         all_paths = list_ffn_paths(model)
         spaced = torch.linspace(0, len(all_paths) - 1, min(layers, len(all_paths))).round()
         paths = [all_paths[int(layer)] for layer in spaced.tolist()]
@@ -200,10 +201,10 @@ def main(
             width = len(used[paths[0]].mass) // (2 if is_tied else 1)
             prototypes = choose_prototypes(paths, width, units, random.Random(seed))
         kinds = {"side of a unit": prototypes}
-        if not isinstance(ffn, ReadableFFN):
+        if not is_tied:
             kinds["unit"] = [prototype._replace(sign=0) for prototype in prototypes]
         for kind, asked in kinds.items():
-            answerers[Path(name).name, kind] = [
+            answerers[shorten(name), kind] = [
                 take_windows(used[one.path], one, is_tied) for one in asked
             ]
 

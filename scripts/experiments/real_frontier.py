@@ -26,7 +26,8 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 from real_fidelity import compare, count_parameters, read_rows
-from real_frontier_rows import RATE, Budget, Row, can_be_exported, make_recipe, make_rows
+from real_frontier_rows import RATE, Budget, Row, make_recipe, make_rows
+from real_frontier_saved import save_row
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,7 +47,6 @@ from hf_kernel_ffn.evaluation.report import evaluate_student
 from hf_kernel_ffn.families.hooks import capture_ffn_inputs_and_outputs
 from hf_kernel_ffn.families.lookup import find_stock_ffn
 from hf_kernel_ffn.gpu.fused import fuse
-from hf_kernel_ffn.storage.exporting import export_surgery
 from hf_kernel_ffn.storage.files import write_text
 from hf_kernel_ffn.storage.kernel_files import import_kernel
 
@@ -100,7 +100,7 @@ def run(
     rate: Annotated[float, typer.Option(help="peak step on the logits")] = RATE,
     save: Annotated[
         Optional[Path],
-        typer.Option(help="folder to keep converted FFNs in, but those of the controls' kernels"),
+        typer.Option(help="folder to keep the FFNs of students and controls in"),
     ] = None,
     fused: Annotated[bool, typer.Option(help="let Triton kernels serve readouts")] = True,
     seed: int = 0,
@@ -136,9 +136,8 @@ def run(
             # Whole or not at all: what is there is not run again.
             write_text(file, json.dumps(report, indent=1) + "\n")
             typer.echo(f"{label}: {describe(report)}")
-            if save is not None and can_be_exported(row):
-                save.mkdir(parents=True, exist_ok=True)
-                export_surgery(student, save / f"{stem}.safetensors")
+            if save is not None:
+                save_row(student, row.kind, row.settings, save / f"{stem}.safetensors")
 
 
 def choose_names(names: list[str], only: str) -> list[str]:

@@ -55,11 +55,6 @@ class Budget:
     seed: int = 0
 
 
-def can_be_exported(row: Row) -> bool:
-    """Whether its student has converted FFNs, of kernels that the package has."""
-    return row.kind == "kernel" and ":" not in row.settings.get("kernel", "")
-
-
 def make_rows(count: int, units: int) -> dict[str, Row]:
     """The rows with ``count`` active units per token, of ``units``, by name."""
     sparse = {"simplex": "threshold", "top_k": count}
@@ -80,7 +75,9 @@ def make_rows(count: int, units: int) -> dict[str, Row]:
     }
     for name, kernel in IN_ITS_PLACE.items():
         settings = {**skip, "kernel": kernel, "values": "product"}
-        rows[f"{name} in its place, skip, allocated"] = Row("kernel", settings, allocate=True)
+        label = f"{name} in its place, skip, allocated"
+        rows[label] = Row("kernel", settings, allocate=True)
+        rows[f"{label}, untrained"] = Row("kernel", settings, trained=False, allocate=True)
     for times in (4, 16):
         for with_skip in (True, False):
             settings = {"width": times * units, "top_k": count, "skip": with_skip}
