@@ -12,20 +12,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..checkpoint_code.errors import InputError
-from ..checkpoint_code.untrusted_files import BYTES, read_header, weight_files
+from ..checkpoint_code.untrusted_files import BYTES, read_header
 from ..compat import (
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
-    find_cached_file,
     get_model_conversion_mapping,
     get_tied_parameter_names,
     rename_source_key,
 )
+from ..storage.weight_files import find_weight_files
 from .safetensors_format import DTYPES, LENGTH_BYTES, PIECE, count_bytes, view_bytes
 
 
@@ -60,7 +58,7 @@ class Reader:
         self.model = model
         self.places: dict[str, Place] = {}
         """By the names in the files."""
-        for file in _find_files(name):
+        for file in find_weight_files(name):
             self._read_places(file)
         self.converters: dict[str, WeightConverter] = {}
         """How transformers puts tensors together, by the pattern of a source's name."""
@@ -180,25 +178,6 @@ class Reader:
                 yield piece
                 start += len(piece) * place.dtype.itemsize
                 left -= len(piece)
-
-
-def _find_files(name: str) -> list[Path]:
-    """The safetensors files of the checkpoint at ``name``."""
-    if Path(name).is_dir():
-        return weight_files(name)
-    try:
-        whole = find_cached_file(name, SAFE_WEIGHTS_NAME)
-        index = find_cached_file(name, SAFE_WEIGHTS_INDEX_NAME) if whole is None else None
-        if index is None:
-            files = [cached_file(name, SAFE_WEIGHTS_NAME)]
-        else:
-            files = get_checkpoint_shard_files(name, str(index))[0]
-    except OSError as error:
-        raise InputError(
-            f"found no safetensors at {name}, expected them: save the model by save_pretrained "
-            "first"
-        ) from error
-    return [Path(str(file)) for file in files]
 
 
 def _read_first_bytes(file: Path, count: int) -> bytes:

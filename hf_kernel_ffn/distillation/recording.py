@@ -18,6 +18,7 @@ from ..checkpoint_code.parameters import to_at_least_float32
 from ..conversion.convert import choose_ffns
 from ..storage.files import new_folder, require_empty, save_tensors
 from ..storage.loading import load_student
+from ..storage.weight_files import fingerprint_files
 from ..text.documents import require_readable
 from ..text.inputs import make_forward_arguments
 from ..text.packing import PackedText
@@ -111,6 +112,8 @@ def record(
             top_k=top_k,
             shards=written.shards,
             vocabulary=None if exact else vocabulary,
+            dtype=recipe.dtype,
+            files=fingerprint_files(recipe.teacher),
         )
         content = facts.model_dump_json(indent=1) + "\n"
         (folder / FACTS).write_text(content, encoding="utf-8")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint_code.errors import InputError
 from ..storage.exporting import fingerprint_model
+from ..storage.weight_files import fingerprint_files
 from ..text.prediction import predicts_masked
 from .recipe import Recipe, Stage
 from .record_forms import ExactForm, PackedForm, RecordForm
@@ -45,6 +46,10 @@ class Facts(BaseModel):
     shards: int = Field(ge=1)
     vocabulary: int | None = Field(None, ge=1)
     """Tokens that the teacher chooses from; a packed record says so."""
+    dtype: str | None = None
+    """What the teacher was loaded in."""
+    files: str | None = None
+    """SHA-256 of the safetensors files that it was loaded from; None if it was from others."""
 
     @model_validator(mode="after")
     def _packed_has_vocabulary(self) -> Facts:
@@ -85,21 +90,15 @@ class Record:
                 another shape than it says.
         """
         self.folder = Path(folder)
-        if not (self.folder / FACTS).is_file():
-            raise InputError(
-                f"found no {FACTS} in {folder}, expected a folder that hf-kernel-ffn record has "
-                "made: check the path"
-            )
+        self.facts = read_facts(self.folder)
         self.places: dict[bytes, tuple[int, int]] = {}
         """Shard and row of a sequence, by its digest."""
         try:
-            content = (self.folder / FACTS).read_text(encoding="utf-8")
-            self.facts = Facts.model_validate_json(content)
             for shard in range(self.facts.shards):
                 for row, ids in enumerate(self._read_input_ids(shard)):
                     self.places[digest(ids)] = (shard, row)
         except (OSError, ValueError, SafetensorError) as error:
-            raise self._damaged(error) from error
+            raise _damaged(self.folder, error) from error
 
     def look_up(self, ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
         """What the teacher predicts in the sequences ``ids`` (rows, length).
@@ -128,7 +127,7 @@ class Record:
                         found.append(tensors.get_slice(name)[row])
             top, known = form.decode({name: torch.stack(found) for name, found in rows.items()})
         except (OSError, ValueError, SafetensorError) as error:
-            raise self._damaged(error) from error
+            raise _damaged(self.folder, error) from error
 
         self._check(top, known, vocabulary)
         return top.to(ids.device), known.to(ids.device)
@@ -159,20 +158,63 @@ class Record:
         rounding = log_probabilities.logsumexp(-1).abs()
         whole = bool((rounding < LARGEST_ROUNDING).all())  # not so for NaN
         if not (ascending and within and whole):
-            raise self._damaged(
-                f"token ids or probabilities that are none of a vocabulary of {vocabulary:,}"
+            raise _damaged(
+                self.folder,
+                f"token ids or probabilities that are none of a vocabulary of {vocabulary:,}",
             )
 
-    def _damaged(self, why: object) -> InputError:
-        reason = " ".join(str(why).split())[:REASON_LENGTH]
-        return InputError(
-            f"found {self.folder} damaged ({reason}), expected a whole record: "
-            "make it again by hf-kernel-ffn record"
+
+def read_facts(folder: Path) -> Facts:
+    """What the record in ``folder`` says of itself.
+
+    Raises:
+        InputError: there is none, or one that is damaged.
+    """
+    if not (folder / FACTS).is_file():
+        raise InputError(
+            f"found no {FACTS} in {folder}, expected a folder that hf-kernel-ffn record has "
+            "made: check the path"
         )
+    try:
+        return Facts.model_validate_json((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, why: object) -> InputError:
+    reason = " ".join(str(why).split())[:REASON_LENGTH]
+    return InputError(
+        f"found {folder} damaged ({reason}), expected a whole record: "
+        "make it again by hf-kernel-ffn record"
+    )
+
+
+def can_do_without_teacher(recipe: Recipe) -> bool:
+    """Whether nothing that ``recipe`` asks for needs its teacher's weights.
+
+    So it is where a student is given, every stage reads a record that was made of the very files
+    and in the dtype of the recipe's teacher, no text is held out, and nothing is sharded.
+
+    Raises:
+        InputError: a record is none, or damaged.
+    """
+    folders = [stage.stored_logits for stage in recipe.stages]
+    needs_it = recipe.student is None or recipe.data.validation_sources or recipe.shard
+    if needs_it or None in folders:
+        return False
+    files = fingerprint_files(recipe.teacher)
+    facts = [read_facts(Path(str(folder))) for folder in folders]
+    return files is not None and all(
+        each.files == files and each.dtype == recipe.dtype for each in facts
+    )
+
 
 
 def load_records(recipe: Recipe, teacher: PreTrainedModel) -> dict[str, Record]:
     """The records that stages of ``recipe`` read, by folder.
+
+    Args:
+        teacher: the model itself, or without weights where :func:`can_do_without_teacher`.
 
     Raises:
         InputError: one is none, is damaged, or is of another teacher, temperature or sequence
@@ -183,7 +225,7 @@ def load_records(recipe: Recipe, teacher: PreTrainedModel) -> dict[str, Record]:
         return {}
     refuse_masked(teacher)
     records = {folder: Record(folder) for folder in {str(stage.stored_logits) for stage in stages}}
-    fingerprint = teacher_fingerprint(teacher)
+    fingerprint = None if teacher.device.type == "meta" else teacher_fingerprint(teacher)
     for stage in stages:
         facts = records[str(stage.stored_logits)].facts
         mismatch = _describe_mismatch(facts, recipe, stage, fingerprint)
@@ -212,11 +254,14 @@ def refuse_masked(teacher: PreTrainedModel) -> None:
 
 
 def _describe_mismatch(
-    facts: Facts, recipe: Recipe, stage: Stage, fingerprint: str
+    facts: Facts, recipe: Recipe, stage: Stage, fingerprint: str | None
 ) -> tuple[str, str] | None:
-    """What a record has, and what ``stage`` of ``recipe`` needs in its place; None if it fits."""
+    """What a record has, and what ``stage`` of ``recipe`` needs in its place; None if it fits.
+
+    ``fingerprint`` is the teacher's, None where its files have been compared.
+    """
     length = recipe.data.sequence_length
-    if facts.fingerprint != fingerprint:
+    if fingerprint is not None and facts.fingerprint != fingerprint:
         found = f"other weights, of {facts.teacher},"
         return found, f"those of {recipe.teacher} in {recipe.dtype}"
     if facts.temperature != stage.temperature:

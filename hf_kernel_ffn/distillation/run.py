@@ -25,6 +25,7 @@ from ..storage.files import explain_write_errors, require_empty, sync_to_disk
 from ..storage.loading import (
     check_tokenizer,
     check_vocabularies,
+    load_stock_on_meta,
     load_student,
     load_teacher,
     load_tokenizer,
@@ -52,6 +53,7 @@ from .models import (
     require_gradient_checkpointing,
 )
 from .recipe import Recipe
+from .records import can_do_without_teacher
 from .state import (
     REMAINS,
     find_state,
@@ -179,11 +181,11 @@ def _require_same_recipe(before: Mapping[str, object], now: Mapping[str, object]
 def _load_models(recipe: Recipe, device: torch.device, state: Path | None) -> Models:
     """Everything that the stages run on, the student's FFNs ready to be trained."""
     require_readable([*recipe.data.sources, *recipe.data.validation_sources])
-    tokenizer, teacher = teacher_of(recipe, device)
+    tokenizer, teacher = teacher_of(recipe, device, empty=can_do_without_teacher(recipe))
     if recipe.gradient_checkpointing:
         require_gradient_checkpointing(teacher)
     signals = make_signals(recipe, teacher)
-    student = student_of(recipe, teacher, tokenizer, state)
+    student = student_of(recipe, teacher, tokenizer, device, state)
     freeze_all_but_ffns(student, teacher)
     return Models(tokenizer, signals, student, student)
 
@@ -205,9 +207,12 @@ def _open_metrics(recipe: Recipe, state: Path | None) -> MetricsFile:
 
 
 def teacher_of(
-    recipe: Recipe, device: torch.device
+    recipe: Recipe, device: torch.device, *, empty: bool = False
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """The tokenizer and the model that ``recipe`` names.
+
+    Args:
+        empty: leave the model's weights where they are, and the model on the meta device.
 
     Raises:
         InputError: they cannot be loaded, or cannot read what the recipe gives them: sequences as
@@ -216,7 +221,10 @@ def teacher_of(
     read_stock_config(recipe.teacher)
     tokenizer = load_tokenizer(recipe.teacher)
     find_row_frame(tokenizer, recipe.data.text_format)  # refuses before the model is loaded
-    teacher = load_teacher(recipe.teacher, recipe.dtype, device, recipe.trust_remote_code)
+    if empty:
+        teacher = load_stock_on_meta(recipe.teacher, recipe.dtype, recipe.trust_remote_code)
+    else:
+        teacher = load_teacher(recipe.teacher, recipe.dtype, device, recipe.trust_remote_code)
     check_tokenizer(tokenizer, teacher)
     require_text_input(teacher)
     if any(stage.name == "logits" for stage in recipe.stages):
@@ -236,19 +244,20 @@ def student_of(
     recipe: Recipe,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
     state: Path | None = None,
 ) -> ConvertedModel:
-    """The student that ``recipe`` starts from: loaded, or converted from ``teacher``.
+    """The student that ``recipe`` starts from: loaded onto ``device``, or converted from
+    ``teacher``, which is there.
 
     Where there is a ``state``, a converted one is empty, since the state holds its weights.
     """
     if recipe.student is not None:
-        student = load_student(
-            recipe.student, recipe.dtype, teacher.device, recipe.trust_remote_code
-        )
+        student = load_student(recipe.student, recipe.dtype, device, recipe.trust_remote_code)
         check_pair(student, teacher)
         check_vocabularies(recipe.student, recipe.teacher)
-        share_equal_parameters(student, teacher)
+        if teacher.device.type != "meta":
+            share_equal_parameters(student, teacher)
         return student
     if state is not None:
         return make_student_from_entry(teacher, load_facts(state)["kernel_ffn"])

@@ -26,9 +26,9 @@ KEPT = 0.8
 """Share of the way from the means' gap to the prompt's that a circuit has to make."""
 PATH_STEPS = 8
 """Points between the means and the prompt's own coefficients at which gradients are taken."""
-GROWTH = 1.2
+GROWTH = 1.3
 """From one size that is tried to the next."""
-SIZES_AT_ONCE = 8
+SIZES_AT_ONCE = 12
 
 
 class Layer(NamedTuple):

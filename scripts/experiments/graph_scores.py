@@ -149,16 +149,17 @@ def load_models(names: list[str], text: Tensor | None, first: int) -> list[Score
 def ask_all(
     tokenizer: PreTrainedTokenizerBase, task: str, count: int, seed: int, text_format: TextFormat
 ) -> list[Asked]:
-    """The questions of a ``task`` as token ids, without those of a rare length."""
+    """``count`` questions of a ``task`` as token ids, or fewer, none of a rare length."""
     asked = []
-    for question in make_questions(tokenizer, task, count, seed):
+    for question in make_questions(tokenizer, task, 2 * count, seed):
         ids = encode_prompt(tokenizer, question.prompt, text_format)
         right, wrong = (
             find_token(tokenizer, answer) for answer in (question.right, question.wrong)
         )
         asked.append(Asked(torch.tensor(ids), right, wrong, begins_with_start(tokenizer, ids)))
     lengths = Counter(len(each.ids) for each in asked)
-    return [each for each in asked if lengths[len(each.ids)] >= min(FEWEST, count)]
+    usual = [each for each in asked if lengths[len(each.ids)] >= min(FEWEST, count)]
+    return usual[:count]
 
 
 def begins_with_start(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 from hf_kernel_ffn import InputError, KernelFFNConfig, convert
 from hf_kernel_ffn.cli import app as cli
 from hf_kernel_ffn.distillation import Recipe, distill, load_recipe, recording
+from hf_kernel_ffn.distillation import run as run_module
 from hf_kernel_ffn.distillation.divergence import kl, top_and_rest_log_probs
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES
 from hf_kernel_ffn.distillation.recording import record
-from hf_kernel_ffn.distillation.records import Record
+from hf_kernel_ffn.distillation.records import Record, can_do_without_teacher
 from hf_kernel_ffn.distillation.trainer import train
 from hf_kernel_ffn.text.packing import pack_blocks, read_token_ids
 
@@ -30,6 +31,7 @@ SHIPPED, TEXT = RECIPES / "teachers" / "llama", RECIPES / "text"
 VOCABULARY = 4096
 LOGITS = {"name": "logits", "tokens": 384, "learning_rate": 0.002, "batch_size": 2}  # six steps
 STEPS = 6
+WEIGHTS = "model.safetensors"
 quietly = partial(record, exact=True, say=lambda line: None)
 pack = partial(record, say=lambda line: None)
 
@@ -502,6 +504,53 @@ def test_a_folder_that_is_no_record_is_refused(recipe, tmp_path):
     for path in (tmp_path / "nowhere", tmp_path, SHIPPED):
         message = refusal(run, recipe(tmp_path / "out", {"stored_logits": str(path)}))
         assert f"found no record.json in {path}, expected" in message
+
+
+def test_the_teachers_weights_are_not_loaded(recipe, folder, monkeypatch, tmp_path):
+    stored = {"stored_logits": str(folder)}
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "can_do_without_teacher", lambda recipe: False)
+        run(recipe(tmp_path / "loaded", stored))
+
+    def never(*arguments):
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setattr(run_module, "load_teacher", never)
+    run(recipe(tmp_path / "empty", stored))
+    one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("loaded", "empty"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("change", ["student", "validation", "running", "shard", "dtype", "files"])
+def test_the_teacher_is_loaded_where_its_weights_are_needed(
+    recipe, folder, stock, tokenizer, tmp_path, change
+):
+    asked = recipe("nowhere", {"stored_logits": str(folder)})
+    assert can_do_without_teacher(asked)
+    stages = [asked.stages[0], asked.stages[0].model_copy(update={"stored_logits": None})]
+    data = asked.data.model_copy(update={"validation": asked.data.train})
+    stock.save_pretrained(tmp_path / "teacher", max_shard_size="1MB")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    changes = {
+        "student": {"student": None},
+        "validation": {"data": data},
+        "running": {"stages": stages},
+        "shard": {"shard": True},
+        "dtype": {"dtype": "bfloat16"},
+        "files": {"teacher": str(tmp_path / "teacher")},  # the same weights in other files
+    }
+    assert not can_do_without_teacher(asked.model_copy(update=changes[change]))
+
+
+def test_the_same_weights_in_other_files_are_the_same_teacher(
+    recipe, folder, stock, tokenizer, tmp_path
+):
+    stock.save_pretrained(tmp_path / "teacher", max_shard_size="1MB")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    stored = {"stored_logits": str(folder)}
+    run(recipe(tmp_path / "out", stored, teacher=str(tmp_path / "teacher")))
+    assert (tmp_path / "out" / WEIGHTS).is_file()
 
 
 def test_a_record_of_something_else_is_refused(recipe, folder, teacher_folder, tmp_path):
