@@ -209,7 +209,6 @@ def can_do_without_teacher(recipe: Recipe) -> bool:
     )
 
 
-
 def load_records(recipe: Recipe, teacher: PreTrainedModel) -> dict[str, Record]:
     """The records that stages of ``recipe`` read, by folder.
 

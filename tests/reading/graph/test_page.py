@@ -152,11 +152,17 @@ def test_pinning_grouping_and_saving(page, graph):
     assert page.locator("#board .pin").count() == 3
 
 
-def test_pinned_cards_stand_apart(page, graph):
-    for place, node in enumerate(graph.nodes):
-        if node.kind in ("logit", "unit") and place < 8:
-            page.evaluate(f"pinNode({place})")
+@pytest.mark.parametrize("most", [8, 60])
+def test_pinned_cards_stand_apart(page, graph, most):
+    for place, _ in list(enumerate(shown(graph)))[:most]:
+        page.evaluate(f"pinNode({place})")
     page.evaluate("mark()")
+    if most > 8:  # more than the board has room for: the rest is reached by scrolling
+        assert page.locator("#board .pin").count() > 25
+        page.locator("#board .pin").last.scroll_into_view_if_needed()
+        assert page.evaluate("$('board').scrollTop") > 0
+        lowest = page.evaluate("boardHeight()")
+        assert page.evaluate("$('board').querySelector('svg').clientHeight") == lowest
     boxes = [card.bounding_box() for card in page.locator("#board .pin").all()]
     overlaps = 0
     for number, one in enumerate(boxes):
