@@ -4,7 +4,7 @@
     python scripts/real_models.py smollm2 runs/smollm2
     python scripts/experiments/real_frontier.py run runs/smollm2 --out runs/frontier \\
         --test wikitext2-test.txt --test books-test.txt --device cuda --batch-size 32
-    python scripts/experiments/real_frontier.py show runs/frontier     # table.csv, table.md
+    python scripts/experiments/real_frontier.py show runs/frontier     # tables, a picture
 
 Every row has the same tokens, steps, learning rates and loss: the KL to the teacher. A row that
 OUT holds is not run again. Pieces of units are fitted once, and taken by all rows of tied rows.
@@ -26,6 +26,7 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 from real_fidelity import compare, count_parameters, read_rows
+from real_frontier_plot import plot
 from real_frontier_rows import RATE, Budget, Row, make_recipe, make_rows
 from real_frontier_saved import save_row
 from torch import Tensor, nn
@@ -292,7 +293,7 @@ def describe(report: Mapping[str, Any]) -> str:
 
 @app.command()
 def show(out: Annotated[Path, typer.Argument(help="folder of reports that run has made")]) -> None:
-    """Write table.csv and table.md of OUT and the folders in it; print the Markdown."""
+    """Write table.csv, table.md and frontier.png of OUT and the folders in it; print the table."""
     reports = [json.loads(file.read_text()) for file in sorted(out.rglob("*.json"))]
     if not reports:
         sys.exit(
@@ -310,6 +311,7 @@ def show(out: Annotated[Path, typer.Argument(help="folder of reports that run ha
     lines = ["| " + " | ".join(table[0]) + " |", "|" + "---|" * len(table[0])]
     lines += ["| " + " | ".join(map(str, cells.values())) + " |" for cells in table]
     write_text(out / "table.md", "\n".join(lines) + "\n")
+    plot(reports, out / "frontier.png")
     typer.echo("\n".join(lines))
 
 
