@@ -94,7 +94,7 @@ def main(
         ordinary=read_token_ids(tokenizer, [train], LENGTH, 32_768, spread=True),
         test=ids,
         code=read_rows(tokenizer, code),
-        goals=draw_goals(stock, tokenizer, ids[:32], seed),
+        goals=draw_goals(stock, tokenizer, ids[:32], EDITS, seed),
     )
     top_k = next(iter(converted.kernel_ffns().values())).config.settings.top_k
     truncated = teacher_as_student(stock, texts.ordinary[:64], simplex="threshold", top_k=top_k)
@@ -180,17 +180,21 @@ def measure_gaps(
 
 
 def draw_goals(
-    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, seed: int
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    count: int,
+    seed: int,
 ) -> list[Goal]:
-    """Draw contexts of 20 to 60 tokens, and for each a token that the teacher ranks between 10th
-    and 1000th after it."""
+    """Draw ``count`` contexts of 20 to 60 tokens, and for each a token that the teacher ranks
+    between 10th and 1000th after it."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=generator))
 
     goals = []
-    for _ in range(EDITS):
+    for _ in range(count):
         row = draw(0, len(ids))
         end = draw(EARLIEST, 61)
         rank = draw(10, 1001)
