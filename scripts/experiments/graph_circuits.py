@@ -24,8 +24,10 @@ from hf_kernel_ffn.reading.model_parts import has_tied_rows, list_ffn_paths
 
 KEPT = 0.8
 """Share of the way from the means' gap to the prompt's that a circuit has to make."""
-PATH_STEPS = 8
+PATH = (torch.arange(8) + 0.5) / 8
 """Points between the means and the prompt's own coefficients at which gradients are taken."""
+HERE = torch.ones(1)
+"""The prompt's own coefficients alone."""
 GROWTH = 1.3
 """From one size that is tried to the next."""
 SIZES_AT_ONCE = 12
@@ -149,12 +151,17 @@ def measure_gaps(model: PreTrainedModel, ids: Tensor, asked: Asked) -> Tensor:
 
 
 def measure_effects(
-    model: PreTrainedModel, layers: list[Layer], means: list[Tensor], asked: Asked
+    model: PreTrainedModel,
+    layers: list[Layer],
+    means: list[Tensor],
+    asked: Asked,
+    path: Tensor = PATH,
 ) -> list[Tensor]:
     """(T, units) of every layer: what each pair does for the gap, against its mean, to first order.
 
-    That is gradient · (coefficient − mean), with the mean of the gradients at ``PATH_STEPS`` points
-    on the way (Sundararajan et al. 2017, arXiv:1703.01365), by way of later layers too.
+    That is gradient · (coefficient − mean), with the mean of the gradients at the points of
+    ``path``, shares of the way (Sundararajan et al. 2017, arXiv:1703.01365). They go through later
+    layers, attention patterns and norms.
     """
     own: list[Tensor] = [torch.empty(0)] * len(layers)
 
@@ -165,7 +172,7 @@ def measure_effects(
     with torch.no_grad(), changed(layers, keep_own):
         measure_gaps(model, asked.ids[None], asked)
 
-    shares = ((torch.arange(PATH_STEPS) + 0.5) / PATH_STEPS)[:, None, None]
+    shares = path[:, None, None]
     held: list[Tensor] = [torch.empty(0)] * len(layers)
 
     def hold(number: int, coefficients: Tensor) -> Tensor:
@@ -176,7 +183,7 @@ def measure_effects(
         return held[number] + (coefficients - coefficients.detach())
 
     with changed(layers, hold), torch.enable_grad():
-        rows = asked.ids.expand(PATH_STEPS, -1)
+        rows = asked.ids.expand(len(path), -1)
         gradients = torch.autograd.grad(measure_gaps(model, rows, asked).sum(), held)
     return [
         gradient.mean(0) * (coefficients - mean)

@@ -10,7 +10,8 @@ prefer the right one:
   taken in the order of their first-order effects, the same rule for all models. Prompts for which
   the means have 80% of the gap have no circuit.
 * completeness: for the most influential units of the pruned graph, the correlation of the change
-  of the gap that the graph's signed paths foretell with what setting the coefficient to zero does.
+  of the gap that the graph's signed paths foretell with what setting the coefficient to zero does;
+  and beside it that of what the gradient foretells, with attention patterns and norms that move.
 
 A model is a folder, or a file that real_frontier.py saved of a student or control of the first one.
 
@@ -25,15 +26,17 @@ from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Optional
 
 import torch
 import typer
 from graph_circuits import (
+    HERE,
     Asked,
     Layer,
     changed,
     count_circuit,
+    measure_effects,
     measure_gaps,
     measure_place_means,
     measure_text_means,
@@ -72,11 +75,21 @@ def foretell(graph: Graph) -> Tensor:
     return -effects[0]
 
 
+class Ablation(NamedTuple):
+    """How much the gap changes when a unit is set to zero."""
+
+    by_graph: float
+    by_gradient: float
+    actual: float
+
+
 @torch.no_grad()
 def compare_ablations(
     model: PreTrainedModel, layers: list[Layer], graph: Graph, asked: Asked
-) -> list[tuple[float, float]]:
+) -> list[Ablation]:
     """For the most influential units: the change of the gap as foretold, and as it is."""
+    nothing = [torch.zeros(len(layer.dictionary)) for layer in layers]
+    gradients = measure_effects(model, layers, nothing, asked, HERE)
     gap = measure_gaps(model, asked.ids[None], asked).item()
     foretold = foretell(graph)
     order = influences(graph).argsort(descending=True).tolist()
@@ -85,7 +98,7 @@ def compare_ablations(
         for place in order
         if graph.nodes[place].kind == "unit" and graph.nodes[place].position >= asked.first
     ]
-    pairs = []
+    ablations = []
     for place in units[:ABLATED]:
         node = graph.nodes[place]
 
@@ -98,15 +111,17 @@ def compare_ablations(
 
         with changed(layers, silence):
             silenced = measure_gaps(model, asked.ids[None], asked).item()
-        pairs.append((foretold[place].item(), silenced - gap))
-    return pairs
+        by_gradient = -gradients[node.layer][node.position, node.number].item()
+        ablations.append(Ablation(foretold[place].item(), by_gradient, silenced - gap))
+    return ablations
 
 
-def correlate(pairs: list[tuple[float, float]]) -> float | None:
+def correlate(foretold: list[float], actual: list[float]) -> float | None:
     """Pearson's correlation; None of fewer than three pairs."""
-    if len(pairs) < 3:
+    if len(actual) < 3:
         return None
-    return torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)[0, 1].item()
+    pairs = torch.tensor([foretold, actual], dtype=torch.float64)
+    return torch.corrcoef(pairs)[0, 1].item()
 
 
 class Scored(NamedTuple):
@@ -180,20 +195,24 @@ def score(
     model = scored.model
     found = [count_circuit(model, scored.layers, means[len(one.ids)], one) for one in asked]
     counts = [count for count in found if count is not None]
-    pairs: list[tuple[float, float]] = []
+    ablations: list[Ablation] = []
     for one in asked[:graphs] if scored.has_graphs else []:
         graph = attribution_graph(
             model, tokenizer, one.ids, target=one.right, against=one.wrong, nodes=nodes
         )
-        pairs += compare_ablations(model, scored.layers, prune(graph), one)
+        ablations += compare_ablations(model, scored.layers, prune(graph), one)
+    by_graph, by_gradient, actual = (
+        [ablation[part] for ablation in ablations] for part in range(3)
+    )
     return {
         "model": scored.name,
         "circuits": len(counts),
         "circuit_size": median(counts) if counts else None,
         "quartiles": quantiles(counts, n=4)[::2] if len(counts) > 3 else None,
-        "ablations": len(pairs),
-        "correlation": correlate(pairs),
-        "foretold_over_actual": _ratio(pairs),
+        "ablations": len(ablations),
+        "correlation": correlate(by_graph, actual),
+        "foretold_over_actual": _ratio(by_graph, actual),
+        "correlation_of_gradient": correlate(by_gradient, actual),
     }
 
 
@@ -214,6 +233,10 @@ def main(
     nodes: Annotated[int, typer.Option(min=1, help="units of a graph")] = 128,
     tokens: Annotated[int, typer.Option(help="of the text")] = 16_384,
     bos: Annotated[str, typer.Option(help="auto, always or never a start token")] = "auto",
+    only: Annotated[
+        Optional[list[str]],
+        typer.Option(help="score this one of the models, which all choose the prompts"),
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Score the models on the same prompts: those on which all of them prefer the right token."""
@@ -233,6 +256,8 @@ def main(
         common = prefers.all(0).tolist()
         asked = [one for one, is_common in zip(questions, common, strict=True) if is_common]
         for scored, own in zip(all_scored, prefers, strict=True):
+            if only and scored.name not in only:
+                continue
             means = scored.measure_means(questions)
             figures = score(scored, tokenizer, asked, means, graphs=graphs, nodes=nodes)
             of = {"prompts": len(asked), "of": len(questions), "right": int(own.sum())}
@@ -247,10 +272,11 @@ def find_right(model: PreTrainedModel, questions: list[Asked]) -> list[bool]:
     return [measure_gaps(model, one.ids[None], one).item() > 0 for one in questions]
 
 
-def _ratio(pairs: list[tuple[float, float]]) -> float | None:
+def _ratio(foretold: list[float], actual: list[float]) -> float | None:
     """Slope of what is foretold by what happens, through zero."""
-    square = sum(actual * actual for _, actual in pairs)
-    return sum(one * other for one, other in pairs) / square if square else None
+    square = sum(each * each for each in actual)
+    products = (one * other for one, other in zip(foretold, actual, strict=True))
+    return sum(products) / square if square else None
 
 
 if __name__ == "__main__":

@@ -150,3 +150,4 @@ def test_a_small_run_has_figures_of_every_task(tmp_path, baseline):
     assert found and all(row["circuits"] <= row["prompts"] <= row["of"] for row in found)
     assert all(0 < row["circuit_size"] < 4 * 512 * 64 for row in found)
     assert agreement["correlation"] > 0.5  # a graph that says nothing has about zero
+    assert agreement["correlation_of_gradient"] > 0.5
