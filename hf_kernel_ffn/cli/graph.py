@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .options import Device, Trust, quieten
+from .options import Bos, Device, Trust, make_text_format, quieten
 from .tables import print_table
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ def graph(
     html: Annotated[
         Optional[Path], typer.Option(help="where to write it as one page that opens from disk")
     ] = None,
+    start_units: Annotated[
+        bool,
+        typer.Option("--start-units", help="make units at the start token nodes, not one a layer"),
+    ] = False,
+    bos: Bos = "auto",
     trust_remote_code: Trust = False,
     device: Device = "cpu",
 ) -> None:
@@ -71,6 +76,8 @@ def graph(
 
     Attention patterns and the scales of norms are held; the rest is exact.
     """
+    import torch
+
     from ..reading.contexts import contexts
     from ..reading.graph import attribution_graph, label, prune
     from ..reading.graph.build import require_request
@@ -84,6 +91,7 @@ def graph(
     from ..storage.model_files import read_config
     from ..text.inputs import find_longest_row
     from ..text.packing import read_token_ids
+    from ..text.prompts import encode_prompt
 
     quieten()
     for file in (json_file, html):
@@ -94,21 +102,24 @@ def graph(
         require_similarity(group)
     require_readable_family(read_config(model))
     tokenizer = load_tokenizer(model)
-    require_request(tokenizer, prompt, target, against, nodes=nodes, rule=rule)
+    text_format = make_text_format(False, bos, "text")
+    ids = torch.tensor(encode_prompt(tokenizer, prompt, text_format), dtype=torch.int64)
+    require_request(tokenizer, ids, target, against, nodes=nodes, rule=rule)
     text_ids = None
     if text is not None:
-        text_ids = read_token_ids(tokenizer, [text], CONTEXT_LENGTH, CONTEXT_TOKENS)
+        text_ids = read_token_ids(tokenizer, [text], CONTEXT_LENGTH, CONTEXT_TOKENS, text_format)
     loaded = load_model(model, "float32", device, trust_remote_code)
 
     whole = attribution_graph(
         loaded,
         tokenizer,
-        prompt,
+        ids,
         target=target,
         against=against,
         nodes=nodes,
         heads=heads,
         rule=rule,
+        start_units=start_units,
         progress=True,
     )
     pruned = prune(whole, keep)

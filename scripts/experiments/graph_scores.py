@@ -10,8 +10,8 @@ prefer the right one:
   taken in the order of their first-order effects, the same rule for all models. Prompts for which
   the means have 80% of the gap have no circuit.
 * completeness: for the most influential units of the pruned graph, the correlation of the change
-  of the gap that the graph's signed paths foretell with what setting the coefficient to zero does;
-  and beside it that of what the gradient foretells, with attention patterns and norms that move.
+  of the gap that the graph's signed paths foretell with what setting the unit to its mean does; and
+  beside it that of what the gradient foretells, with attention patterns and norms that move.
 
 A model is a folder, or a file that real_frontier.py saved of a student or control of the first one.
 
@@ -59,7 +59,7 @@ from hf_kernel_ffn.text.text_format import TextFormat
 FEWEST = 8
 """Prompts of one length that a mean is taken over; tasks have no others."""
 ABLATED = 16
-"""Units of each graph that are set to zero, one at a time."""
+"""Units of each graph that are set to their mean, one at a time."""
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def foretell(graph: Graph) -> Tensor:
 
 
 class Ablation(NamedTuple):
-    """How much the gap changes when a unit is set to zero."""
+    """How much the gap changes when a unit is set to its mean."""
 
     by_graph: float
     by_gradient: float
@@ -85,34 +85,43 @@ class Ablation(NamedTuple):
 
 @torch.no_grad()
 def compare_ablations(
-    model: PreTrainedModel, layers: list[Layer], graph: Graph, asked: Asked
+    model: PreTrainedModel,
+    layers: list[Layer],
+    means: list[Tensor],
+    graph: Graph,
+    asked: Asked,
 ) -> list[Ablation]:
-    """For the most influential units: the change of the gap as foretold, and as it is."""
-    nothing = [torch.zeros(len(layer.dictionary)) for layer in layers]
-    gradients = measure_effects(model, layers, nothing, asked, HERE)
+    """For the most influential units: the change of the gap as foretold, and as it is, when one is
+    set to its mean. Those that are at their mean, as all at the start token, are not among them."""
     gap = measure_gaps(model, asked.ids[None], asked).item()
+    gradients = measure_effects(model, layers, means, asked, HERE)
     foretold = foretell(graph)
-    order = influences(graph).argsort(descending=True).tolist()
-    units = [
-        place
-        for place in order
-        if graph.nodes[place].kind == "unit" and graph.nodes[place].position >= asked.first
-    ]
-    ablations = []
-    for place in units[:ABLATED]:
-        node = graph.nodes[place]
+    ways = torch.zeros(len(graph.edges), dtype=torch.float64)
+    for place, node in enumerate(graph.nodes[: len(ways)]):
+        if node.kind == "unit":
+            mean = means[node.layer].expand_as(gradients[node.layer])[node.position, node.number]
+            ways[place] = 1 - mean.item() / node.value
+    order = (influences(graph)[: len(ways)] * ways.abs()).argsort(descending=True)
 
-        def silence(number: int, coefficients: Tensor, node=node) -> Tensor:  # noqa: ANN001
+    ablations = []
+    for place in order[:ABLATED].tolist():
+        node = graph.nodes[place]
+        if not ways[place]:
+            break
+        mean = means[node.layer].expand_as(gradients[node.layer])[node.position, node.number]
+
+        def set_to_mean(number: int, coefficients: Tensor, node=node, mean=mean) -> Tensor:  # noqa: ANN001
             if number != node.layer:
                 return coefficients
             coefficients = coefficients.clone()
-            coefficients[0, node.position, node.number] = 0.0
+            coefficients[0, node.position, node.number] = mean
             return coefficients
 
-        with changed(layers, silence):
-            silenced = measure_gaps(model, asked.ids[None], asked).item()
+        with changed(layers, set_to_mean):
+            changed_gap = measure_gaps(model, asked.ids[None], asked).item()
+        by_graph = (foretold[place] * ways[place]).item()
         by_gradient = -gradients[node.layer][node.position, node.number].item()
-        ablations.append(Ablation(foretold[place].item(), by_gradient, silenced - gap))
+        ablations.append(Ablation(by_graph, by_gradient, changed_gap - gap))
     return ablations
 
 
@@ -200,7 +209,8 @@ def score(
         graph = attribution_graph(
             model, tokenizer, one.ids, target=one.right, against=one.wrong, nodes=nodes
         )
-        ablations += compare_ablations(model, scored.layers, prune(graph), one)
+        at_mean = means[len(one.ids)]
+        ablations += compare_ablations(model, scored.layers, at_mean, prune(graph), one)
     by_graph, by_gradient, actual = (
         [ablation[part] for ablation in ablations] for part in range(3)
     )

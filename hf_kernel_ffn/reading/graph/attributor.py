@@ -50,7 +50,14 @@ class Attributor:
     """A frozen pass with the units of all FFNs, from which rows of edges are read."""
 
     def __init__(
-        self, model: PreTrainedModel, ids: Tensor, *, heads: bool, rule: str, against: int | None
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        *,
+        heads: bool,
+        rule: str,
+        against: int | None,
+        folds_start: bool,
     ):
         """Run ``model`` over ``ids`` (T,).
 
@@ -58,7 +65,9 @@ class Attributor:
             heads: whether heads are nodes.
             rule: of the step from scores to coefficients.
             against: token whose logit is subtracted; None for the mean over the vocabulary.
+            folds_start: whether the units and heads of the first token are one source a layer.
         """
+        self.folds_start = folds_start
         self.name = _name_model(model)
         self.passed: FrozenPass = run_frozen(model, ids, heads)
         self.units: list[Units] = []
@@ -168,17 +177,29 @@ class Attributor:
         if leaf.kind == "head":
             products = products.unflatten(-1, (self.head_count, -1))
         rows[:, self.table.place(leaf.kind, leaf.layer)] += products.sum(-1).flatten(1)
+        if leaf.kind == "head":
+            self._fold_start(rows, "head", leaf.layer)
 
     def _add_ffn(self, rows: Tensor, layer: int, gradient: Tensor) -> None:
         """Add what the units of an FFN write along ``gradient`` (B, T, hidden_size)."""
         units = self.units[layer]
         edges = (gradient @ units.dictionary.T).mul_(units.coefficients)
         rows[:, self.table.place("unit", layer)] = edges.flatten(1)
+        self._fold_start(rows, "unit", layer)
         if units.bias is not None:
             rows[:, self.table.place("bias", layer)] += gradient @ units.bias
         if units.remainder is not None:
             written = (gradient * units.remainder).sum(-1)
             rows[:, self.table.place("remainder", layer)] += written
+
+    def _fold_start(self, rows: Tensor, kind: str, layer: int) -> None:
+        """Make the layer's sources of one kind at the first token one, if that is asked for."""
+        if not self.folds_start:
+            return
+        begin = self.table.number(kind, layer, 0)
+        end = self.table.number(kind, layer, 1)
+        rows[:, self.table.number("start", layer, 0)] += rows[:, begin:end].sum(-1)
+        rows[:, begin:end] = 0.0
 
     def _add_own_parts(self, rows: Tensor, targets: list[Target]) -> None:
         """Add what units owe to their own biases and baseline, and what their step leaves."""

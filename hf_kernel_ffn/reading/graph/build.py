@@ -45,6 +45,7 @@ def attribution_graph(
     nodes: int = NODES,
     heads: bool = False,
     rule: str = "half",
+    start_units: bool = False,
     progress: bool = False,
 ) -> Graph:
     """Find which units of ``model`` (a causal language model) made which, up to the next token.
@@ -65,6 +66,9 @@ def attribution_graph(
             direction of what it wrote, which is held.
         rule: how a coefficient is split over its scores, ``half`` or ``derivative``; see
             :mod:`~hf_kernel_ffn.reading.graph.steps`.
+        start_units: whether units and heads at the start token are nodes. They are the same ones in
+            every prompt, since they read that token alone; otherwise what all of a layer write
+            there is one node, of the kind ``start``.
         progress: show a bar.
 
     Raises:
@@ -80,7 +84,15 @@ def attribution_graph(
     for token in targets if other is None else [*targets, other]:
         require_known(token, len(embeddings))
 
-    attributor = Attributor(model, ids.to(embeddings.device), heads=heads, rule=rule, against=other)
+    begins_with_start = ids[0].item() == getattr(tokenizer, "bos_token_id", None)
+    attributor = Attributor(
+        model,
+        ids.to(embeddings.device),
+        heads=heads,
+        rule=rule,
+        against=other,
+        folds_start=begins_with_start and len(ids) > 1 and not start_units,
+    )
     probabilities = measure_probabilities(attributor.final_logits)
     tokens = targets or choose_likely(probabilities, LOGITS, PROBABILITY)
     tokens = [token for token in tokens if token != other] or tokens
@@ -127,7 +139,7 @@ def _assemble(
     sizes = torch.tensor(expansion.sizes, dtype=torch.float64)
     return Graph(
         model=attributor.name,
-        prompt=prompt if isinstance(prompt, str) else "".join(texts),
+        prompt=prompt if isinstance(prompt, str) else decode_tokens(tokenizer, ids),
         ids=ids,
         tokens=texts,
         layers=attributor.table.layers,
@@ -213,5 +225,10 @@ def _describe_leaf(source: Source, ids: list[int], texts: list[str], rest_name: 
     kind, layer, position, _ = source
     if kind == "embedding":
         return Node(kind, layer, position, ids[position], texts[position], float("nan"))
-    names = {"position": f"position {position}", "bias": "biases", "remainder": rest_name}
+    names = {
+        "position": f"position {position}",
+        "bias": "biases",
+        "remainder": rest_name,
+        "start": f"start token, layer {layer}",
+    }
     return Node(kind, layer, position, 0, names[kind], float("nan"))

@@ -6,7 +6,8 @@ is how a graph stands in it:
 * a unit is a feature of type "cross layer transcoder", the only one both viewers know; its layer is
   the block whose FFN it is in, and its activation is signed;
 * a position embedding is added to its token's embedding;
-* what remainders add is a "mlp reconstruction error" of their layer and token;
+* what remainders add, and what a layer's units write at the start token as one, is a "mlp
+  reconstruction error" of their layer and token; circuit-tracer puts the latter there too;
 * biases are nodes of type "bias" where they are asked for: circuit-tracer has none.
 
 What the format has no place for stands under ``hf_kernel_ffn``, which the viewers ignore: what was
@@ -133,7 +134,7 @@ def _make_id(graph: Graph, node: Node) -> str:
         return f"{graph.layers + 1}_{node.number}_{node.position}"
     if node.kind in ("embedding", "position"):
         return f"E_{graph.ids[node.position]}_{node.position}"
-    if node.kind == "remainder":
+    if node.kind in ("remainder", "start"):
         return f"{node.layer}_-1_{node.position}"
     if node.kind == "bias":
         return f"{node.layer}_-2_{node.position}"
@@ -195,7 +196,7 @@ def _describe_kind(graph: Graph, place: int) -> dict[str, object]:
             "jsNodeId": f"E_{token}-{node.position}",
             "clerp": f'Emb: "{graph.tokens[node.position]}"',
         }
-    if node.kind in ("remainder", "bias"):
+    if node.kind in ("remainder", "start", "bias"):
         number = -2 if node.kind == "bias" else -1
         return {
             "feature": number,

@@ -24,8 +24,8 @@ class Scores(NamedTuple):
     """How much of a model's answer a graph accounts for, from 0 to 1."""
 
     replacement: float
-    """Of the influence that reaches the logits from embeddings and from what is unexplained, the
-    share of embeddings."""
+    """Of the influence that reaches the logits from tokens and from what is unexplained, the share
+    of tokens."""
     completeness: float
     """The share of nodes' inputs that is explained, nodes weighted by their influence."""
 
@@ -39,7 +39,8 @@ def score(graph: Graph, elsewhere: bool = True) -> Scores:
     """Replacement and completeness of ``graph``.
 
     Unexplained is what remainders add, and what comes from elsewhere. Biases count as explained in
-    the completeness, and not at all in the replacement.
+    the completeness, and not at all in the replacement. What layers write at the start token reads
+    that token alone, and counts as it.
 
     Args:
         elsewhere: False: sources that the graph leaves out are dropped from all sums first, as
@@ -52,7 +53,7 @@ def score(graph: Graph, elsewhere: bool = True) -> Scores:
     weights = torch.zeros_like(influence)
     weights[: graph.logits] = graph.weights
     kinds = [node.kind for node in graph.nodes]
-    is_token = torch.tensor([kind in ("embedding", "position") for kind in kinds])
+    is_token = torch.tensor([kind in ("embedding", "position", "start") for kind in kinds])
     is_remainder = torch.tensor([kind == "remainder" for kind in kinds])
 
     count = len(graph.edges)

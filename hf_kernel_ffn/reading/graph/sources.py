@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-SOURCE_KINDS = ("unit", "head", "embedding", "position", "bias", "remainder")
+SOURCE_KINDS = ("unit", "head", "embedding", "position", "bias", "remainder", "start")
 """Kinds of sources, in the order in which they are numbered."""
 
 
@@ -24,7 +24,8 @@ class SourceTable:
     """Sources of a pass over T tokens through L blocks by number.
 
     Units come first, by layer, token and unit; then heads likewise; then embeddings and positions
-    by token; then biases and remainders by layer (L + 1 of them) and token.
+    by token; then biases, remainders and what the start token writes by layer (L + 1 of them) and
+    token.
     """
 
     def __init__(self, tokens: int, units: list[int], heads: int = 0):
@@ -44,7 +45,7 @@ class SourceTable:
         places = [("unit", layer, count) for layer, count in enumerate(units)]
         places += [("head", layer, heads) for layer in range(len(units)) if heads]
         places += [("embedding", -1, 1), ("position", -1, 1)]
-        for kind in ("bias", "remainder"):
+        for kind in ("bias", "remainder", "start"):
             places += [(kind, layer, 1) for layer in range(len(units) + 1)]
         total = 0
         for kind, layer, count in places:

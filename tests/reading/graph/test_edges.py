@@ -58,6 +58,41 @@ def test_edges_into_a_node_add_up_to_it(family, heads, ids):
     assert heads == any(node.kind == "head" for node in graph.nodes)
 
 
+class LettersAfterStart(Letters):
+    """Letters behind a start token."""
+
+    bos_token_id = 1
+
+
+@pytest.mark.parametrize("heads", (False, True))
+@pytest.mark.parametrize("family", ("llama", "gpt2", "gemma3_text"))
+def test_what_the_start_token_has_written_is_one_node_a_layer(family, heads, ids):
+    model = tiny(family, "AutoModelForCausalLM").double()
+    prompt = ids[0, :8].clone()
+    prompt[0] = LettersAfterStart.bos_token_id
+    few = attribution_graph(model, LettersAfterStart(), prompt, nodes=24, heads=heads)
+    assert_exact(few)
+
+    options = {"nodes": 10_000, "heads": heads}
+    graph = attribution_graph(model, LettersAfterStart(), prompt, **options)
+    whole = attribution_graph(model, LettersAfterStart(), prompt, start_units=True, **options)
+    inner = ("unit", "head")
+    assert all(node.position > 0 for node in graph.nodes if node.kind in inner)
+    layers = [node.layer for node in graph.nodes if node.kind == "start"]
+    assert layers and len(set(layers)) == len(layers)
+    folded = sum_of_start(graph, ("start",))
+    unfolded = sum_of_start(whole, inner)
+    assert max(map(abs, folded.values())) > 0
+    assert folded == pytest.approx({name: unfolded[name] for name in folded}, rel=1e-5, abs=1e-9)
+
+
+def sum_of_start(graph, kinds):
+    """What sources of these kinds at the first token add to each node."""
+    chosen = [node.kind in kinds and node.position == 0 for node in graph.nodes]
+    sums = graph.edges[:, torch.tensor(chosen)].double().sum(-1).tolist()
+    return {node.id: each for node, each in zip(graph.nodes, sums, strict=False)}
+
+
 @pytest.mark.parametrize("name", STUDENTS)
 def test_students_of_every_kind_have_no_remainder(name, make_teacher, ids):
     settings = KernelFFNConfig(**STUDENTS[name])
@@ -152,7 +187,9 @@ def test_an_edge_is_what_a_loop_by_hand_finds(make_teacher, ids):
     model = make_teacher("llama").double()
     prompt = ids[0, :8]
     passed = trace(model, Letters(), prompt)
-    attributor = Attributor(model, prompt, heads=False, rule="half", against=None)
+    attributor = Attributor(
+        model, prompt, heads=False, rule="half", against=None, folds_start=False
+    )
     position, unit = 6, 17
     rows = attributor.read_rows([Target("unit", 2, position, unit)])
     edges = rows.edges[0, attributor.table.place("unit", 0)].view(8, -1)

@@ -57,6 +57,24 @@ def test_a_graph_of_a_student(graph, folder, tmp_path, text_file):
     assert "Fires most in" in (tmp_path / "g.html").read_text()
 
 
+@pytest.mark.parametrize("start_units", (False, True))
+def test_a_graph_begins_as_asked(graph, folder, tmp_path, start_units):
+    options = ["--start-units"] if start_units else []
+    file = tmp_path / "g.json"
+    code, _, _ = graph(
+        folder,
+        *("--prompt", PROMPT, "--bos", "always", "--nodes", 400, "--keep", 1, "--json", file),
+        *options,
+    )
+    assert code == 0
+    data = json.loads(file.read_text())
+    tokenizer = load_tokenizer(str(folder))
+    assert data["metadata"]["prompt_tokens"][0] == tokenizer.bos_token
+    assert data["metadata"]["prompt"].endswith(PROMPT)
+    features = [node for node in data["nodes"] if node["feature_type"] == "cross layer transcoder"]
+    assert any(node["ctx_idx"] == 0 for node in features) == start_units
+
+
 def test_a_graph_of_a_teacher_with_heads(graph, teacher_folder):
     code, printed, _ = graph(
         teacher_folder("gpt2"), "--prompt", PROMPT, "--nodes", 12, "--heads", "--rule", "derivative"
