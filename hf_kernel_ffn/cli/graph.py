@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -79,7 +80,7 @@ def graph(
     import torch
 
     from ..reading.contexts import contexts
-    from ..reading.graph import attribution_graph, label, prune
+    from ..reading.graph import attribution_graph, label, measure_effects, prune
     from ..reading.graph.build import require_request
     from ..reading.graph.export import write_graph
     from ..reading.graph.page import write_page
@@ -127,7 +128,7 @@ def graph(
     if text_ids is not None:
         longest = find_longest_row(loaded) or CONTEXT_LENGTH
         found = contexts(loaded, text_ids[:, :longest].split(CONTEXT_ROWS))
-    pruned = label(pruned, loaded, tokenizer, found)
+    pruned = measure_effects(label(pruned, loaded, tokenizer, found), loaded)
     if group is not None:
         pruned = group_similar(pruned, loaded, group)
 
@@ -180,11 +181,14 @@ def _print_graph(graph: Graph, whole: Graph) -> None:
                 node.name,
                 f"{node.value:.3g}",
                 f"{influence[place]:.3f}",
+                "" if math.isnan(graph.effects[place]) else f"{graph.effects[place]:+.2g}",
                 escape(_list_inputs(graph, place)),
                 escape(graph.labels[place]),
             ]
         )
-    print_table(["layer", "token", "unit", "value", "influence", "inputs", "promotes"], rows)
+    columns = ["layer", "token", "unit", "value", "influence", "without", "inputs", "promotes"]
+    print_table(columns, rows)
+    typer.echo("without: the first logit's change, to first order, if the unit wrote nothing")
 
 
 def _list_inputs(graph: Graph, place: int) -> str:

@@ -2,6 +2,7 @@
 
 * ``build`` makes the graph of a prompt; ``graph`` is what it is;
 * ``pruning`` leaves out what matters least, and scores what is kept;
+* ``effects`` says what the model does when a unit is taken away;
 * ``labels`` names nodes, ``supernodes`` groups them;
 * ``export`` writes a graph for the viewers of other packages, ``page`` as a page of its own;
 * ``transcoders`` writes a layer for other packages where it is one of theirs;
@@ -9,6 +10,7 @@
 """
 
 from .build import attribution_graph
+from .effects import measure_effects
 from .export import graph_data, write_graph
 from .graph import Graph, Node, Supernode
 from .labels import label
@@ -28,6 +30,7 @@ __all__ = [
     "group_similar",
     "influences",
     "label",
+    "measure_effects",
     "prune",
     "score",
     "write_graph",

@@ -17,6 +17,7 @@ held, supernodes' edges aside, and per node what comes from elsewhere.
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -118,6 +119,9 @@ def _describe_rest(graph: Graph, identities: list[str | None]) -> dict[str, obje
             identities, graph.nodes, graph.elsewhere.tolist(), graph.gaps.tolist(), strict=False
         )
     }
+    for identity, effect in zip(identities, graph.effects, strict=False):
+        if not math.isnan(effect):
+            rows[str(identity)]["effect"] = effect
     return {
         "rule": graph.rule,
         "held": list(graph.held),

@@ -109,7 +109,7 @@ def run_frozen(model: PreTrainedModel, ids: Tensor, heads: bool = False) -> Froz
     passed = FrozenPass()
     model.eval()
     with ExitStack() as stack:
-        stack.enter_context(_freeze_parameters(model))
+        stack.enter_context(freeze_parameters(model))
         stack.enter_context(use_eager_attention(model))
         stack.enter_context(_attach_hooks(model, passed, heads))
         with torch.enable_grad():
@@ -118,7 +118,7 @@ def run_frozen(model: PreTrainedModel, ids: Tensor, heads: bool = False) -> Froz
 
 
 @contextmanager
-def _freeze_parameters(model: PreTrainedModel) -> Iterator[None]:
+def freeze_parameters(model: PreTrainedModel) -> Iterator[None]:
     """Keep gradients off the parameters while the context is open."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:

@@ -79,6 +79,9 @@ class Graph:
     """Per node a few words, such as the tokens that it promotes; empty where there are none."""
     contexts: list[list[str]] = field(default_factory=list)
     """Per node texts on which its unit fires most; empty if none were asked for."""
+    effects: list[float] = field(default_factory=list)
+    """Per node how much the first logit changes, to first order, when the unit writes nothing and
+    all else follows (:func:`~.effects.measure_effects`); empty where that was not measured."""
     supernodes: tuple[Supernode, ...] = ()
 
     @property
@@ -145,5 +148,6 @@ class Graph:
             gaps=self.gaps[has_inputs],
             labels=[self.labels[place] for place in places] if self.labels else [],
             contexts=[self.contexts[place] for place in places] if self.contexts else [],
+            effects=[self.effects[place] for place in places] if self.effects else [],
             supernodes=tuple(supernodes),
         )

@@ -7,6 +7,7 @@ supernodes, and saved as JSON. :func:`page_data` turns a graph into plain number
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from ..pages import fill_page, shorten
@@ -32,6 +33,7 @@ def page_data(graph: Graph) -> dict[str, object]:
                 "value": shorten(node.value) if has_inputs else None,
                 "words": graph.labels[place] if graph.labels else "",
                 "contexts": graph.contexts[place] if graph.contexts else [],
+                "effect": _shorten_effect(graph, place),
                 "influence": shorten(influence[place].item()),
                 "elsewhere": shorten(graph.elsewhere[place].item()) if has_inputs else None,
                 "probability": graph.probabilities[place] if place < graph.logits else None,
@@ -54,6 +56,12 @@ def page_data(graph: Graph) -> dict[str, object]:
         "edges": edges,
         "supernodes": [[supernode.name, list(supernode.nodes)] for supernode in graph.supernodes],
     }
+
+
+def _shorten_effect(graph: Graph, place: int) -> float | None:
+    """The effect of a unit, where it was measured."""
+    effect = graph.effects[place] if graph.effects else math.nan
+    return None if math.isnan(effect) else shorten(effect)
 
 
 def write_page(file: str | Path, graph: Graph) -> None:
