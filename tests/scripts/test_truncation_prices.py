@@ -8,7 +8,6 @@ import torch
 import truncation_prices
 import typer
 from real_fidelity import compare, read_rows
-from teachers import RECIPES
 from typer.testing import CliRunner
 
 from hf_kernel_ffn import load_teacher, load_tokenizer
