@@ -318,7 +318,8 @@ def show(out: Annotated[Path, typer.Argument(help="folder of reports that run ha
 def make_cells(report: Mapping[str, Any]) -> dict[str, str]:
     """One line of the table by column."""
     cells = {"row": report["row"], "tokens": f"{report['tokens']:,}"}
-    cells["text, rate"] = f"{Path(report['train']).stem}, {report['learning_rate']:g}"
+    trained_by = f"{Path(report['train']).stem}, {report['learning_rate']:g}"
+    cells["text, rate"] = trained_by if report["trained"] else "–"
     for name, each in report["texts"].items():
         cells[f"{name}: ΔCE / KL / top-1"] = (
             f"{each['delta_cross_entropy']:.3f} / {each['kl']:.3f} / "
