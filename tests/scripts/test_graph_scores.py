@@ -22,7 +22,6 @@ from real_frontier_saved import load_any, load_row, save_row
 from teachers import RECIPES
 
 from hf_kernel_ffn import KernelFFNConfig, convert
-from hf_kernel_ffn.checkpoint_code.kernels import KERNELS
 from hf_kernel_ffn.evaluation.baselines import teacher_as_student, transcoder_student
 from hf_kernel_ffn.storage.kernel_files import import_kernel
 from hf_kernel_ffn.storage.loading import load_model, load_tokenizer
@@ -101,16 +100,7 @@ def test_no_smaller_circuit_of_the_sizes_tried_has_the_gap(asked_of_llama):
     assert all(keep(count) < wanted + 1e-4 for count in smaller)
 
 
-@pytest.fixture
-def kernels_as_they_were():
-    """Kernels that a test registers are gone after it."""
-    before = dict(KERNELS)
-    yield
-    for name in set(KERNELS) - set(before):
-        del KERNELS[name]
-
-
-@pytest.mark.usefixtures("kernels_as_they_were")
+@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("kind", ["kernel", "own kernel", "teacher", "transcoder"])
 def test_saved_students_and_controls_are_the_same_again(kind, make_teacher, ids, tmp_path):
     teacher = make_teacher("llama")
