@@ -185,7 +185,7 @@ def _load_models(recipe: Recipe, device: torch.device, state: Path | None) -> Mo
     if recipe.gradient_checkpointing:
         require_gradient_checkpointing(teacher)
     signals = make_signals(recipe, teacher)
-    student = student_of(recipe, teacher, tokenizer, device, state)
+    student = student_of(recipe, teacher, tokenizer, state, device=device)
     freeze_all_but_ffns(student, teacher)
     return Models(tokenizer, signals, student, student)
 
@@ -244,16 +244,18 @@ def student_of(
     recipe: Recipe,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
     state: Path | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> ConvertedModel:
-    """The student that ``recipe`` starts from: loaded onto ``device``, or converted from
-    ``teacher``, which is there.
+    """The student that ``recipe`` starts from: loaded onto ``device`` (None: the teacher's), or
+    converted from ``teacher``.
 
     Where there is a ``state``, a converted one is empty, since the state holds its weights.
     """
     if recipe.student is not None:
-        student = load_student(recipe.student, recipe.dtype, device, recipe.trust_remote_code)
+        place = teacher.device if device is None else device
+        student = load_student(recipe.student, recipe.dtype, place, recipe.trust_remote_code)
         check_pair(student, teacher)
         check_vocabularies(recipe.student, recipe.teacher)
         if teacher.device.type != "meta":

@@ -131,7 +131,7 @@ def prepare(file: str, tokens: int, text: str) -> Start:
     recipe.stages[:-1] = []
     tokenizer = load_tokenizer(recipe.teacher)
     teacher = load_teacher(recipe.teacher)
-    student = student_of(recipe, teacher, tokenizer, teacher.device)
+    student = student_of(recipe, teacher, tokenizer)
     length = recipe.data.sequence_length
     held_out = read_token_ids(tokenizer, [text], length, HELD_OUT_TOKENS)
     return Start(recipe, tokenizer, teacher, student, held_out)
