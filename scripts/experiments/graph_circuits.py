@@ -26,8 +26,6 @@ KEPT = 0.8
 """Share of the way from the means' gap to the prompt's that a circuit has to make."""
 PATH = (torch.arange(8) + 0.5) / 8
 """Points between the means and the prompt's own coefficients at which gradients are taken."""
-HERE = torch.ones(1)
-"""The prompt's own coefficients alone."""
 GROWTH = 1.3
 """From one size that is tried to the next."""
 SIZES_AT_ONCE = 12
@@ -150,18 +148,14 @@ def measure_gaps(model: PreTrainedModel, ids: Tensor, asked: Asked) -> Tensor:
     return logits[:, asked.right] - logits[:, asked.wrong]
 
 
-def measure_effects(
-    model: PreTrainedModel,
-    layers: list[Layer],
-    means: list[Tensor],
-    asked: Asked,
-    path: Tensor = PATH,
+def measure_pairs(
+    model: PreTrainedModel, layers: list[Layer], means: list[Tensor], asked: Asked
 ) -> list[Tensor]:
     """(T, units) of every layer: what each pair does for the gap, against its mean, to first order.
 
     That is gradient · (coefficient − mean), with the mean of the gradients at the points of
-    ``path``, shares of the way (Sundararajan et al. 2017, arXiv:1703.01365). They go through later
-    layers, attention patterns and norms.
+    ``PATH`` (Sundararajan et al. 2017, arXiv:1703.01365). They go through later layers, attention
+    patterns and norms.
     """
     own: list[Tensor] = [torch.empty(0)] * len(layers)
 
@@ -172,7 +166,7 @@ def measure_effects(
     with torch.no_grad(), changed(layers, keep_own):
         measure_gaps(model, asked.ids[None], asked)
 
-    shares = path[:, None, None]
+    shares = PATH[:, None, None]
     held: list[Tensor] = [torch.empty(0)] * len(layers)
 
     def hold(number: int, coefficients: Tensor) -> Tensor:
@@ -183,7 +177,7 @@ def measure_effects(
         return held[number] + (coefficients - coefficients.detach())
 
     with changed(layers, hold), torch.enable_grad():
-        rows = asked.ids.expand(len(path), -1)
+        rows = asked.ids.expand(len(PATH), -1)
         gradients = torch.autograd.grad(measure_gaps(model, rows, asked).sum(), held)
     return [
         gradient.mean(0) * (coefficients - mean)
@@ -220,7 +214,7 @@ def count_circuit(
 
     None where the means alone have so much of it.
     """
-    ranks = rank_pairs(measure_effects(model, layers, means, asked), asked.first)
+    ranks = rank_pairs(measure_pairs(model, layers, means, asked), asked.first)
 
     @torch.no_grad()
     def keep(sizes: list[int]) -> Tensor:

@@ -31,12 +31,10 @@ from typing import Annotated, Any, NamedTuple, Optional
 import torch
 import typer
 from graph_circuits import (
-    HERE,
     Asked,
     Layer,
     changed,
     count_circuit,
-    measure_effects,
     measure_gaps,
     measure_place_means,
     measure_text_means,
@@ -48,7 +46,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kernel_ffn.evaluation.baselines import TeacherFFN, Transcoder
-from hf_kernel_ffn.reading.graph import Graph, attribution_graph, influences, prune
+from hf_kernel_ffn.reading.graph import (
+    Graph,
+    attribution_graph,
+    influences,
+    measure_effects,
+    prune,
+)
 from hf_kernel_ffn.reading.graph.targets import find_token
 from hf_kernel_ffn.storage.files import write_text
 from hf_kernel_ffn.storage.loading import load_tokenizer
@@ -94,13 +98,16 @@ def compare_ablations(
     """For the most influential units: the change of the gap as foretold, and as it is, when one is
     set to its mean. Those that are at their mean, as all at the start token, are not among them."""
     gap = measure_gaps(model, asked.ids[None], asked).item()
-    gradients = measure_effects(model, layers, means, asked, HERE)
+    graph = measure_effects(graph, model)
     foretold = foretell(graph)
+    at_mean: dict[int, Tensor] = {}
     ways = torch.zeros(len(graph.edges), dtype=torch.float64)
     for place, node in enumerate(graph.nodes[: len(ways)]):
         if node.kind == "unit":
-            mean = means[node.layer].expand_as(gradients[node.layer])[node.position, node.number]
-            ways[place] = 1 - mean.item() / node.value
+            # Over text, a mean is the same at every place.
+            by_place = means[node.layer].expand(len(asked.ids), -1)
+            at_mean[place] = by_place[node.position, node.number]
+            ways[place] = 1 - at_mean[place].item() / node.value
     order = (influences(graph)[: len(ways)] * ways.abs()).argsort(descending=True)
 
     ablations = []
@@ -108,7 +115,7 @@ def compare_ablations(
         node = graph.nodes[place]
         if not ways[place]:
             break
-        mean = means[node.layer].expand_as(gradients[node.layer])[node.position, node.number]
+        mean = at_mean[place]
 
         def set_to_mean(number: int, coefficients: Tensor, node=node, mean=mean) -> Tensor:  # noqa: ANN001
             if number != node.layer:
@@ -120,7 +127,7 @@ def compare_ablations(
         with changed(layers, set_to_mean):
             changed_gap = measure_gaps(model, asked.ids[None], asked).item()
         by_graph = (foretold[place] * ways[place]).item()
-        by_gradient = -gradients[node.layer][node.position, node.number].item()
+        by_gradient = graph.effects[place] * ways[place].item()
         ablations.append(Ablation(by_graph, by_gradient, changed_gap - gap))
     return ablations
 

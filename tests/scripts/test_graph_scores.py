@@ -10,8 +10,8 @@ from graph_circuits import (
     changed,
     count_circuit,
     list_sizes,
-    measure_effects,
     measure_gaps,
+    measure_pairs,
     measure_place_means,
     rank_pairs,
     read_layers,
@@ -84,7 +84,7 @@ def test_no_smaller_circuit_of_the_sizes_tried_has_the_gap(asked_of_llama):
         if find_right(model, [one])[0]
     ]
     size, question = next(pair for pair in sizes if pair[0] is not None)
-    ranks = rank_pairs(measure_effects(model, layers, means, question), question.first)
+    ranks = rank_pairs(measure_pairs(model, layers, means, question), question.first)
 
     def keep(count):
         def cut(number, coefficients):

@@ -4,6 +4,7 @@ import json
 
 import kernel_readings
 import pytest
+import typer
 from real_frontier_saved import save_row
 from teachers import RECIPES
 from typer.testing import CliRunner
@@ -17,7 +18,7 @@ def test_every_model_is_read_in_the_same_way(teacher_folder, text_file, ids, tmp
     student, _ = convert(load_teacher(folder), KernelFFNConfig(**settings), calibration_ids=ids)
     save_row(student, "kernel", settings, tmp_path / "sparse.safetensors")
 
-    app = kernel_readings.typer.Typer()
+    app = typer.Typer()
     app.command()(kernel_readings.main)
     out = tmp_path / "out.json"
     code = RECIPES.parent / "hf_kernel_ffn" / "checkpoint_code" / "ffn.py"
