@@ -229,6 +229,6 @@ def _describe_leaf(source: Source, ids: list[int], texts: list[str], rest_name: 
         "position": f"position {position}",
         "bias": "biases",
         "remainder": rest_name,
-        "start": f"start token, layer {layer}",
+        "start": "start token",
     }
     return Node(kind, layer, position, 0, names[kind], float("nan"))
