@@ -9,12 +9,17 @@ from hf_kernel_ffn.distillation import Recipe
 
 CONTROLS = "recipes/examples/kernels/controls.py"
 """Kernels that are none, to see what a kernel is worth."""
+LOCAL = "recipes/examples/kernels/local.py"
+"""Kernels that fall with the distance from a piece, on the line of its unit's row."""
 IN_ITS_PLACE = {
     "half-yat": "half-yat",
     "root-half-yat": "root-half-yat",
     "yat": "yat",
     "relu": f"{CONTROLS}:relu",
     "relu2": f"{CONTROLS}:relu2",
+    "line-gaussian": f"{LOCAL}:line-gaussian",
+    "line-imq": f"{LOCAL}:line-imq",
+    "line-hat": f"{LOCAL}:line-hat",
 }
 """Kernels that readouts have instead of brownian, by the name in the table."""
 RATE = 0.001

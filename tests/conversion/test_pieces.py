@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from teachers import RECIPES
 from torch import nn
 
 from hf_kernel_ffn import InputError, KernelFFNConfig
@@ -17,6 +18,7 @@ from hf_kernel_ffn.conversion.pieces.planes import (
 )
 from hf_kernel_ffn.conversion.pieces.pursuit import pursue
 from hf_kernel_ffn.families.weights import FFNWeights
+from hf_kernel_ffn.storage.kernel_files import import_kernel
 
 TOKENS, SIZE, UNITS = 400, 16, 24
 
@@ -97,6 +99,20 @@ def test_more_pieces_leave_less(values, gated):
         left.append(unexplained(weights, config, fit_pieces(weights, config, inputs), inputs))
     assert left[0] > left[1] > left[2]
     assert left[2] < (0.02 if kernel == "half-yat" else 0.003)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("name", ["line-gaussian", "line-imq", "line-hat"])
+def test_local_kernels_stand_in_for_a_unit(name, gated):
+    weights, inputs = make_weights(gated), make_inputs()
+    kernel = import_kernel(f"{RECIPES / 'examples' / 'kernels' / 'local.py'}:{name}")
+    config = settings("product" if gated else "fixed", kernel=kernel)
+    fitted = fit_pieces(weights, config, inputs)
+    assert unexplained(weights, config, fitted, inputs) < 0.005
+
+    far = 1e4 * inputs
+    written = sum_pieces(weights, config, fitted, far)
+    assert written.abs().mean() < weights.coefficients(far).abs().mean() / 2  # they are local
 
 
 @pytest.mark.parametrize("values, gated", [("product", True), ("fixed", True), ("fixed", False)])
