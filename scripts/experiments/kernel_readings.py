@@ -9,7 +9,7 @@
 
 The teacher comes first. Of every model: how alike the tokens are that the 100 most used prototypes
 of a layer fire at (purity), and how well its support scores know text from the same tokens
-scrambled and from code (AUC, 0.5 is chance), means over layers.
+scrambled, from code and from another language (AUC, 0.5 is chance), means over layers.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ def main(
     code: Annotated[Path, typer.Option(help="a file of another domain")] = Path(
         "hf_kernel_ffn/checkpoint_code/ffn.py"
     ),
+    language: Annotated[Path, typer.Option(help="a file of another language")] = Path(
+        "recipes/text/german.txt"
+    ),
     tokens: Annotated[int, typer.Option(help="of the text")] = 16_384,
     bos: Annotated[str, typer.Option(help="auto, always or never a start token")] = "auto",
     seed: Annotated[int, typer.Option(help="of what is scrambled")] = 0,
@@ -52,9 +55,11 @@ def main(
     tokenizer = load_tokenizer(models[0])
     ids = read_token_ids(tokenizer, [text], LENGTH, tokens, TextFormat(bos=bos))
     half = len(ids) // 2
+    starts = ids[0, 0].item() == tokenizer.bos_token_id
     others = {
         "scrambled": scrambled(ids[:half], seed),
-        "code": read_rows(tokenizer, code, starts=ids[0, 0].item() == tokenizer.bos_token_id),
+        "code": read_rows(tokenizer, code, starts=starts),
+        "language": read_rows(tokenizer, language, starts=starts),
     }
 
     rows = []

@@ -23,7 +23,8 @@ def test_every_model_is_read_in_the_same_way(teacher_folder, text_file, ids, tmp
     out = tmp_path / "out.json"
     code = RECIPES.parent / "hf_kernel_ffn" / "checkpoint_code" / "ffn.py"
     arguments = [folder, tmp_path / "sparse.safetensors", "--out", out, "--text", text_file]
-    options = ["--tokens", 2048, "--code", code]
+    language = RECIPES / "text" / "german.txt"
+    options = ["--tokens", 2048, "--code", code, "--language", language]
     done = CliRunner().invoke(app, [*map(str, arguments), *map(str, options)])
     assert done.exit_code == 0, done.output
 
@@ -33,6 +34,6 @@ def test_every_model_is_read_in_the_same_way(teacher_folder, text_file, ids, tmp
         assert 0 < row["purity"] <= 1
         assert all(0 <= row[name] <= 1 for name in row if name.startswith("auc_"))
     # The rows are the teacher's: so far away as they are.
-    for against in ("scrambled", "code"):
+    for against in ("scrambled", "code", "language"):
         name = f"auc_nearest_{against}"
         assert sparse[name] == pytest.approx(teacher[name], abs=0.02)
