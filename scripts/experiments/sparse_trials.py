@@ -200,11 +200,12 @@ def train(
     hidden: float,
     width: float,
     muon: bool,
+    attention: float,
 ) -> None:
     """The KL to ``teacher`` on all rows of ``data``, four a step, in bfloat16.
 
     ``hidden``: weight of the hidden states' squared error over the teacher's squares; ``width``: of
-    the window in which prices are learned.
+    the window in which prices are learned; ``attention``: the rate of attention's matrices.
     """
     in_bfloat16 = copy.deepcopy(teacher).bfloat16()
     student.requires_grad_(False)
@@ -218,6 +219,10 @@ def train(
         groups.append({"params": [bias], "peak": rate * bias.square().mean().sqrt().item()})
         if width:
             groups.append({"params": [cut.price], "peak": 0.02})
+    for layer in student.model.layers if attention else ():
+        for part in layer.self_attn.parameters():
+            peak = attention * part.square().mean().sqrt().item()
+            groups.append({"params": [part], "peak": peak})
     for group in groups:
         group["params"][0].requires_grad_(True)
     matrices = [group for group in groups if muon and group["params"][0].ndim == 2]
@@ -274,6 +279,7 @@ def main(
     hidden: float = 0.0,
     width: float = 0.0,
     muon: bool = False,
+    attention: Annotated[float, typer.Option(help="rate of attention, trained too")] = 0.0,
 ) -> None:
     """Print the fidelity of one trial on every test text."""
     model = load_teacher(teacher).requires_grad_(False)
@@ -288,6 +294,7 @@ def main(
         data = read_rows(tokenizer, training, tokens)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
         options = {"rate": rate, "hidden": hidden, "width": width, "muon": muon}
+        options["attention"] = attention
         train(student.train(), model, data[order], **options)
     student.eval()
     for name in test:
