@@ -154,8 +154,6 @@ def convert(
     # Large tensors in huge pages: fresh ones take a third of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     require_empty(out_dir)
-    if stream and device != "cpu":
-        raise InputError(f"found --stream with device {device!r}, expected cpu: it computes there")
     if stream and (allocate or start is not None):
         raise InputError(
             "found --stream with --allocate or --start, expected neither: they need a whole model "
@@ -206,6 +204,7 @@ def convert(
             settings,
             layers,
             dtype=dtype,
+            device=device,
             trust_remote_code=trust_remote_code,
             **options,
         )

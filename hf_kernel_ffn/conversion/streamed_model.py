@@ -22,9 +22,14 @@ class StreamedModel:
     that the rows are read that a batch asks for.
     """
 
-    def __init__(self, model: PreTrainedModel, reader: Reader):
-        """Give ``model``, one stack of blocks, all that is outside of them from ``reader``."""
+    def __init__(self, model: PreTrainedModel, reader: Reader, device: str | torch.device = "cpu"):
+        """Give ``model``, one stack of blocks, all that is outside of them from ``reader``.
+
+        Args:
+            device: where everything that has weights is.
+        """
         self.model = model
+        self.device = torch.device(device)
         self.base = model.base_model
         self.reader = reader
         self.dtype = model.dtype
@@ -49,6 +54,9 @@ class StreamedModel:
                 buffers[name] = torch.empty_like(cast(Tensor, buffers[name]), device="cpu")
             if names:
                 initialize_module(self.model, module)
+            for name, buffer in buffers.items():
+                if buffer is not None:
+                    buffers[name] = buffer.to(self.device)
 
     def _place_what_is_outside(self) -> None:
         """Read the parameters that are neither the blocks' nor the embedding's."""
@@ -68,14 +76,15 @@ class StreamedModel:
         self.embedding.forward = self._embed  # type: ignore[method-assign]
         self.embedding.padding_idx = None  # may be none of the rows that are there
         # Says where token ids are to be.
-        self.embedding.weight = _make_constant(torch.empty(0, dtype=self.dtype))
+        self.embedding.weight = _make_constant(torch.empty(0, dtype=self.dtype, device=self.device))
 
     def _embed(self, input: Tensor) -> Tensor:
         if not self._embedding_is_read:
-            return torch.zeros(*input.shape, self.embedding.embedding_dim, dtype=self.dtype)
+            shape = (*input.shape, self.embedding.embedding_dim)
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
         unique, inverse = input.unique(return_inverse=True)
         rows = self.reader.rows(self._embedding_name, unique)
-        self.embedding.weight = _make_constant(rows.to(self.dtype))
+        self.embedding.weight = _make_constant(rows.to(self.device, self.dtype))
         return type(self.embedding).forward(self.embedding, inverse)
 
     def stop_reading_embedding(self) -> None:
@@ -105,7 +114,7 @@ class StreamedModel:
         """Give the parameter ``name``, under the base model, these numbers."""
         parent, _, leaf = name.rpartition(".")
         parameters = self.base.get_submodule(parent)._parameters
-        parameters[leaf] = _make_constant(tensor.to(self.dtype))
+        parameters[leaf] = _make_constant(tensor.to(self.device, self.dtype))
 
     def drop_block(self, number: int) -> None:
         """Give up the weights of a block."""

@@ -29,7 +29,7 @@ from ..families.weights import read_stock_weights
 from ..progress import track_progress
 from ..storage.checkpoint import save_around_weights
 from ..storage.files import new_folder
-from ..storage.loading import load_stock_on_meta, read_stored_dtype
+from ..storage.loading import load_stock_on_meta, read_stored_dtype, require_usable_device
 from .calibration_set import (
     CALIBRATION_TOKENS,
     CalibrationSet,
@@ -63,13 +63,14 @@ def convert_streamed(
     calibration_ids: Tensor | None = None,
     calibration_tokens: int | None = None,
     dtype: str = "float32",
+    device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> ConversionReport:
-    """Convert the stock model at ``source`` into the new or empty folder ``out``, on the CPU.
+    """Convert the stock model at ``source`` into the new or empty folder ``out``.
 
-    That is the checkpoint that :func:`hf_kernel_ffn.convert` and saving make, bit for bit. It is
-    there whole or not at all.
+    That is the checkpoint that :func:`hf_kernel_ffn.convert` and saving make, bit for bit on a CPU.
+    It is there whole or not at all.
 
     Args:
         source: local folder or hub id.
@@ -79,13 +80,15 @@ def convert_streamed(
             since a model that is never whole in memory cannot write its own.
         calibration_tokens: how many of them are read; 0: no calibration; None: 16,384.
         dtype: of the weights while they are computed with.
+        device: where the current block is, and what the blocks before it put out.
         trust_remote_code: whether code that the model brings may run.
         progress: show a bar.
 
     Raises:
         InputError: as convert(); the model is not one stack of blocks behind an embedding of token
-            ids; or the checkpoint's tensors are not the stock model's.
+            ids; the checkpoint's tensors are not the stock model's; or the device is unusable.
     """
+    require_usable_device(device)
     if (calibration_ids is None) != (calibration_tokens == 0):
         raise InputError(
             "found a streamed conversion without text, expected calibration text, or 0 calibration "
@@ -110,7 +113,13 @@ def convert_streamed(
         weights.mkdir()
         with Writer(weights, described) as writer:
             conversion = StreamedConversion(
-                teacher, reader, writer, calibration=calibration, chosen=chosen, settings=settings
+                teacher,
+                reader,
+                writer,
+                calibration=calibration,
+                chosen=chosen,
+                settings=settings,
+                device=device,
             )
             conversion.convert_blocks(progress)
             conversion.copy_what_is_left()
@@ -132,6 +141,7 @@ class StreamedConversion:
         calibration: CalibrationSet | None,
         chosen: Mapping[str, StockFFN],
         settings: Mapping[str, KernelFFNConfig],
+        device: str | torch.device = "cpu",
     ):
         """Convert the FFNs ``chosen`` of ``teacher``, which is on the meta device.
 
@@ -145,7 +155,7 @@ class StreamedConversion:
         self.writer = writer
         self.chosen = chosen
         self.settings = settings
-        self.streamed = StreamedModel(teacher, reader)
+        self.streamed = StreamedModel(teacher, reader, device)
         self.source = None if calibration is None else Replay(teacher, calibration)
         self.report = start_report(teacher, calibration, "text")
         self.layers: dict[str, LayerConfig] = {}

@@ -94,7 +94,7 @@ class Writer:
         stream.seek(start)
         for piece in pieces:
             for part in piece.reshape(-1).split(PIECE // dtype.itemsize):
-                stream.write(view_bytes(part.to(dtype)))
+                stream.write(view_bytes(part.to("cpu", dtype)))
 
     def __enter__(self) -> Writer:
         """Return the writer itself."""

@@ -331,11 +331,17 @@ def _load_model_and_check_keys(
 
 def _move_to_device(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
     """Move ``model`` to ``device``, in eval mode; InputError if that is unusable."""
+    require_usable_device(device)
+    nn_module: torch.nn.Module = model
+    nn_module.to(device)
+    return model.eval()
+
+
+def require_usable_device(device: str | torch.device) -> None:
+    """InputError unless tensors can be on ``device``."""
     try:
-        nn_module: torch.nn.Module = model
-        nn_module.to(device)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter: torch built without that device
         raise InputError(
             f"found device {str(device)!r} unusable ({first_line(error)}): choose another"
         ) from error
-    return model.eval()

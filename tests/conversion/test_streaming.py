@@ -271,7 +271,7 @@ def test_the_command(stored, text_file, tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "none", "--calibration-tokens", 0, "--stream")[0] == 0
     for options, said in (
         (("--stream",), "calibration text, or 0"),
-        (("--stream", "--device", "cuda"), "expected cpu"),
+        (("--stream", "--calibration-tokens", 0, "--device", "nowhere"), "'nowhere' unusable"),
         (("--calibration-tokens", 17), "expected 0, or 256 and more"),
         (("--calibration-tokens", 0, "--calibration-text", text_file), "leave one out"),
     ):
