@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..checkpoint_code.parameters import to_at_least_float32
 from ..checkpoint_code.tied import AnyKernelFFN
+from ..conversion.figures import SPIKE
 from .collectives import count_processes, mean_over_processes, sum_over_processes
 from .recipe import Stage
 
@@ -75,20 +76,24 @@ class Watch:
         """The price of the contributions that cancelled in the FFN at ``path``, which has just run.
 
         ``write_mass`` times Σ|c_i|‖v_i‖ over the length of the output around its mean, both
-        averaged over the tokens of all processes: the reciprocal of its coherence, but for the mean
-        output.
-        0 where nothing is asked, or where an expert was given no tokens.
+        averaged over the ordinary tokens of all processes: the reciprocal of its coherence, but for
+        the mean output. 0 where nothing is asked, or where an expert was given no tokens.
+
+        Spikes are left out (:func:`find_ordinary`): one of them writes as much as hundreds of
+        tokens, and the price would be paid by writing more there.
         """
         if not self.stage.write_mass:
             return 0.0
         weight = self.ffns[path].output_prototypes.weight
         coefficients = self.coefficients.pop(path, weight.new_zeros(0, weight.shape[1]))
         output = self.outputs.pop(path, weight.new_zeros(0, weight.shape[0]))
-        coefficients = to_at_least_float32(coefficients.flatten(0, -2))
         output = to_at_least_float32(output.detach()).flatten(0, -2)
+        ordinary = find_ordinary(output)
+        output = output[ordinary]
+        coefficients = to_at_least_float32(coefficients.flatten(0, -2))[ordinary]
 
         total = sum_over_processes(output.new_tensor(float(len(output))))
-        # Of the tokens that a process has on average; 1 but for the experts of a mixture.
+        # Of the tokens that a process has on average: spikes differ, and what experts are given.
         share = len(output) * count_processes() / total.clamp_min(1)
         center = mean_over_processes(share * _mean(output))
         spread = mean_over_processes(share * _mean((output - center).norm(dim=-1)))
@@ -129,6 +134,21 @@ class Watch:
                 self.outputs[path] = output.detach()
 
         return hook
+
+
+def find_ordinary(output: Tensor) -> Tensor:
+    """(tokens,) bool: which of ``output`` (tokens, hidden_size) are no spikes, up to
+    :data:`~hf_kernel_ffn.conversion.figures.SPIKE` times as long as the median.
+
+    The median is that of tokens that write anything; over several processes, the geometric mean of
+    theirs.
+    """
+    lengths = output.norm(dim=-1)
+    written = lengths[lengths > 0]
+    logarithm = written.median().log() if len(written) else lengths.new_zeros(())
+    count = sum_over_processes(lengths.new_tensor(float(len(written) > 0)))
+    typical = (sum_over_processes(logarithm) / count.clamp_min(1)).exp()
+    return lengths <= SPIKE * typical
 
 
 def _mean(values: Tensor) -> Tensor:
