@@ -29,7 +29,9 @@ class TargetStatistics:
     tokens: Tensor
     """How many tokens it is given in one call on one process, on average; a scalar."""
     variance: Tensor
-    """Mean square of the targets' numbers around the mean target; a scalar."""
+    """Mean square of the targets' numbers around the mean target, spikes shortened; a scalar."""
+    longest: Tensor
+    """A longer target is a spike, and counts as one of this length; a scalar."""
 
 
 @dataclass(frozen=True)

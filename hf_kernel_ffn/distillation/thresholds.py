@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..checkpoint_code.parameters import to_at_least_float32
 from ..checkpoint_code.tied import AnyKernelFFN
-from ..conversion.figures import SPIKE
 from .collectives import count_processes, mean_over_processes, sum_over_processes
 from .recipe import Stage
+from .spikes import find_ordinary
 
 SEEN = 256
 """Tokens per layer and step on which a threshold is fitted: enough for a quantile."""
@@ -79,8 +79,8 @@ class Watch:
         averaged over the ordinary tokens of all processes: the reciprocal of its coherence, but for
         the mean output. 0 where nothing is asked, or where an expert was given no tokens.
 
-        Spikes are left out (:func:`find_ordinary`): one of them writes as much as hundreds of
-        tokens, and the price would be paid by writing more there.
+        Spikes are left out (:mod:`hf_kernel_ffn.distillation.spikes`): one of them writes as much
+        as hundreds of tokens, and would pay for all.
         """
         if not self.stage.write_mass:
             return 0.0
@@ -134,21 +134,6 @@ class Watch:
                 self.outputs[path] = output.detach()
 
         return hook
-
-
-def find_ordinary(output: Tensor) -> Tensor:
-    """(tokens,) bool: which of ``output`` (tokens, hidden_size) are no spikes, up to
-    :data:`~hf_kernel_ffn.conversion.figures.SPIKE` times as long as the median.
-
-    The median is that of tokens that write anything; over several processes, the geometric mean of
-    theirs.
-    """
-    lengths = output.norm(dim=-1)
-    written = lengths[lengths > 0]
-    logarithm = written.median().log() if len(written) else lengths.new_zeros(())
-    count = sum_over_processes(lengths.new_tensor(float(len(written) > 0)))
-    typical = (sum_over_processes(logarithm) / count.clamp_min(1)).exp()
-    return lengths <= SPIKE * typical
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Distillation: what is minimised, what is left alone, and that a run may be interrupted."""
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -192,6 +193,44 @@ def test_the_layer_wise_loss_is_the_unexplained_variance(pair, ids):
     assert mine.keys() == expected.keys()
     for name, gradient in mine.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+class OneTarget:
+    """A teacher of one FFN that reads ``inputs`` and writes ``outputs``."""
+
+    def __init__(self, inputs, outputs):
+        self.seen = inputs, outputs
+
+    def watch_ffns(self, batch, paths, see):
+        see(paths[0], *self.seen)
+
+
+def test_the_layer_wise_loss_is_not_that_of_a_spike(pair, ids):
+    """What the ordinary tokens are off by weighs as much beside a spike that is met."""
+    _, student = pair
+    path, ffn = next(iter(student.kernel_ffns().items()))
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, ffn.config.hidden_size, generator=generator)
+    written = ffn(inputs).detach()
+    targets = written + 0.3 * written.norm(dim=-1).median() / 8 * torch.randn(
+        written.shape, generator=generator
+    )
+    spiky = targets.clone()
+    spiky[0] = 1000 * targets[0]
+
+    def measure(outputs):
+        predicted = ffn.forward
+        ffn.forward = lambda x: torch.cat([outputs[:1], predicted(x)[1:]])  # meets the first
+        try:
+            step = make_step(stage(name="layer-wise"), student, student, {path: ffn}, ids)
+            signal = OneTarget(inputs, outputs)
+            return layer_wise(dataclasses.replace(step, signal=signal, backward=None)).item()
+        finally:
+            del ffn.forward
+
+    plain = measure(targets)
+    assert plain > 0.01
+    assert plain / 6 < measure(spiky) < plain  # a spike counts as a token ten times as long
 
 
 def test_the_layer_wise_loss_trains_only_the_layers_it_is_given(pair, ids):

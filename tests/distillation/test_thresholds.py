@@ -14,7 +14,8 @@ from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES
 from hf_kernel_ffn.distillation.recipe import Stage
-from hf_kernel_ffn.distillation.thresholds import Watch, find_ordinary
+from hf_kernel_ffn.distillation.spikes import find_ordinary
+from hf_kernel_ffn.distillation.thresholds import Watch
 from hf_kernel_ffn.distillation.trainer import train
 from hf_kernel_ffn.families.registry import get_architecture_of_model
 from hf_kernel_ffn.families.weights import read_ffn_weights

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...checkpoint_code.parameters import to_at_least_float32
 from ...text.inputs import Inputs
 from ..collectives import count_processes, mean_over_processes, sum_over_processes
+from ..spikes import measure_longest_ordinary, shrink_spikes
 from ..step import Step, TargetStatistics
 from ..teacher_signal import TeacherSignal
 from .registry import register_objective
@@ -29,6 +30,9 @@ def layer_wise(step: Step) -> Tensor:
     Where the optimiser's step has several batches (gradient accumulation) or processes, the
     variance is that of all of them: the loss is as if they were one. An expert of a mixture counts
     by its tokens, and not at all where no process has any.
+
+    A spike (:mod:`hf_kernel_ffn.distillation.spikes`) counts as a token whose target is as long as
+    an ordinary one may be: its error is scaled down with it. It would be all that is seen.
     """
     losses: list[Tensor] = []
     calls: Counter[str] = Counter()
@@ -47,7 +51,8 @@ def layer_wise(step: Step) -> Tensor:
             loss = target.new_zeros(())
             if len(target):
                 predicted = to_at_least_float32(ffn(inputs.detach().to(device)))
-                error = (predicted - target).square().mean()
+                shrink = shrink_spikes(target, targets.longest)
+                error = ((predicted - target) * shrink).square().mean()
                 share = len(target) / targets.tokens  # 1 but for the experts of a mixture
                 loss = error / targets.variance.clamp_min(LEAST_VARIANCE) * share
             if step.backward is not None:
@@ -67,12 +72,14 @@ def statistics_of_one_call(target: Tensor) -> TargetStatistics:
     total = sum_over_processes(target.new_tensor(float(len(target))))
     tokens = total / count_processes()
     share = len(target) / tokens.clamp_min(1 / count_processes())
+    longest = measure_longest_ordinary(target)
     if not len(target):
         target = target.new_zeros(1, target.shape[-1])  # counted with a share of 0
+    target = target * shrink_spikes(target, longest)
 
     center = mean_over_processes(share * target.mean(0))
     variance = mean_over_processes(share * (target - center).square().mean())
-    return TargetStatistics(tokens, _spread(variance, center, total))
+    return TargetStatistics(tokens, _spread(variance, center, total), longest)
 
 
 def _spread(variance: Tensor, center: Tensor, total: Tensor) -> Tensor:
@@ -112,15 +119,19 @@ class _Moments:
     Updated as in Chan, Golub & LeVeque 1983 (The American Statistician 37(3)), equation 2.1.
     """
 
-    def __init__(self, like: Tensor):
+    def __init__(self, first: Tensor):
+        """Begin before the targets (tokens, hidden_size) that come ``first``, which say what a
+        spike is."""
+        self.longest = measure_longest_ordinary(first)
         self.count = 0
-        self.mean = like.new_zeros(like.shape[-1])
-        self.squares = like.new_zeros(like.shape[-1])
+        self.mean = first.new_zeros(first.shape[-1])
+        self.squares = first.new_zeros(first.shape[-1])
 
     def add(self, target: Tensor) -> None:
         """Take in ``target`` (tokens, hidden_size)."""
         if not len(target):
             return
+        target = target * shrink_spikes(target, self.longest)
         mean = target.mean(0)
         apart = mean - self.mean
         total = self.count + len(target)
@@ -138,4 +149,4 @@ class _Moments:
         within = self.squares.mean() / max(1, self.count)
         between = (self.mean - center).square().mean()
         variance = mean_over_processes(share * (within + between))
-        return TargetStatistics(count / calls, _spread(variance, center, total))
+        return TargetStatistics(count / calls, _spread(variance, center, total), self.longest)
