@@ -1,7 +1,7 @@
 """Spikes in what FFNs write: tokens whose output is many times as long as the others'.
 
-On SmolLM2 the first token of a row writes hundreds of times as much as the others in two layers. A
-sum over tokens is a sum over that one.
+Of the variance of what SmolLM2's FFNs write, 40% to 99.6% is that of spikes in six layers, most of
+them the first tokens of rows. A sum of squares over tokens is a sum over those.
 """
 
 from __future__ import annotations
@@ -26,11 +26,6 @@ def measure_longest_ordinary(output: Tensor) -> Tensor:
     count = sum_over_processes(known.to(median.dtype))
     typical = (sum_over_processes(logarithm) / count.clamp_min(1)).exp()
     return torch.where(count > 0, SPIKE * typical, torch.inf)
-
-
-def find_ordinary(output: Tensor) -> Tensor:
-    """(tokens,) bool: which of ``output`` (tokens, hidden_size) are no spikes."""
-    return output.norm(dim=-1) <= measure_longest_ordinary(output)
 
 
 def shrink_spikes(output: Tensor, longest: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from ..checkpoint_code.parameters import to_at_least_float32
 from ..checkpoint_code.tied import AnyKernelFFN
 from .collectives import count_processes, mean_over_processes, sum_over_processes
 from .recipe import Stage
-from .spikes import find_ordinary
 
 SEEN = 256
 """Tokens per layer and step on which a threshold is fitted: enough for a quantile."""
@@ -76,24 +75,20 @@ class Watch:
         """The price of the contributions that cancelled in the FFN at ``path``, which has just run.
 
         ``write_mass`` times Σ|c_i|‖v_i‖ over the length of the output around its mean, both
-        averaged over the ordinary tokens of all processes: the reciprocal of its coherence, but for
-        the mean output. 0 where nothing is asked, or where an expert was given no tokens.
-
-        Spikes are left out (:mod:`hf_kernel_ffn.distillation.spikes`): one of them writes as much
-        as hundreds of tokens, and would pay for all.
+        averaged over the tokens of all processes: the reciprocal of its coherence, but for the mean
+        output.
+        0 where nothing is asked, or where an expert was given no tokens.
         """
         if not self.stage.write_mass:
             return 0.0
         weight = self.ffns[path].output_prototypes.weight
         coefficients = self.coefficients.pop(path, weight.new_zeros(0, weight.shape[1]))
         output = self.outputs.pop(path, weight.new_zeros(0, weight.shape[0]))
+        coefficients = to_at_least_float32(coefficients.flatten(0, -2))
         output = to_at_least_float32(output.detach()).flatten(0, -2)
-        ordinary = find_ordinary(output)
-        output = output[ordinary]
-        coefficients = to_at_least_float32(coefficients.flatten(0, -2))[ordinary]
 
         total = sum_over_processes(output.new_tensor(float(len(output))))
-        # Of the tokens that a process has on average: spikes differ, and what experts are given.
+        # Of the tokens that a process has on average; 1 but for the experts of a mixture.
         share = len(output) * count_processes() / total.clamp_min(1)
         center = mean_over_processes(share * _mean(output))
         spread = mean_over_processes(share * _mean((output - center).norm(dim=-1)))

@@ -14,7 +14,6 @@ from hf_kernel_ffn.conversion.sampling import read_ffn_inputs
 from hf_kernel_ffn.distillation import Recipe
 from hf_kernel_ffn.distillation.objectives import OBJECTIVES
 from hf_kernel_ffn.distillation.recipe import Stage
-from hf_kernel_ffn.distillation.spikes import find_ordinary
 from hf_kernel_ffn.distillation.thresholds import Watch
 from hf_kernel_ffn.distillation.trainer import train
 from hf_kernel_ffn.families.registry import get_architecture_of_model
@@ -290,28 +289,6 @@ def test_the_price_is_the_mass_written_over_the_length_of_its_sum(settings):
         torch.testing.assert_close(
             gradient, dict(ffn.named_parameters())[name].grad, rtol=1e-3, atol=1e-5
         )
-
-
-def test_a_spike_is_not_charged():
-    """One token that writes a thousand times as much would be all that is paid for."""
-    ffn, x = make_layer(), inputs()
-    ffn.fit_threshold(x)
-    with watching(ffn, write_mass=0.3) as watch:
-        ffn(x)
-        coefficients, output = watch.coefficients["a"], watch.outputs["a"]
-        expected = watch.price("a")
-        longest = output.norm(dim=-1).argmax()
-        watch.coefficients["a"] = torch.cat([coefficients, 1000 * coefficients[longest][None]])
-        watch.outputs["a"] = torch.cat([output, 1000 * output[longest][None]])
-        torch.testing.assert_close(watch.price("a"), expected)
-
-
-def test_tokens_that_write_nothing_make_no_spikes_of_the_others():
-    output = torch.zeros(10, 4)
-    output[:3] = torch.eye(3, 4)
-    assert find_ordinary(output).all()
-    output[0] = 100
-    assert find_ordinary(output).tolist() == [False] + [True] * 9
 
 
 def test_nothing_is_charged_where_nothing_is_asked():
