@@ -6,7 +6,8 @@ Whatever is wrong with them becomes one InputError.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -331,16 +332,23 @@ def _load_model_and_check_keys(
 
 def _move_to_device(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
     """Move ``model`` to ``device``, in eval mode; InputError if that is unusable."""
-    require_usable_device(device)
-    nn_module: torch.nn.Module = model
-    nn_module.to(device)
+    with _refuse_unusable(device):
+        nn_module: torch.nn.Module = model
+        nn_module.to(device)
     return model.eval()
 
 
 def require_usable_device(device: str | torch.device) -> None:
     """InputError unless tensors can be on ``device``."""
-    try:
+    with _refuse_unusable(device):
         torch.empty(1, device=device)
+
+
+@contextmanager
+def _refuse_unusable(device: str | torch.device) -> Iterator[None]:
+    """Turn what torch says of ``device`` into an InputError."""
+    try:
+        yield
     except (RuntimeError, AssertionError) as error:  # the latter: torch built without that device
         raise InputError(
             f"found device {str(device)!r} unusable ({first_line(error)}): choose another"
