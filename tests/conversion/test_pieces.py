@@ -103,7 +103,7 @@ def test_more_pieces_leave_less(values, gated):
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("name", ["line-gaussian", "line-imq", "line-hat"])
-def test_local_kernels_stand_in_for_a_unit(name, gated):
+def test_local_kernels_stand_in_for_a_unit(name, gated, registry):
     weights, inputs = make_weights(gated), make_inputs()
     kernel = import_kernel(f"{RECIPES / 'examples' / 'kernels' / 'local.py'}:{name}")
     config = settings("product" if gated else "fixed", kernel=kernel)
