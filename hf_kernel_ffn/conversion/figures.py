@@ -11,9 +11,17 @@ from torch import Tensor, nn
 from .calibration_set import is_distributed
 
 SPIKE = 10.0
-"""A token whose FFN output is longer than so many medians is a spike. On SmolLM2 the first token of
-a row writes hundreds of times as much as the others in two layers; a figure over both says nothing
-of either."""
+"""A token is a spike of an FFN whose output there is more than so many times as long as the median.
+Trained models write such massive activations at few tokens, most often a row's first (Sun et al.
+2024, arXiv:2402.17762). In SmolLM2-135M that one is 780 times the median in layer 11 and 75 times
+in layer 28, 99% of their variance; in most layers no token is 7 times as long. A figure over both
+says nothing of either."""
+
+
+def shrink_spikes(outputs: Tensor, longest: Tensor | float) -> Tensor:
+    """(tokens, 1) factors that make none of ``outputs`` (tokens, hidden_size) longer than
+    ``longest``."""
+    return (longest / outputs.norm(dim=-1, keepdim=True)).clamp_max(1)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..checkpoint_code.ffn import KernelFFN
 from ..checkpoint_code.tied import AnyKernelFFN, TiedKernelFFN
 from .calibration_set import is_distributed
+from .figures import shrink_spikes
 
 PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for the pull toward the initial dictionary, in units of a prototype's mean squared
@@ -57,7 +58,7 @@ class Moments:
         Where an output is longer than ``longest``, the token's errors are scaled down as if its
         output were that long.
         """
-        shrink = (longest / outputs.norm(dim=-1, keepdim=True)).clamp_max(1)
+        shrink = shrink_spikes(outputs, longest)
         outputs = outputs * shrink
         extended = torch.cat([coefficients * shrink, shrink], 1)
         self.count += shrink.square().sum().item()

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..checkpoint_code.record import Readout
 from ..checkpoint_code.tied import AnyKernelFFN
+from ..conversion.figures import SPIKE
 from ..families.lookup import StockFFN
 from ..families.weights import FFNWeights, read_teacher_readout
 from .fidelity import compute_in_memory
 from .readability import Readability, readability
-from .spike_units import SPIKE_RATIO, SpikeUnits
+from .spike_units import SpikeUnits
 
 COEFFICIENT_BYTES = 2**28
 """Bytes that all float64 matrices of (tokens, prototypes) may take together."""
@@ -105,7 +106,7 @@ class OutputErrors:
         """(tokens,) bool, once all tokens have been read."""
         if self._spike_mask is None or len(self._spike_mask) != self.tokens:
             squared_norms = torch.cat(self._squared_norms)
-            self._spike_mask = squared_norms > SPIKE_RATIO**2 * squared_norms.median()
+            self._spike_mask = squared_norms > SPIKE**2 * squared_norms.median()
         return self._spike_mask
 
     def _mean_ordinary(self) -> Tensor:

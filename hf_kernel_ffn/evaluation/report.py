@@ -74,7 +74,7 @@ def evaluate_student(
           tokens. Up to version 0.1 it was over all tokens, and where an FFN has spikes said
           nothing of any other token;
         * ``fvu_spikes``: the same over spikes alone, tokens whose output is more than
-          :data:`~hf_kernel_ffn.evaluation.spike_units.SPIKE_RATIO` times as long as the median;
+          :data:`~hf_kernel_ffn.conversion.figures.SPIKE` times as long as the median;
           None if there is none;
         * ``spike_tokens``: how many there are, and ``spike_positions``: at which positions of their
           rows, as pairs of a position and a count, the most first, at most eight; None for a

@@ -7,12 +7,8 @@ import re
 from torch import Tensor
 
 from ..checkpoint_code.record import Readout
+from ..conversion.figures import SPIKE
 
-SPIKE_RATIO = 10.0
-"""A token is a spike of an FFN whose output there is more than so many times as long as its median
-over the text. Trained models write such massive activations at few tokens, most often a row's first
-(Sun et al. 2024, arXiv:2402.17762). In SmolLM2-135M that one is 780 times the median in layer 11
-and 75 times in layer 28, 99% of their variance; in most layers no token is 7 times as long."""
 SPIKE_UNITS = 4
 """How many units are named at most: most often one or two write nearly all of a spike."""
 SMALLEST_SHARE = 0.01
@@ -65,7 +61,7 @@ def get_unit(name: str) -> str:
 def find_spikes(outputs: Tensor) -> Tensor:
     """Return which of the ``outputs`` (tokens, hidden_size) are spikes, (tokens,) bool."""
     squares = outputs.double().square().sum(-1)
-    return squares > SPIKE_RATIO**2 * squares.median()
+    return squares > SPIKE**2 * squares.median()
 
 
 def list_spike_units(record: Readout) -> dict[int, list[UnitShare]]:

@@ -111,8 +111,10 @@ def test_local_kernels_stand_in_for_a_unit(name, gated, registry):
     assert unexplained(weights, config, fitted, inputs) < 0.005
 
     far = 1e4 * inputs
-    written = sum_pieces(weights, config, fitted, far)
-    assert written.abs().mean() < weights.coefficients(far).abs().mean() / 2  # they are local
+    written = sum_pieces(weights, config, fitted, far).abs().mean()
+    constant = settings(config.values)  # brownian stays at its largest beyond the knots
+    beside = sum_pieces(weights, constant, fit_pieces(weights, constant, inputs), far).abs().mean()
+    assert written < beside / 100
 
 
 @pytest.mark.parametrize("values, gated", [("product", True), ("fixed", True), ("fixed", False)])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_kernel_ffn.distillation.spikes import measure_longest_ordinary, shrink_spikes
+from hf_kernel_ffn.conversion.figures import shrink_spikes
+from hf_kernel_ffn.distillation.spikes import measure_longest_ordinary
 
 
 def test_tokens_that_write_nothing_do_not_count():

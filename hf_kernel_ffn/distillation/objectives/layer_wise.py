@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint_code.parameters import to_at_least_float32
+from ...conversion.figures import shrink_spikes
 from ...text.inputs import Inputs
 from ..collectives import count_processes, mean_over_processes, sum_over_processes
-from ..spikes import measure_longest_ordinary, shrink_spikes
+from ..spikes import measure_longest_ordinary
 from ..step import Step, TargetStatistics
 from ..teacher_signal import TeacherSignal
 from .registry import register_objective
@@ -32,7 +33,8 @@ def layer_wise(step: Step) -> Tensor:
     by its tokens, and not at all where no process has any.
 
     A spike (:mod:`hf_kernel_ffn.distillation.spikes`) counts as a token whose target is as long as
-    an ordinary one may be: its error is scaled down with it. It would be all that is seen.
+    an ordinary one may be: its error is scaled down with it. It would be all that is seen. Where a
+    step has several batches, the first says how long that is.
     """
     losses: list[Tensor] = []
     calls: Counter[str] = Counter()
